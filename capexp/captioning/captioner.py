@@ -1,0 +1,290 @@
+"""The captioner: decoder, vocabulary and encoder in one bundle that cannot be mixed with another's.
+
+A bundle is a folder: ``captioner.json`` (model and decoding settings, encoder identity, what it was trained
+to), ``vocabulary.json``, ``decoder.safetensors``, where it travels alone ``encoder.safetensors`` (VGG16's
+layers that it needs, float16), and ``manifest.json`` with the format's version and the SHA-256 of each.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from capexp.captioning.decoding import DecodingConfig, decode
+from capexp.captioning.model import MergeDecoder, ModelConfig, build_decoder
+from capexp.data.errors import InputError
+from capexp.data.features import NETS, Encoder, EncoderIdentity, FeaturesConfig, State, load_encoder
+from capexp.data.photos import read_photo, squash
+from capexp.data.vocabulary import Vocabulary
+
+FORMAT_VERSION = 1
+
+_MANIFEST = "manifest.json"
+_SETTINGS = "captioner.json"
+_VOCABULARY = "vocabulary.json"
+_DECODER = "decoder.safetensors"
+_ENCODER = "encoder.safetensors"
+_BATCH = 32  # photos at a time through the network
+
+
+M = TypeVar("M", bound=BaseModel)
+
+
+@dataclass(frozen=True)
+class Caption:
+    """What a captioner says of a photo, and how probable it holds that."""
+
+    text: str
+    log_probability: float
+    """In nats, of the whole caption."""
+
+
+class TrainingRecord(BaseModel):
+    """What the captioner's training came to: the epoch it is from, and losses in nats per token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int
+    train_loss: float
+    dev_loss: float
+    dev_digest: str = ""
+
+
+class _Settings(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelConfig
+    decoding: DecodingConfig
+    encoder: EncoderIdentity
+    training: TrainingRecord | None
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1]
+    sha256: dict[str, str]
+
+
+class Captioner:
+    """All that turns photos into captions."""
+
+    def __init__(
+        self,
+        model: ModelConfig,
+        decoder: MergeDecoder,
+        vocabulary: Vocabulary,
+        encoder: EncoderIdentity,
+        decoding: DecodingConfig,
+        training: TrainingRecord | None = None,
+    ) -> None:
+        self.model = model
+        self.decoder = decoder
+        self.vocabulary = vocabulary
+        self.encoder_identity = encoder
+        self.decoding = decoding
+        self.training = training
+        self._encoder: Encoder | None = None
+        self._bundled_encoder: Path | None = None
+
+    @classmethod
+    def fresh(
+        cls,
+        model: ModelConfig,
+        vocabulary: Vocabulary,
+        encoder: EncoderIdentity,
+        decoding: DecodingConfig,
+        seed: int,
+    ) -> "Captioner":
+        """An untrained captioner; the same seed gives the same weights."""
+        with torch.random.fork_rng(devices=[]):
+            torch.manual_seed(seed)
+            decoder = build_decoder(model, encoder.shape, len(vocabulary))
+        return cls(model, decoder, vocabulary, encoder, decoding)
+
+    @property
+    def device(self) -> torch.device:
+        """Where the decoder is."""
+        return next(self.decoder.parameters()).device
+
+    @property
+    def has_encoder(self) -> bool:
+        """Whether new photos can be captioned without fetching anything."""
+        return self._encoder is not None or self._bundled_encoder is not None
+
+    def use_encoder(self, weights: str | None = None) -> Encoder:
+        """The encoder: the bundle's own, or from ``weights`` (a name or a path), or fetched by its name.
+
+        Raises:
+            InputError: weights that cannot be had, or that are not those the captioner was trained with.
+        """
+        if self._encoder is None:
+            if self._bundled_encoder is not None:
+                encoder = Encoder(self.encoder_identity, _read_tensors(self._bundled_encoder))
+            else:
+                encoder = load_encoder(self._features_config(weights))
+            if encoder.identity.key() != self.encoder_identity.key():
+                raise InputError(
+                    f"the captioner was trained on {self.encoder_identity}, "
+                    f"but these weights are {encoder.identity}; set features.weights to the same net"
+                )
+            self._encoder = encoder.prepare(self.device, "auto")
+        return self._encoder
+
+    def caption_features(self, features: NDArray[np.float16]) -> list[Caption]:
+        """Captions of photos from their features ``(B, P, F)``."""
+        tensor = torch.from_numpy(features).float().to(self.device)
+        hypotheses = decode(self.decoder, tensor, self.vocabulary, self.decoding)
+        return [Caption(self.vocabulary.decode(h.tokens), h.log_probability) for h in hypotheses]
+
+    def caption_photos(self, photos: list[Path | bytes]) -> list[Caption | InputError]:
+        """A caption of each photo, or what is wrong with it."""
+        results: list[Caption | InputError] = []
+        for start in range(0, len(photos), _BATCH):
+            batch = photos[start : start + _BATCH]
+            pixels: dict[int, NDArray[np.uint8]] = {}
+            faults: dict[int, InputError] = {}
+            for i, photo in enumerate(batch):
+                try:
+                    pixels[i] = squash(read_photo(photo), self.encoder_identity.size)
+                except InputError as error:
+                    faults[i] = error
+            captions: dict[int, Caption] = {}
+            if pixels:
+                features = self.use_encoder().encode(list(pixels.values()))
+                captions = dict(zip(pixels, self.caption_features(features), strict=True))
+            results += [faults[i] if i in faults else captions[i] for i in range(len(batch))]
+        return results
+
+    def save(self, folder: Path, encoder: State | None = None) -> Path:
+        """Writes the bundle, whole or not at all, with the encoder's weights where these are given."""
+        beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+        shutil.rmtree(beside, ignore_errors=True)
+        beside.mkdir(parents=True)
+        try:
+            settings = _Settings(
+                model=self.model,
+                decoding=self.decoding,
+                encoder=self.encoder_identity,
+                training=self.training,
+            )
+            (beside / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
+            (beside / _VOCABULARY).write_text(self.vocabulary.to_json() + "\n")
+            save_file(_contiguous(self.decoder.state_dict()), beside / _DECODER)
+            if encoder is not None:
+                save_file(_contiguous(encoder), beside / _ENCODER)
+            digests = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
+            manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
+            (beside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            for path in beside.iterdir():
+                _sync(path)
+            shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
+            beside.rename(folder)
+            _sync(folder.parent)
+        except BaseException:
+            shutil.rmtree(beside, ignore_errors=True)
+            raise
+        return folder
+
+    @classmethod
+    def load(cls, folder: Path, device: torch.device | None = None) -> "Captioner":
+        """Reads a bundle and checks every file of it.
+
+        Raises:
+            InputError: no bundle, one of another format, or a file that is missing or altered.
+        """
+        manifest_path = folder / _MANIFEST
+        if not manifest_path.is_file():
+            raise InputError(f"{folder}: not a captioner's bundle ({_MANIFEST} is missing)")
+        manifest = _parse(_Manifest, manifest_path)
+        required = {_SETTINGS, _VOCABULARY, _DECODER}
+        unlisted = sorted(required - set(manifest.sha256))
+        strange = sorted(set(manifest.sha256) - required - {_ENCODER})
+        if unlisted or strange:
+            raise InputError(f"{manifest_path}: {', '.join(unlisted + strange)} should (not) be listed; copy it again")
+        for name, digest in manifest.sha256.items():
+            path = folder / name
+            if not path.is_file():
+                raise InputError(f"{path}: missing from the bundle; copy the bundle again")
+            if _sha256(path) != digest:
+                raise InputError(f"{path}: altered since it was saved; copy the bundle again")
+        settings = _parse(_Settings, folder / _SETTINGS)
+        vocabulary = _parse_vocabulary(folder / _VOCABULARY)
+        with torch.device("meta"):
+            decoder = build_decoder(settings.model, settings.encoder.shape, len(vocabulary))
+        try:
+            decoder.load_state_dict(_read_tensors(folder / _DECODER), assign=True)
+        except RuntimeError as error:
+            raise InputError(f"{folder / _DECODER}: does not fit {_SETTINGS} ({str(error).splitlines()[-1]})") from None
+        decoder.to(device or torch.device("cpu")).eval()
+        captioner = cls(settings.model, decoder, vocabulary, settings.encoder, settings.decoding, settings.training)
+        if _ENCODER in manifest.sha256:
+            captioner._bundled_encoder = folder / _ENCODER
+        return captioner
+
+    def _features_config(self, weights: str | None) -> FeaturesConfig:
+        identity = self.encoder_identity
+        name = weights or identity.weights
+        if weights is None and name not in NETS:
+            raise InputError(
+                f"the bundle holds no encoder, and its features came from a file named {name!r}; "
+                "give that file with --features.weights"
+            )
+        return FeaturesConfig(layer=identity.layer, pool=identity.pool, weights=name)
+
+
+def _parse(kind: type[M], path: Path) -> M:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if where == "format_version":
+            raise InputError(
+                f"{path}: format_version {first['input']} is unknown to this capexp, which reads {FORMAT_VERSION}; "
+                "install the version that wrote it"
+            ) from None
+        raise InputError(f"{path}: {where or 'content'}: {first['msg']}; copy the bundle again") from None
+
+
+def _parse_vocabulary(path: Path) -> Vocabulary:
+    try:
+        return TypeAdapter(Vocabulary).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: {error.errors()[0]['msg']}; copy the bundle again") from None
+
+
+def _read_tensors(path: Path) -> State:
+    try:
+        state: State = load_file(path)
+        return state
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy the bundle again") from None
+
+
+def _contiguous(state: State) -> State:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
+
+
+def _sync(path: Path) -> None:
+    """Makes what was written to a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,110 @@
+"""What the commands share: flags to an Experiment, and faults of the user's making to one line and status 2."""
+
+import argparse
+import contextlib
+import logging
+import os
+import signal
+import sys
+from collections.abc import Callable
+from types import FrameType
+from typing import Any, NoReturn
+
+USAGE, INTERRUPTED = 2, 130
+
+
+class Parser(argparse.ArgumentParser):
+    """An argument parser that also takes any setting of an experiment, ``--section.key value``."""
+
+    def __init__(self, command: str, description: str, epilog: str = "") -> None:
+        settings = "Any setting of the experiment is a flag by its dotted name: --training.epochs 5"
+        super().__init__(
+            prog=f"python -m capexp.{command}",
+            description=description,
+            epilog=f"{settings}\n{epilog}".strip(),
+            formatter_class=argparse.RawDescriptionHelpFormatter,
+            allow_abbrev=False,
+        )
+
+    def error(self, message: str) -> NoReturn:
+        """One line, without the usage above it."""
+        self.exit(USAGE, f"{self.prog}: {message}; see --help\n")
+
+    def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
+        """The command's own flags, and the settings among the others by dotted name."""
+        namespace, rest = self.parse_known_args(argv)
+        settings: dict[str, str] = {}
+        waiting = iter(rest)
+        for flag in waiting:
+            if not flag.startswith("--"):
+                self.error(f"unexpected {flag!r}")
+            name, equals, value = flag[2:].partition("=")
+            if not equals:
+                given = next(waiting, None)
+                if given is None:
+                    self.error(f"--{name} needs a value")
+                value = given
+            settings[name] = value
+        return namespace, settings
+
+
+def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scenes") -> None:
+    """The flag that names the experiment."""
+    parser.add_argument(
+        "--experiment",
+        metavar="NAME|FILE",
+        default=default,
+        help=f"a TOML file, or a name under experiments/ (default: {default})",
+    )
+
+
+def add_model(parser: argparse.ArgumentParser) -> None:
+    """The flag that names a captioner."""
+    parser.add_argument(
+        "--model",
+        required=True,
+        help="a bundle's folder, runs:/ID/captioner, models:/NAME/VERSION or models:/NAME@champion",
+    )
+
+
+def main(name: str, command: Callable[[], int]) -> NoReturn:
+    """Runs a command as a program: its log on stderr, faults of the user's making in one line."""
+    logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
+    logging.getLogger("capexp").setLevel(logging.INFO)
+    # MLflow's hints and migrations would bury what the command itself has to say.
+    for noisy in ("mlflow", "alembic", "optuna"):
+        logging.getLogger(noisy).setLevel(logging.WARNING)
+    signal.signal(signal.SIGTERM, _interrupt)
+    signal.signal(signal.SIGINT, _interrupt)
+    try:
+        status = command()
+        sys.stdout.flush()
+    except KeyboardInterrupt:
+        status = _say(name, "interrupted", INTERRUPTED)
+    except BrokenPipeError:
+        with contextlib.suppress(OSError):
+            os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+        status = 1
+    except (OSError, ValueError) as error:
+        from capexp.data.errors import InputError
+
+        if isinstance(error, InputError):
+            status = _say(name, str(error), USAGE)
+        elif isinstance(error, OSError) and error.strerror:
+            where = f"{error.filename}: " if error.filename else ""
+            status = _say(name, f"{where}{error.strerror}", USAGE)
+        else:
+            raise
+    sys.exit(status)
+
+
+def _say(name: str, message: str, status: int) -> int:
+    print(f"capexp.{name}: {' '.join(message.split())}", file=sys.stderr)
+    return status
+
+
+def _interrupt(signum: int, frame: FrameType | None) -> Any:
+    """The first signal interrupts; while the run is brought to its end, more of them change nothing."""
+    signal.signal(signal.SIGTERM, signal.SIG_IGN)
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    raise KeyboardInterrupt

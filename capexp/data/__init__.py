@@ -1,0 +1,1 @@
+"""Captions, vocabulary, features and batches: what a decoder learns from."""

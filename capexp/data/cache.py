@@ -1,0 +1,199 @@
+"""Features computed once: one memory-mapped file an encoder, keyed by the photos' digests.
+
+The file is a header of 4096 bytes (magic, JSON identity, zeros) and then one record a photo: SHA-256 of the
+photo's bytes, CRC-32 of the features, features in float16. Records are only appended, under a lock, so a
+killed extraction leaves whole records and at most one cut short, which the next one overwrites. A changed
+photo has another digest and so a record of its own.
+"""
+
+import json
+import logging
+import zlib
+from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
+from dataclasses import asdict
+from itertools import islice
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+from filelock import FileLock
+from numpy.typing import NDArray
+from tqdm import tqdm
+
+from capexp.data.errors import InputError, listed
+from capexp.data.features import Encoder, EncoderIdentity
+from capexp.data.photos import digest_photos, read_photo, squash
+
+log = logging.getLogger(__name__)
+
+_MAGIC = b"capexp features 1\n"
+_HEADER = 4096
+
+
+class FeatureCache:
+    """The features of photos for one encoder, in ``folder``."""
+
+    def __init__(self, folder: Path, identity: EncoderIdentity) -> None:
+        self.identity = identity
+        self.path = folder / f"{identity.layer}-{identity.pool}-{identity.key()}.features"
+        # Little-endian and unpadded: the file means the same on every machine.
+        self._record = np.dtype([("photo", "S32"), ("check", "<u4"), ("features", "<f2", identity.shape)])
+
+    def lookup(self, digests: list[bytes]) -> NDArray[np.int64]:
+        """The record of each photo, -1 where there is none or a damaged one.
+
+        Raises:
+            InputError: the file belongs to another encoder, or is no feature cache.
+        """
+        records = self._records()
+        rows = {}
+        wanted = set(digests)
+        for row, photo in enumerate(records["photo"]):
+            # NumPy strips zero bytes from the end of a byte string.
+            key = bytes(photo).ljust(32, b"\0")
+            if key in wanted:
+                rows[key] = row  # the last record of a photo counts: it mends a damaged one
+        damaged = [key for key, row in rows.items() if zlib.crc32(records["features"][row]) != records["check"][row]]
+        if damaged:
+            log.warning("%s: %d damaged records; these photos are computed again", self.path, len(damaged))
+        for key in damaged:
+            del rows[key]
+        return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
+
+    def open(self, digests: list[bytes]) -> "Features":
+        """The features of photos that are all in the cache."""
+        rows = self.lookup(digests)
+        assert (rows >= 0).all(), f"{self.path}: {(rows < 0).sum()} photos are not in the cache"
+        return Features(self._records()["features"], rows)
+
+    def extend(self, photos: list[Path], digests: list[bytes], encoder: Encoder, batch_size: int) -> int:
+        """Computes the features of the photos that the cache lacks, and returns how many these were.
+
+        A second process that wants the same waits, and then finds them. Memory holds a few batches, whatever
+        the number of photos.
+
+        Raises:
+            InputError: pictures that cannot be read; the others are kept, and all bad ones are named at once.
+        """
+        assert encoder.identity.key() == self.identity.key()
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        with FileLock(self.path.with_suffix(".lock")):
+            lacking = dict.fromkeys(digests)
+            rows = self.lookup(list(lacking))
+            absent = {digest for digest, row in zip(lacking, rows, strict=True) if row < 0}
+            # Equal files under two names have one digest and are computed once.
+            todo = {digest: path for path, digest in zip(photos, digests, strict=True) if digest in absent}
+            if not todo:
+                return 0
+            bad: list[str] = []
+            with self._appending() as file, tqdm(total=len(todo), unit="photo", desc="features") as progress:
+                for batch in _decoded(todo, encoder.identity.size, batch_size):
+                    good = [(digest, pixels) for digest, pixels in batch if not isinstance(pixels, InputError)]
+                    bad += [str(error) for _, error in batch if isinstance(error, InputError)]
+                    if good:
+                        records = np.empty(len(good), self._record)
+                        records["photo"] = [digest for digest, _ in good]
+                        records["features"] = encoder.encode([pixels for _, pixels in good])
+                        records["check"] = [zlib.crc32(row) for row in records["features"]]
+                        file.write(records.tobytes())
+                        file.flush()
+                    progress.update(len(batch))
+            if bad:
+                raise InputError(bad[0] if len(bad) == 1 else f"{len(bad)} photos cannot be used: {listed(bad)}")
+            return len(todo)
+
+    def _records(self) -> NDArray[Any]:
+        """The whole records of the file, memory-mapped."""
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            return np.empty(0, self._record)
+        with self.path.open("rb") as file:
+            header = file.read(_HEADER)
+        if len(header) < _HEADER or not header.startswith(_MAGIC):
+            raise InputError(f"{self.path}: not a feature cache, or its header is cut short; delete it")
+        if header != self._header():
+            raise InputError(f"{self.path}: features of another encoder than {self.identity}; delete it")
+        count = (self.path.stat().st_size - _HEADER) // self._record.itemsize
+        if count == 0:
+            return np.empty(0, self._record)
+        return np.memmap(self.path, self._record, mode="r", offset=_HEADER, shape=(count,))
+
+    def _appending(self) -> Any:
+        """The file, open at the end of its last whole record."""
+        count = len(self._records())
+        if not self.path.is_file() or self.path.stat().st_size == 0:
+            self.path.write_bytes(self._header())
+        file = self.path.open("r+b")
+        file.truncate(_HEADER + count * self._record.itemsize)
+        file.seek(0, 2)
+        return file
+
+    def _header(self) -> bytes:
+        record = asdict(self.identity)
+        del record["weights"]  # a hint where to get the weights, not part of the identity
+        return (_MAGIC + json.dumps(record, sort_keys=True).encode()).ljust(_HEADER, b"\0")
+
+
+class Features:
+    """Photos' features by position in a list of photos, read from the memory map as they are asked for."""
+
+    def __init__(self, records: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+        self._records = records
+        self._rows = rows
+
+    def __len__(self) -> int:
+        return len(self._rows)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, F) of one photo."""
+        _, positions, size = self._records.shape
+        return positions, size
+
+    def part(self, start: int, stop: int) -> "Features":
+        """The features of a slice of the photos."""
+        return Features(self._records, self._rows[start:stop])
+
+    def gather(self, photos: NDArray[np.int64]) -> NDArray[np.float16]:
+        """The features of some photos: (B, P, F)."""
+        found: NDArray[np.float16] = self._records[self._rows[photos]]
+        return found
+
+
+def cache_features(
+    photos: list[Path], cache: FeatureCache, encoder: Callable[[], Encoder], batch_size: int
+) -> Features:
+    """The features of photos, those that the cache lacks computed first.
+
+    The encoder is only loaded if it is needed.
+
+    Raises:
+        InputError: as :meth:`FeatureCache.extend`, or the encoder's weights cannot be had.
+    """
+    digests = digest_photos(photos)
+    if (cache.lookup(digests) < 0).any():
+        cache.extend(photos, digests, encoder(), batch_size)
+    return cache.open(digests)
+
+
+def _decoded(
+    todo: dict[bytes, Path], size: int, batch_size: int
+) -> Iterator[list[tuple[bytes, NDArray[np.uint8] | InputError]]]:
+    """Photos as pixels, in batches, decoded by threads two batches ahead of the network."""
+
+    def decode(path: Path) -> NDArray[np.uint8] | InputError:
+        try:
+            return squash(read_photo(path), size)
+        except InputError as error:
+            return error
+
+    waiting = iter(todo.items())
+    with ThreadPoolExecutor() as pool:
+
+        def submit() -> list[tuple[bytes, Future[NDArray[np.uint8] | InputError]]]:
+            return [(digest, pool.submit(decode, path)) for digest, path in islice(waiting, batch_size)]
+
+        ahead = [submit(), submit()]
+        while batch := ahead.pop(0):
+            ahead.append(submit())
+            yield [(digest, future.result()) for digest, future in batch]

@@ -1,0 +1,309 @@
+"""VGG16 without its output layer: photos to features.
+
+The network is torchvision's, with ImageNet weights (Simonyan and Zisserman, 2014). Two layers are offered:
+``fc2``, the 4096 values after the last hidden layer (the tutorial's choice), and ``conv5_3``, a 14x14 grid of
+512 values before the last pooling, whole or pooled.
+
+Shapes: B batch, P grid positions, F feature.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import asdict, dataclass
+from pathlib import Path
+from typing import Final, Literal
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from pydantic import BaseModel, ConfigDict, Field, model_validator
+from torch import Tensor, nn
+
+from capexp.data.errors import InputError
+
+Layer = Literal["fc2", "conv5_3"]
+Pool = Literal["none", "max2", "mean"]
+Precision = Literal["auto", "float32", "bfloat16"]
+State = dict[str, Tensor]
+
+SIZE: Final = 224  # the side of the square that VGG16 was trained on, in pixels
+
+
+@dataclass(frozen=True)
+class Net:
+    """A published set of weights: its preprocessing, in units of 0..255, and its digests where known."""
+
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    layers: tuple[Layer, ...]
+    digests: dict[Layer, str]
+
+
+NETS = {
+    # Trained by torchvision, fully connected layers included.
+    "IMAGENET1K_V1": Net((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), ("fc2", "conv5_3"), {}),
+    # The authors' own Caffe net, which Keras ships too; torchvision has its convolutions only.
+    "IMAGENET1K_FEATURES": Net(
+        (123.68, 116.779, 103.939),
+        (1.0, 1.0, 1.0),
+        ("conv5_3",),
+        {"conv5_3": "34bcef3d5876c0930c1bd23665d7ba092cd50e92cf9a11d75605bbfeb618ff8f"},
+    ),
+}
+
+
+class FeaturesConfig(BaseModel):
+    """Which features of a photo are used, of which weights, and where they are kept."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    layer: Layer = "fc2"
+    pool: Pool = "none"
+    weights: str = "IMAGENET1K_V1"
+    cache: Path = Field(default_factory=lambda: _cache_home() / "features")
+    precision: Precision = "auto"
+    batch_size: int = Field(default=32, ge=1)
+
+    @model_validator(mode="after")
+    def _layer_fits(self) -> "FeaturesConfig":
+        net = "IMAGENET1K_FEATURES" if self.weights not in NETS else self.weights
+        if self.layer not in NETS[net].layers:
+            raise ValueError(
+                f"features.layer = '{self.layer}' needs the fully connected layers, which "
+                f"features.weights = '{self.weights}' does not hold; use IMAGENET1K_V1, or layer conv5_3"
+            )
+        if self.layer == "fc2" and self.pool != "none":
+            raise ValueError(f"features.pool = '{self.pool}': fc2 has no grid to pool; use 'none', or layer conv5_3")
+        return self
+
+
+@dataclass(frozen=True)
+class EncoderIdentity:
+    """All that decides what a photo's features are; features of different identities never mix."""
+
+    layer: Layer
+    pool: Pool
+    mean: tuple[float, float, float]
+    std: tuple[float, float, float]
+    weights_digest: str
+    weights: str
+    size: Literal[224] = SIZE
+    transform: Literal["squash-bilinear-antialias"] = "squash-bilinear-antialias"
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, F): grid positions and features at each."""
+        if self.layer == "fc2":
+            return 1, 4096
+        return {"none": 14 * 14, "max2": 7 * 7, "mean": 1}[self.pool], 512
+
+    def key(self) -> str:
+        """A short digest of the identity; the weights' name is a hint where to get them, not part of it."""
+        record = asdict(self)
+        del record["weights"]
+        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+
+    def __str__(self) -> str:
+        return f"VGG16 {self.layer}, pool {self.pool}, weights {self.weights_digest[:12]}"
+
+
+class Encoder(nn.Module):
+    """VGG16 up to the layer that its identity names, with its preprocessing inside."""
+
+    def __init__(self, identity: EncoderIdentity, state: State) -> None:
+        super().__init__()
+        self.identity = identity
+        self.convolutions, self.dense = _network(identity.layer)
+        self.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
+        self.requires_grad_(False).eval()
+        # Buffers, so that the numbers travel with the network; not in the state, they are in the identity.
+        self.register_buffer("mean", torch.tensor(identity.mean), persistent=False)
+        self.register_buffer("std", torch.tensor(identity.std), persistent=False)
+
+    @torch.inference_mode()
+    def forward(self, photos: Tensor) -> Tensor:
+        """Features of photos ``(B, size, size, 3)`` in 0..255, as float16 ``(B, P, F)``."""
+        assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
+        weight = next(self.parameters())
+        pixels = (photos.to(weight.device).float() - self.mean) / self.std
+        x = pixels.permute(0, 3, 1, 2).to(weight.dtype)  # (B, 3, size, size), channels last in memory
+        x = self.convolutions(x)  # (B, 512, 14, 14), or (B, 512, 7, 7) on the way to fc2
+        if self.identity.layer == "fc2":
+            dense: Tensor = self.dense(x.contiguous().flatten(1))  # (B, 4096)
+            return dense.unsqueeze(1).half()
+        if self.identity.pool == "max2":
+            x = nn.functional.max_pool2d(x, 2)  # (B, 512, 7, 7)
+        grid = x.flatten(2).transpose(1, 2)  # (B, P, 512)
+        if self.identity.pool == "mean":
+            grid = grid.float().mean(1, keepdim=True)
+        return grid.half()
+
+    def prepare(self, device: torch.device, precision: Precision) -> "Encoder":
+        """Moves the network to a device, in the precision that is fast there."""
+        dtype = torch.bfloat16 if _use_bfloat16(device, precision) else torch.float32
+        buffers = dict(self.named_buffers())
+        self.to(device, dtype).to(memory_format=torch.channels_last)
+        for name, buffer in buffers.items():  # preprocessing stays in float32
+            setattr(self, name, buffer.to(device))
+        return self
+
+    def encode(self, photos: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
+        """Features ``(B, P, F)`` of squashed photos, each ``(size, size, 3)``."""
+        features: NDArray[np.float16] = self(torch.from_numpy(np.stack(photos))).cpu().numpy()
+        return features
+
+    def weights(self) -> State:
+        """The layers used, in float16, which is what they are rounded to at loading."""
+        return {name: value.half() for name, value in self.state_dict().items()}
+
+
+def identify(config: FeaturesConfig) -> EncoderIdentity:
+    """The identity of the encoder that a config asks for, without its weights where their digest is known.
+
+    Raises:
+        InputError: as :func:`load_encoder`.
+    """
+    net = NETS.get(config.weights)
+    known = net.digests.get(config.layer) if net is not None else None
+    if known is not None:
+        return _identity(config, known)
+    return _identity(config, _digest(_read_weights(config)))
+
+
+def load_encoder(config: FeaturesConfig) -> Encoder:
+    """The encoder that a config asks for; torchvision fetches named weights at their first use.
+
+    Raises:
+        InputError: weights that are missing, cut short, not VGG16's, or cannot be fetched.
+    """
+    state = _read_weights(config)
+    identity = _identity(config, _digest(state))
+    net = NETS.get(config.weights)
+    known = net.digests.get(config.layer) if net is not None else None
+    if known is not None and known != identity.weights_digest:
+        raise InputError(
+            f"features.weights = '{config.weights}': digest {identity.weights_digest[:12]}, expected {known[:12]}; "
+            f"delete {_hub_file(config.weights)} to fetch it again, or give the path of a weights file"
+        )
+    return Encoder(identity, state)
+
+
+def encoder_at_hand(config: FeaturesConfig) -> bool:
+    """Whether the encoder can be loaded without fetching anything."""
+    return config.weights not in NETS or _hub_file(config.weights).is_file()
+
+
+def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:
+    net = NETS.get(config.weights, NETS["IMAGENET1K_FEATURES"])
+    name = config.weights if config.weights in NETS else Path(config.weights).name
+    return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name)
+
+
+def _digest(state: State) -> str:
+    """SHA-256 over the layers used, in float16, so that one net from two files is one encoder."""
+    digest = hashlib.sha256()
+    for name, value in sorted(state.items()):
+        digest.update(f"{name} {tuple(value.shape)}\n".encode())
+        digest.update(np.ascontiguousarray(value.half().numpy()).data)
+    return digest.hexdigest()
+
+
+def _network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
+    """VGG16's parts up to a layer, without memory for their weights yet."""
+    from torchvision.models import vgg16
+
+    with torch.device("meta"):
+        net = vgg16(weights=None, init_weights=False)
+    if layer == "fc2":
+        return net.features, net.classifier[:5]
+    return net.features[:30], nn.Sequential()
+
+
+def _read_weights(config: FeaturesConfig) -> State:
+    """The weights of the layers used, rounded to float16, under the encoder's own names."""
+    path = Path(config.weights)
+    if config.weights in NETS:
+        path = _fetch(config.weights)
+    elif not path.is_file():
+        raise InputError(
+            f"features.weights = '{config.weights}': no such file, and not one of {', '.join(NETS)}; "
+            "give one of these names or the path of a weights file"
+        )
+    state = _load_state(path)
+    expected = {
+        f"{part}.{name}": value.shape
+        for part, net in zip(("convolutions", "dense"), _network(config.layer), strict=True)
+        for name, value in net.state_dict().items()
+    }
+    named: State = {}
+    for name, value in state.items():
+        ours = name.replace("features.", "convolutions.", 1).replace("classifier.", "dense.", 1)
+        if ours in expected:
+            named[ours] = value.half()
+    wrong = [name for name, shape in expected.items() if name not in named or named[name].shape != shape]
+    if wrong:
+        raise InputError(f"{path}: not VGG16's weights ({wrong[0]} is missing or has another shape)")
+    dense = state.get("classifier.0.weight")
+    if config.weights not in NETS and dense is not None and bool(dense.isfinite().all()):
+        raise InputError(
+            f"{path}: holds fully connected layers, so it is torchvision's own net, whose preprocessing differs; "
+            f"put it at {_hub_file('IMAGENET1K_V1')} and set features.weights = IMAGENET1K_V1"
+        )
+    unfit = [name for name, value in named.items() if not bool(value.isfinite().all())]
+    if unfit:
+        raise InputError(f"{path}: {unfit[0]} holds values that are not finite; get the file again")
+    return named
+
+
+def _load_state(path: Path) -> State:
+    try:
+        state = torch.load(path, map_location="cpu", weights_only=True)
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by kind of damage
+        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
+        raise InputError(f"{path}: not a file of weights that can be loaded safely ({reason})") from None
+    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        raise InputError(f"{path}: holds no table of tensors; give a state_dict of VGG16")
+    return state
+
+
+def _hub_file(name: str) -> Path:
+    """Where torchvision keeps the weights of that name."""
+    from torchvision.models import VGG16_Weights
+
+    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights[name].url).name
+
+
+def _fetch(name: str) -> Path:
+    from torchvision.models import VGG16_Weights
+
+    path = _hub_file(name)
+    if path.is_file():
+        return path
+    if os.environ.get("CAPEXP_OFFLINE"):
+        raise InputError(f"features.weights = '{name}': not in {path.parent}, and CAPEXP_OFFLINE forbids fetching")
+    path.parent.mkdir(parents=True, exist_ok=True)
+    try:
+        torch.hub.download_url_to_file(
+            VGG16_Weights[name].url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=True
+        )
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash a RuntimeError
+        raise InputError(
+            f"features.weights = '{name}': cannot be fetched ({error}); with a copy of the file, "
+            f"put it at {path} or give its path with --features.weights"
+        ) from None
+    return path
+
+
+def _use_bfloat16(device: torch.device, precision: Precision) -> bool:
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
+
+
+def _cache_home() -> Path:
+    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capexp"

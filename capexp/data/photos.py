@@ -1,0 +1,89 @@
+"""Photo files as pixels: any picture that Pillow reads, as RGB, upright, first frame."""
+
+import hashlib
+import io
+import warnings
+from concurrent.futures import ThreadPoolExecutor
+from pathlib import Path
+
+import numpy as np
+from numpy.typing import NDArray
+from PIL import Image, ImageOps, UnidentifiedImageError
+
+from capexp.data.errors import InputError, listed
+
+MAXIMUM_PIXELS = 100_000_000  # a 100-megapixel photo; more is a decompression bomb, or no photo
+
+
+def read_photo(source: Path | bytes) -> Image.Image:
+    """A photo as an upright RGB image: first frame, EXIF rotation applied, transparency over white.
+
+    Raises:
+        InputError: nothing that can be decoded as a picture, or one of more than 100 megapixels.
+    """
+    name = str(source) if isinstance(source, Path) else "the photo"
+    try:
+        with warnings.catch_warnings():
+            # Pillow warns of large pictures at a limit of its own; ours is refused below.
+            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
+            image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
+        width, height = image.size
+        if width * height > MAXIMUM_PIXELS:
+            raise InputError(f"{name}: {width}x{height} pixels are over {MAXIMUM_PIXELS:,}; scale it down")
+        image.load()
+        return _rgb(ImageOps.exif_transpose(image))
+    except InputError:
+        raise
+    except FileNotFoundError:
+        raise InputError(f"{name}: no such file") from None
+    except Image.DecompressionBombError:
+        raise InputError(f"{name}: more than {MAXIMUM_PIXELS:,} pixels; scale it down") from None
+    except MemoryError:
+        raise
+    except Exception as error:  # decoders raise OSError, SyntaxError, struct.error, ... on broken files
+        reason = str(error) or type(error).__name__
+        if isinstance(error, UnidentifiedImageError):
+            reason = "not a picture in a format that Pillow knows"
+        raise InputError(f"{name}: cannot be read as a picture ({reason}); replace it") from None
+
+
+def _rgb(image: Image.Image) -> Image.Image:
+    if image.mode.startswith("I;16"):  # Pillow's own conversion clips at 255 instead of scaling
+        image = Image.fromarray((np.asarray(image) >> 8).astype(np.uint8))
+    elif image.mode in ("I", "F"):
+        values = np.asarray(image, dtype=np.float64)
+        scale = 255 / max(float(values.max()), 255.0)
+        image = Image.fromarray((values.clip(min=0) * scale).astype(np.uint8))
+    if image.has_transparency_data:
+        image = image.convert("RGBA")
+        image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
+    return image.convert("RGB")
+
+
+def squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
+    """The whole photo squashed to a square of ``size``, bilinear and antialiased: ``(size, size, 3)``."""
+    if image.size != (size, size):
+        image = image.resize((size, size), Image.Resampling.BILINEAR)
+    return np.asarray(image)
+
+
+def digest_photos(paths: list[Path]) -> list[bytes]:
+    """SHA-256 of each file's bytes: a photo is known by its content, so a changed one is a new one.
+
+    Raises:
+        InputError: files that cannot be read; all are counted.
+    """
+
+    def digest(path: Path) -> bytes | None:
+        try:
+            with path.open("rb") as file:
+                return hashlib.file_digest(file, "sha256").digest()
+        except OSError:
+            return None
+
+    with ThreadPoolExecutor() as pool:
+        found = list(pool.map(digest, paths))
+    unread = [str(path) for path, value in zip(paths, found, strict=True) if value is None]
+    if unread:
+        raise InputError(f"{len(unread)} photos cannot be read: {listed(unread)}")
+    return [value for value in found if value is not None]

@@ -1,0 +1,35 @@
+"""Measures a captioner on a split: cross-entropy, perplexity, and the same with photos shuffled."""
+
+import json
+from pathlib import Path
+
+from capexp import command
+
+
+def evaluate(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser("evaluate", __doc__)
+    command.add_experiment(parser, default="scenes")
+    command.add_model(parser)
+    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev")
+    parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write the scores there")
+    arguments, settings = parser.parse(argv)
+
+    from capexp import experiment as experiments, runs
+    from capexp.captioning.captioner import Captioner
+    from capexp.tracking.registry import find_bundle
+    from capexp.training.fit import choose_device
+
+    experiment = experiments.load(experiments.find(arguments.experiment), settings)
+    device = choose_device(experiment.training.device)
+    captioner = Captioner.load(find_bundle(arguments.model), device)
+    scores = runs.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
+    text = json.dumps(scores, indent=2)
+    if arguments.output is not None:
+        arguments.output.write_text(text + "\n", encoding="utf-8")
+    print(text)
+    return 0
+
+
+if __name__ == "__main__":
+    command.main("evaluate", evaluate)

@@ -1,0 +1,213 @@
+"""One experiment, frozen: the configs of all parts, from a TOML file and flags.
+
+A setting has one name everywhere: ``training.learning_rate`` is the key in the file, the flag on the command
+line, the param in MLflow and the parameter of a study.
+"""
+
+import difflib
+import json
+import tomllib
+from collections.abc import Iterator, Mapping
+from pathlib import Path
+from typing import Annotated, Any, Literal
+
+import tomli_w
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+
+from capexp.captioning.decoding import DecodingConfig
+from capexp.captioning.model import ModelConfig
+from capexp.data.captions import CaptionsConfig
+from capexp.data.errors import InputError
+from capexp.data.features import NETS, FeaturesConfig
+from capexp.data.vocabulary import VocabularyConfig
+from capexp.search import TuneConfig
+from capexp.training.fit import TrainingConfig
+
+FOLDER = Path(__file__).parents[1] / "experiments"
+SECTIONS = ("captions", "vocabulary", "features", "model", "training", "decoding", "registry", "tune")
+
+Settings = dict[str, Any]
+
+
+class RegistryConfig(BaseModel):
+    """Under which name the best model is registered, and what makes it a champion."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    model: str = Field(min_length=1, pattern=r"^[^/:]+$")
+    """One name a data set, so that versions under it compare."""
+    metric: Literal["dev_loss"] = "dev_loss"
+
+
+class Experiment(BaseModel):
+    """Everything that decides what a run does."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
+    seed: int = Field(default=1, ge=0, lt=2**31)
+    captions: CaptionsConfig
+    vocabulary: VocabularyConfig = VocabularyConfig()
+    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
+    model: ModelConfig = ModelConfig()
+    training: TrainingConfig = TrainingConfig()
+    decoding: DecodingConfig = DecodingConfig()
+    registry: RegistryConfig
+    tune: TuneConfig = TuneConfig()
+
+    def flat(self) -> dict[str, str]:
+        """Every setting by its dotted name, as text; the study's own settings left out."""
+        settings = self.model_dump(mode="json", exclude={"tune"})
+        return {name: str(value) for name, value in flatten(settings)}
+
+    def to_toml(self) -> str:
+        """The experiment as a TOML file with absolute paths, which loads to an equal experiment."""
+        record = self.model_dump(mode="json", exclude_none=True)
+        for path in (("captions", "root"), ("features", "cache")):
+            record[path[0]][path[1]] = str(Path(record[path[0]][path[1]]).absolute())
+        if self.features.weights not in NETS:
+            record["features"]["weights"] = str(Path(self.features.weights).absolute())
+        return tomli_w.dumps(record)
+
+
+def find(name: str) -> Path:
+    """The file of an experiment, by path or by its name under ``experiments/``.
+
+    Raises:
+        InputError: there is none.
+    """
+    for path in (Path(name), FOLDER / f"{name}.toml"):
+        if path.is_file():
+            return path
+    known = sorted(path.stem for path in FOLDER.glob("*.toml"))
+    raise InputError(f"--experiment {name}: neither a file nor one of {', '.join(known)}")
+
+
+def load(path: Path, overrides: Mapping[str, object]) -> Experiment:
+    """Reads an experiment file, and puts overrides by dotted name over it.
+
+    Paths in the file are relative to the file, paths among the overrides to the working directory. An
+    override may be text, as it comes from a command line, or a value.
+
+    Raises:
+        InputError: not TOML, an unknown setting, a wrong type, a value out of range; the message names it.
+    """
+    try:
+        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+        raise InputError(f"{path}: not TOML ({error}); mend it") from None
+    except OSError as error:
+        raise InputError(f"{path}: cannot be read ({error.strerror})") from None
+    _anchor(settings, path.parent)
+    for name, value in overrides.items():
+        _set(settings, name, value)
+    return _validate(settings, str(path))
+
+
+def replace(experiment: Experiment, overrides: Mapping[str, object]) -> Experiment:
+    """The experiment with other settings, by dotted name.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    settings = experiment.model_dump(mode="json")
+    for name, value in overrides.items():
+        _set(settings, name, value)
+    return _validate(settings, experiment.name)
+
+
+def setting_type(name: str) -> Any:
+    """The type of a setting, with its bounds.
+
+    Raises:
+        InputError: no setting has that name.
+    """
+    model: Any = Experiment
+    *sections, last = name.split(".")
+    for section in sections:
+        field = model.model_fields.get(section)
+        model = field.annotation if field is not None else None
+        if not (isinstance(model, type) and issubclass(model, BaseModel)):
+            raise _unknown(name)
+    if last not in model.model_fields:
+        raise _unknown(name)
+    field = model.model_fields[last]
+    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+        raise InputError(f"--{name}: a section, not a setting; give --{name}.SETTING")
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+
+
+def setting_names() -> list[str]:
+    """All settings by dotted name."""
+
+    def names(model: Any, prefix: str) -> Iterator[str]:
+        for name, field in model.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from names(field.annotation, f"{prefix}{name}.")
+            else:
+                yield f"{prefix}{name}"
+
+    return list(names(Experiment, ""))
+
+
+def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
+    """Nested settings as pairs of dotted name and value."""
+    for name, value in settings.items():
+        if isinstance(value, Mapping):
+            yield from flatten(value, f"{prefix}{name}.")
+        else:
+            yield f"{prefix}{name}", value
+
+
+def _validate(settings: Settings, source: str) -> Experiment:
+    try:
+        # As JSON, strict: text is taken for a path but not for a number, a whole number for a float.
+        return Experiment.model_validate_json(json.dumps(settings, default=str), strict=True)
+    except ValidationError as error:
+        raise InputError(f"{source}: {_explain(error)}") from None
+
+
+def _explain(error: ValidationError) -> str:
+    """The first fault in one line: which setting, what value, what is allowed."""
+    first = error.errors()[0]
+    name = ".".join(str(part) for part in first["loc"])
+    if first["type"] == "extra_forbidden":
+        return str(_unknown(name))
+    if first["type"] == "missing":
+        return f"{name} is not set; add it"
+    if first["type"] == "value_error":  # raised by a config's own check, whose message names the settings
+        return str(first["ctx"]["error"])
+    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+
+
+def _unknown(name: str) -> InputError:
+    close = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.5)
+    remedy = f"did you mean {close[0]}?" if close else f"settings are {', '.join(setting_names()[:3])}, ..."
+    return InputError(f"unknown setting {name!r}; {remedy}")
+
+
+def _set(settings: Settings, name: str, value: object) -> None:
+    """Puts one override into nested settings."""
+    kind = TypeAdapter(setting_type(name))
+    try:
+        value = kind.dump_python(kind.validate_python(value), mode="json")
+    except ValidationError as error:
+        message = error.errors()[0]["msg"]
+        raise InputError(f"--{name} {value}: {message[0].lower()}{message[1:]}") from None
+    *sections, last = name.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{section}: should be a section with settings, not a value")
+    settings[last] = value
+
+
+def _anchor(settings: Settings, folder: Path) -> None:
+    """Makes the paths of a file relative to the working directory instead of to the file."""
+    for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
+        table = settings.get(section)
+        if not isinstance(table, dict) or not isinstance(table.get(key), str):
+            continue
+        value = table[key]
+        if not (key == "weights" and value in NETS):
+            table[key] = str(folder / Path(value).expanduser())

@@ -1,0 +1,45 @@
+"""Computes the features of an experiment's photos ahead of time, into its cache."""
+
+import resource
+import time
+
+from capexp import command
+
+
+def extract(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser("extract", __doc__)
+    command.add_experiment(parser)
+    parser.add_argument(
+        "--split", choices=("train", "dev", "test"), action="append", help="default: all that are listed"
+    )
+    parser.add_argument("--clear", action="store_true", help="delete the cached features of this encoder first")
+    arguments, settings = parser.parse(argv)
+
+    from capexp import experiment as experiments, runs
+    from capexp.data.cache import FeatureCache
+    from capexp.data.captions import SPLITS, read_splits
+    from capexp.data.features import identify
+
+    experiment = experiments.load(experiments.find(arguments.experiment), settings)
+    wanted = tuple(
+        name for name in SPLITS if name in (arguments.split or SPLITS)
+        and (arguments.split or experiment.captions.list_of(name).is_file())
+    )  # fmt: skip
+    splits = list(read_splits(experiment.captions, wanted).values())
+    identity = identify(experiment.features)
+    cache = FeatureCache(experiment.features.cache, identity)
+    if arguments.clear:
+        cache.path.unlink(missing_ok=True)
+    start = time.perf_counter()
+    features = runs.read_features(experiment, splits, identity)
+    seconds = time.perf_counter() - start
+    count = sum(len(part) for part in features.values())
+    peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
+    print(f"{cache.path}: {count:,} photos of {', '.join(features)}, {identity}")
+    print(f"{cache.path.stat().st_size / 2**20:.1f} MiB; {seconds:.1f} s, peak memory {peak:.2f} GiB")
+    return 0
+
+
+if __name__ == "__main__":
+    command.main("extract", extract)

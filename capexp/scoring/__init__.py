@@ -1,0 +1,1 @@
+"""What a captioner is worth on a split."""

@@ -1,0 +1,188 @@
+"""The model registry: logging a captioner, registering it, and who is champion."""
+
+import base64
+import importlib.metadata
+import io
+import os
+import tempfile
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.models import ModelSignature
+from mlflow.tracking import MlflowClient
+from mlflow.types.schema import ColSpec, DataType, Schema
+from PIL import Image
+
+from capexp.captioning.captioner import Captioner
+from capexp.data.errors import InputError
+from capexp.data.features import State
+
+ARTIFACT = "captioner"
+CHAMPION = "champion"
+
+_PACKAGE = Path(__file__).parents[1]
+_REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "pydantic", "safetensors")
+_SIGNATURE = ModelSignature(
+    inputs=Schema([ColSpec(DataType.string, "photo")]),
+    outputs=Schema(
+        [
+            ColSpec(DataType.string, "caption", required=False),
+            ColSpec(DataType.double, "log_probability", required=False),
+            ColSpec(DataType.string, "error", required=False),
+        ]
+    ),
+)
+
+
+@dataclass(frozen=True)
+class Score:
+    """What the champion is chosen by: a metric, and what it was measured on."""
+
+    metric: str
+    value: float
+    dev_digest: str
+    vocabulary_digest: str
+
+    def tags(self) -> dict[str, str]:
+        """The score as tags of a version."""
+        return {
+            self.metric: repr(self.value),
+            "dev_digest": self.dev_digest,
+            "vocabulary_digest": self.vocabulary_digest,
+        }
+
+
+@dataclass(frozen=True)
+class Version:
+    """A registered version, and whether it became champion, with the reason."""
+
+    name: str
+    number: str
+    champion: bool
+    reason: str
+
+
+def log_captioner(captioner: Captioner, encoder: State | None, register_as: str | None) -> str | None:
+    """Logs a captioner to the active run as the pyfunc model ``captioner``, its bundle inside.
+
+    With ``register_as``, registers it under that name and returns the version's number. The encoder's
+    weights travel with it where they are given; nothing is fetched.
+    """
+    with tempfile.TemporaryDirectory() as folder, _offline():
+        bundle = captioner.save(Path(folder) / "bundle", encoder)
+        info = mlflow.pyfunc.log_model(
+            name=ARTIFACT,
+            python_model=str(Path(__file__).with_name("served_model.py")),
+            artifacts={"bundle": str(bundle)},
+            code_paths=[str(_PACKAGE)],
+            signature=_SIGNATURE,
+            input_example=_example(),
+            pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in _REQUIREMENTS],
+            registered_model_name=register_as,
+        )
+    version = info.registered_model_version
+    return None if version is None else str(version)
+
+
+def registered_version(name: str, run_id: str) -> str | None:
+    """The version that a run has registered already, if any: a resumed run registers no second one."""
+    found = MlflowClient().search_model_versions(f"name='{name}'")
+    return next((str(version.version) for version in found if version.run_id == run_id), None)
+
+
+def describe_version(name: str, number: str, description: str, tags: Mapping[str, str]) -> None:
+    """Writes a version's card: a description in Markdown, and tags."""
+    client = MlflowClient()
+    client.update_model_version(name, number, description)
+    for key, value in tags.items():
+        client.set_model_version_tag(name, number, key, value)
+
+
+def crown(name: str, number: str, score: Score, force: bool) -> Version:
+    """Moves the alias ``champion`` to a version if it earns it, or if forced."""
+    client = MlflowClient()
+    holder = champion_of(name)
+    if holder == number:
+        return Version(name, number, True, "it is champion already")
+    if holder is None:
+        earned, reason = True, "the first version"
+    else:
+        earned, reason = compare(score, dict(client.get_model_version(name, holder).tags), holder)
+    if force and not earned:
+        earned, reason = True, f"forced, though {reason}"
+    if earned:
+        client.set_registered_model_alias(name, CHAMPION, number)
+    return Version(name, number, earned, reason)
+
+
+def compare(score: Score, champion: Mapping[str, str], holder: str) -> tuple[bool, str]:
+    """Whether a score beats the tags of the champion, version ``holder``, and why or why not."""
+    if champion.get("dev_digest") != score.dev_digest:
+        return False, f"version {holder} was measured on another dev split"
+    if champion.get("vocabulary_digest") != score.vocabulary_digest:
+        return False, f"version {holder} has another vocabulary, so losses do not compare"
+    try:
+        old = float(champion[score.metric])
+    except (KeyError, ValueError):
+        return False, f"version {holder} has no {score.metric}"
+    if score.value < old:
+        return True, f"{score.metric} {score.value:.4f} is better than {old:.4f} of version {holder}"
+    return False, f"{score.metric} {score.value:.4f} is not better than {old:.4f} of version {holder}"
+
+
+def champion_of(name: str) -> str | None:
+    """The version that the alias points at."""
+    try:
+        return str(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
+    except MlflowException:
+        return None
+
+
+def find_bundle(model: str) -> Path:
+    """The bundle that ``MODEL`` names: a folder, ``runs:/ID/captioner``, ``models:/NAME/VERSION`` or ``@champion``.
+
+    Raises:
+        InputError: there is no such model, or none of this project.
+    """
+    if not model.startswith(("runs:/", "models:/")):
+        folder = Path(model)
+        if not folder.is_dir():
+            raise InputError(
+                f"--model {model}: neither a bundle's folder nor runs:/ID/captioner nor models:/NAME@champion"
+            )
+        return folder
+    try:
+        local = Path(mlflow.artifacts.download_artifacts(model))
+    except (MlflowException, OSError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"--model {model}: not found in {mlflow.get_registry_uri()} ({reason})") from None
+    bundle = local / "artifacts" / "bundle"
+    if not bundle.is_dir():
+        raise InputError(f"--model {model}: not a captioner of this project (artifacts/bundle is missing)")
+    return bundle
+
+
+def _example() -> pd.DataFrame:
+    """A photo as a client sends it: small, in base64."""
+    buffer = io.BytesIO()
+    Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(buffer, "PNG")
+    return pd.DataFrame({"photo": [base64.b64encode(buffer.getvalue()).decode()]})
+
+
+@contextmanager
+def _offline() -> Iterator[None]:
+    """MLflow runs the model on the example when it logs it; that must not fetch weights."""
+    before = os.environ.get("CAPEXP_OFFLINE")
+    os.environ["CAPEXP_OFFLINE"] = "1"
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["CAPEXP_OFFLINE"]
+        else:
+            os.environ["CAPEXP_OFFLINE"] = before

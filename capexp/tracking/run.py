@@ -1,0 +1,144 @@
+"""One MLflow run from start to end: params, tags, inputs, metrics, artifacts, and the state it ends in."""
+
+import logging
+import os
+import subprocess
+from collections.abc import Iterator, Mapping
+from contextlib import contextmanager
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from filelock import FileLock
+from mlflow.data.meta_dataset import MetaDataset
+from mlflow.data.sources import LocalArtifactDatasetSource
+from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from capexp.data.errors import InputError
+
+log = logging.getLogger(__name__)
+
+_PARAM_LENGTH = 6000  # MLflow's limit
+_BATCH = 100  # params that MLflow takes at once
+_SAMPLING_SECONDS = 5.0  # of system metrics; runs on small data are short
+
+
+@dataclass(frozen=True)
+class Input:
+    """A split as an MLflow dataset."""
+
+    name: str
+    context: str
+    path: Path
+    digest: str
+
+
+class TrackedRun:
+    """What the project logs to one run. Logging the same again changes nothing."""
+
+    def __init__(self, run_id: str, client: MlflowClient) -> None:
+        self.run_id = run_id
+        self._client = client
+
+    def log_params(self, params: Mapping[str, str]) -> None:
+        """Logs the params that the run does not hold yet: ``mlflow run -P`` has logged its own as text."""
+        held = self._client.get_run(self.run_id).data.params
+        lacking = [Param(name, value[:_PARAM_LENGTH]) for name, value in params.items() if name not in held]
+        for start in range(0, len(lacking), _BATCH):
+            self._client.log_batch(self.run_id, params=lacking[start : start + _BATCH])
+
+    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
+        """Logs values of one step; ``timestamp`` in milliseconds since 1970."""
+        self._client.log_batch(
+            self.run_id, metrics=[Metric(name, value, timestamp, step) for name, value in metrics.items()]
+        )
+
+    def set_tags(self, tags: Mapping[str, str]) -> None:
+        """Sets tags, over those of the same name."""
+        self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+
+    def log_inputs(self, inputs: list[Input]) -> None:
+        """Logs the splits as data sets."""
+        for item in inputs:
+            source = LocalArtifactDatasetSource(str(item.path.absolute()))
+            mlflow.log_input(MetaDataset(source, name=item.name, digest=item.digest[:36]), context=item.context)
+
+    def log_artifact(self, path: Path) -> None:
+        """Copies a file to the run's artifacts."""
+        self._client.log_artifact(self.run_id, str(path))
+
+
+def prepare_store() -> None:
+    """Makes MLflow's database where it is missing: two processes that do so at once would break it.
+
+    Raises:
+        InputError: the tracking server or the store cannot be used.
+    """
+    uri = mlflow.get_tracking_uri()
+    try:
+        if uri.startswith("sqlite:"):
+            with FileLock(".mlflow.lock"):
+                MlflowClient().search_experiments(max_results=1)
+        else:
+            MlflowClient().search_experiments(max_results=1)
+    except (MlflowException, OSError) as error:
+        raise InputError(
+            f"MLflow's store cannot be used ({str(error).splitlines()[0]}); check MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def run_status(run_id: str) -> str:
+    """The state of a run, such as ``FINISHED``.
+
+    Raises:
+        InputError: there is no such run.
+    """
+    try:
+        return str(MlflowClient().get_run(run_id).info.status)
+    except MlflowException:
+        raise InputError(f"--resume {run_id}: no such run in {mlflow.get_tracking_uri()}") from None
+
+
+@contextmanager
+def tracked_run(
+    name: str, experiment: str, *, resume: str | None = None, parent: str | None = None
+) -> Iterator[TrackedRun]:
+    """Starts a run, or goes on with one, and ends it in the state that fits how the block was left.
+
+    Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED, tagged
+    ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
+    """
+    if "MLFLOW_RUN_ID" not in os.environ and resume is None:
+        mlflow.set_experiment(experiment)
+    mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
+    mlflow.set_system_metrics_samples_before_logging(1)
+    run = mlflow.start_run(run_id=resume, run_name=name, parent_run_id=parent, log_system_metrics=True)
+    tracked = TrackedRun(run.info.run_id, MlflowClient())
+    status = RunStatus.to_string(RunStatus.FAILED)
+    try:
+        yield tracked
+        status = RunStatus.to_string(RunStatus.FINISHED)
+    except (KeyboardInterrupt, GeneratorExit):
+        status = RunStatus.to_string(RunStatus.KILLED)
+        tracked.set_tags({"stopped": "interrupt"})
+        raise
+    except Exception as error:
+        tracked.set_tags({"error": f"{type(error).__name__}: {error}"[:500]})
+        raise
+    finally:
+        mlflow.end_run(status)
+
+
+def git_commit() -> str:
+    """The commit of the project's code, ``-dirty`` where files differ from it; empty outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return described.stdout.strip()

@@ -1,0 +1,53 @@
+"""The model that MLflow serves: a table of photos in, a record of caption, log-probability and error each out.
+
+MLflow runs this file when it loads the model ("models from code"), so nothing of it is pickled.
+"""
+
+import base64
+import binascii
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+
+from capexp.captioning.captioner import Captioner
+from capexp.data.errors import InputError
+
+
+class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
+    """Captions the photos of a column ``photo``: base64 text, or bytes from callers in Python."""
+
+    def load_context(self, context: Any) -> None:
+        """Loads the bundle; its encoder is loaded, or fetched, when the first photo comes."""
+        self.captioner = Captioner.load(Path(context.artifacts["bundle"]))
+
+    def predict(
+        self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
+    ) -> list[dict[str, Any]]:
+        """One record a photo; what is wrong with a photo stands in its own ``error``."""
+        photos = [_decode(value) for value in model_input["photo"]]
+        readable = [photo for photo in photos if isinstance(photo, bytes)]
+        try:
+            results = iter(self.captioner.caption_photos(list(readable)))
+        except InputError as error:  # the encoder's weights cannot be had: so for every photo
+            return [_record(photo if isinstance(photo, InputError) else error) for photo in photos]
+        return [_record(photo if isinstance(photo, InputError) else next(results)) for photo in photos]
+
+
+def _decode(value: object) -> bytes | InputError:
+    if isinstance(value, bytes):
+        return value
+    try:
+        return base64.b64decode(str(value), validate=True)
+    except (binascii.Error, ValueError):
+        return InputError("the photo is not base64; send the file's bytes in base64")
+
+
+def _record(result: Any) -> dict[str, Any]:
+    if isinstance(result, InputError):
+        return {"caption": None, "log_probability": None, "error": str(result)}
+    return {"caption": result.text, "log_probability": result.log_probability, "error": None}
+
+
+mlflow.models.set_model(ServedCaptioner())

@@ -1,0 +1,99 @@
+"""Trains one experiment, tracked by MLflow, and registers its best captioner."""
+
+from contextlib import closing
+from typing import TYPE_CHECKING
+
+from capexp import command
+
+if TYPE_CHECKING:
+    from capexp.runs import Result
+    from capexp.training.fit import Epoch
+
+
+def train(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser("train", __doc__)
+    command.add_experiment(parser, default=None)
+    parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run that was stopped")
+    parser.add_argument("--promote", action="store_true", help="make the model champion whatever it scores")
+    parser.add_argument("--dry-run", action="store_true", help="check settings and data, then stop")
+    arguments, settings = parser.parse(argv)
+    if arguments.resume and arguments.experiment:
+        parser.error("--resume takes the experiment from the run; leave --experiment out")
+
+    from capexp import experiment as experiments
+
+    if arguments.resume:
+        from capexp import runs
+
+        before = runs.settings_of(arguments.resume)
+        experiment = experiments.replace(before, settings)
+        runs.refuse_other_settings(before, experiment)
+        if runs.is_complete(arguments.resume, experiment):
+            parser.error(f"--resume {arguments.resume}: the run has finished; raise training.epochs to go on")
+    else:
+        experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
+    print(
+        f"experiment {experiment.name}",
+        *(f"  {name} = {value}" for name, value in experiment.flat().items()),
+        sep="\n",
+    )
+
+    from capexp import runs
+
+    prepared = runs.prepare(experiment)
+    train_split, dev_split = prepared.splits["train"], prepared.splits["dev"]
+    print(
+        f"{len(train_split.photos):,} train and {len(dev_split.photos):,} dev photos, "
+        f"{prepared.batches('train', 1).targets:,} and {prepared.batches('dev', 1).targets:,} targets, "
+        f"{len(prepared.vocabulary):,} entries, {prepared.decoder_parameters:,} trainable parameters",
+        flush=True,
+    )
+    if arguments.dry_run:
+        print("dry run: settings and data are fine; nothing was trained")
+        return 0
+    with closing(runs.run(experiment, prepared, resume=arguments.resume, promote=arguments.promote)) as epochs:
+        while True:
+            try:
+                _print_epoch(next(epochs))
+            except StopIteration as stop:
+                _print_result(stop.value)
+                return 0
+
+
+def _print_epoch(epoch: "Epoch") -> None:
+    star = "  *" if epoch.improved else ""
+    print(
+        f"epoch {epoch.number:3d}   train {epoch.train_loss:.4f}   dev {epoch.dev_loss:.4f}   "
+        f"{epoch.seconds:.1f} s{star}",
+        flush=True,
+    )
+
+
+def _print_result(result: "Result") -> None:
+    best, version = result.best, result.version
+    assert result.dev_loss_blind is not None and version is not None
+    alias = f"@champion ({version.reason})" if version.champion else f"(not champion: {version.reason})"
+    model = f"models:/{version.name}@champion" if version.champion else f"models:/{version.name}/{version.number}"
+    photo = result.samples[0].photo
+    print(f"\nrun         {result.run_id}")
+    print(f"best epoch  {best.number}: train loss {best.train_loss:.4f}, dev loss {best.dev_loss:.4f} nats per token")
+    print(f"blind       {result.dev_loss_blind:.4f} dev loss with photos shuffled among captions")
+    print(f"registered  {version.name} version {version.number} {alias}")
+    print(f"bundle      {result.bundle}\n")
+    for sample in result.samples[:3]:
+        print(f"{sample.photo.name}\n  says       {sample.caption}")
+        for reference in sample.references[:2]:
+            print(f"  reference  {reference}")
+    print(
+        f"""
+next
+  mlflow ui                                                     the runs, their curves and captions
+  python -m capexp.caption --model {model} {photo}
+  python -m capexp.train --experiment flickr8k-merge-conv --captions.root FOLDER     the real thing: Flickr8k
+  python -m capexp.tune --trials 20                             search embedding size, LSTM units, dropout"""
+    )
+
+
+if __name__ == "__main__":
+    command.main("train", train)

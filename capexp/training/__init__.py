@@ -1,0 +1,1 @@
+"""The loop that yields epochs, and the checkpoints it can go on from."""

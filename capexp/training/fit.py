@@ -1,0 +1,202 @@
+"""The training loop: teacher forcing, dev loss watched, one ``Epoch`` yielded after another.
+
+Shapes: B batch, T steps, V vocabulary.
+"""
+
+import time
+from collections.abc import Iterator
+from contextlib import AbstractContextManager
+from dataclasses import dataclass
+from typing import Literal
+
+import torch
+from pydantic import BaseModel, ConfigDict, Field
+from torch import nn
+
+from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.model import MergeDecoder
+from capexp.data.batches import CaptionBatches
+from capexp.data.errors import InputError
+from capexp.data.vocabulary import PAD
+from capexp.scoring.evaluation import Loss, cross_entropy
+from capexp.training.checkpoints import Checkpoints, TrainingState
+
+
+class TrainingConfig(BaseModel):
+    """How long, how fast and where a captioner is trained."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=20, ge=1)
+    patience: int = Field(default=3, ge=1)
+    """Epochs without a better dev loss after which training stops."""
+    batch_size: int = Field(default=64, ge=1)
+    """Captions a batch."""
+    learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    clip_norm: float = Field(default=5.0, gt=0, allow_inf_nan=False)
+    """The gradient's norm is cut to this."""
+    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    device: str = "auto"
+    keep: int = Field(default=1, ge=1)
+    """How many of the last improvements stay on disk."""
+
+
+@dataclass(frozen=True)
+class Epoch:
+    """One pass over the train captions. Losses are nats per token."""
+
+    number: int
+    """From 1."""
+    train_loss: float
+    """Running mean over the epoch in training mode (dropout on), as Keras reports it."""
+    dev_loss: float
+    """After the epoch, in evaluation mode, never smoothed."""
+    learning_rate: float
+    seconds: float
+    """Of training and dev loss together."""
+    tokens_per_second: float
+    """Train targets by seconds of training."""
+    improved: bool
+    ended_at: int
+    """Milliseconds since 1970."""
+
+
+def choose_device(name: str) -> torch.device:
+    """The device that a setting names; ``auto`` is CUDA where it is.
+
+    Raises:
+        InputError: a device that is not there.
+    """
+    if name == "auto":
+        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+    try:
+        device = torch.device(name)
+        torch.empty(1, device=device)
+    except (RuntimeError, AssertionError, NotImplementedError) as error:
+        reason = str(error).splitlines()[0]
+        raise InputError(f"training.device = '{name}': not usable here ({reason}); use 'auto' or 'cpu'") from None
+    return device
+
+
+def fit(
+    captioner: Captioner,
+    train: CaptionBatches,
+    dev: CaptionBatches,
+    config: TrainingConfig,
+    *,
+    seed: int,
+    device: torch.device,
+    dev_digest: str,
+    checkpoints: Checkpoints,
+) -> Iterator[Epoch]:
+    """Trains a captioner; yields each epoch when its checkpoint is on disk.
+
+    Where ``checkpoints`` holds the state of an earlier call, the epochs it had done are yielded again, from
+    their record, and training goes on after them: the caller sees the same sequence either way. The order of
+    the captions and the dropout masks of an epoch follow from seed and epoch number alone, so a stopped and
+    resumed training gives the losses of an undisturbed one.
+
+    Raises:
+        InputError: the loss is not finite any more, or the GPU's memory does not suffice.
+    """
+    decoder = captioner.decoder.to(device)
+    optimizer = torch.optim.Adam(
+        [value for value in decoder.parameters() if value.requires_grad],
+        lr=config.learning_rate,
+        eps=1e-7,  # Keras's value
+        fused=True,
+    )
+    history: list[Epoch] = []
+    state = checkpoints.latest()
+    if state is not None:
+        decoder.load_state_dict(state.decoder)
+        optimizer.load_state_dict(state.optimizer)
+        history = [Epoch(**record) for record in state.history]
+        yield from history
+    best = min((epoch.dev_loss for epoch in history), default=float("inf"))
+    while not is_finished(history, config):
+        number = len(history) + 1
+        start = time.perf_counter()
+        try:
+            train_loss = _train_epoch(decoder, optimizer, train, config, seed, number, device)
+            trained = time.perf_counter()
+            dev_loss = cross_entropy(decoder, dev.in_order()).per_token
+        except torch.OutOfMemoryError:
+            raise InputError(
+                f"{device} has too little memory for training.batch_size = {config.batch_size}; "
+                "lower training.batch_size, or set training.device = 'cpu'"
+            ) from None
+        epoch = Epoch(
+            number=number,
+            train_loss=train_loss.per_token,
+            dev_loss=dev_loss,
+            learning_rate=config.learning_rate,
+            seconds=time.perf_counter() - start,
+            tokens_per_second=train_loss.targets / (trained - start),
+            improved=dev_loss < best,
+            ended_at=time.time_ns() // 1_000_000,
+        )
+        history.append(epoch)
+        if epoch.improved:
+            best = dev_loss
+            captioner.training = TrainingRecord(
+                epoch=number, train_loss=epoch.train_loss, dev_loss=dev_loss, dev_digest=dev_digest
+            )
+            checkpoints.save_captioner(captioner)
+        checkpoints.save_state(
+            TrainingState(decoder.state_dict(), optimizer.state_dict(), [vars(past) for past in history])
+        )
+        yield epoch
+
+
+def is_finished(history: list[Epoch], config: TrainingConfig) -> bool:
+    """Whether training ends after these epochs: all are done, or patience is at its end."""
+    if len(history) >= config.epochs:
+        return True
+    best = max((epoch.number for epoch in history if epoch.improved), default=0)
+    return len(history) - best >= config.patience
+
+
+def _train_epoch(
+    decoder: MergeDecoder,
+    optimizer: torch.optim.Optimizer,
+    batches: CaptionBatches,
+    config: TrainingConfig,
+    seed: int,
+    number: int,
+    device: torch.device,
+) -> Loss:
+    decoder.train()
+    total, targets = 0.0, 0
+    # Dropout draws from torch's global generator: seeded for this epoch, and put back for whoever else uses it.
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 1_000_003 + number)
+        for step, batch in enumerate(batches.epoch(seed, number), start=1):
+            on_device = batch.to(device)
+            real = on_device.targets != PAD  # (B, T)
+            with _precision(device, config):
+                logits = decoder(on_device.features, on_device.inputs, real)  # (N, V)
+                loss = nn.functional.cross_entropy(logits.float(), on_device.targets[real])
+            value = loss.item()
+            if not torch.isfinite(loss):
+                raise InputError(
+                    f"the loss is {value} at step {step} of epoch {number}; weights are kept as they were: "
+                    f"lower training.learning_rate = {config.learning_rate}"
+                )
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(decoder.parameters(), config.clip_norm)
+            optimizer.step()
+            total += value * len(logits)
+            targets += len(logits)
+    return Loss(total, targets)
+
+
+def _precision(device: torch.device, config: TrainingConfig) -> AbstractContextManager[None]:
+    bfloat16 = config.precision == "bfloat16"
+    if config.precision == "auto":
+        if device.type == "cuda":
+            bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
+        else:
+            bfloat16 = bool(torch.cpu._is_amx_tile_supported())
+    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)
