@@ -15,7 +15,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write the scores there")
     arguments, settings = parser.parse(argv)
 
-    from capexp import experiment as experiments, runs
+    from capexp import experiment as experiments, preparation
     from capexp.captioning.captioner import Captioner
     from capexp.tracking.registry import find_bundle
     from capexp.training.fit import choose_device
@@ -23,7 +23,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     experiment = experiments.load(experiments.find(arguments.experiment), settings)
     device = choose_device(experiment.training.device)
     captioner = Captioner.load(find_bundle(arguments.model), device)
-    scores = runs.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
+    scores = preparation.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
     text = json.dumps(scores, indent=2)
     if arguments.output is not None:
         arguments.output.write_text(text + "\n", encoding="utf-8")

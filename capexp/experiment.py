@@ -20,7 +20,7 @@ from capexp.data.captions import CaptionsConfig
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, FeaturesConfig
 from capexp.data.vocabulary import VocabularyConfig
-from capexp.search import TuneConfig
+from capexp.search import Choices, TuneConfig
 from capexp.training.fit import TrainingConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -135,6 +135,27 @@ def setting_type(name: str) -> Any:
     if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
         raise InputError(f"--{name}: a section, not a setting; give --{name}.SETTING")
     return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+
+
+def check_search_space(experiment: Experiment) -> None:
+    """Refuses a search that no study can make, before its first trial.
+
+    Raises:
+        InputError: a name that is no setting, a value the setting does not allow, or a setting whose trials
+            would have losses that do not compare or that need other features.
+    """
+    for name, space in experiment.tune.search.items():
+        kind = TypeAdapter(setting_type(name))
+        if name.split(".")[0] not in ("model", "training"):
+            raise InputError(
+                f"tune.search: {name}: trials with different values of it do not compare; search model.* or training.*"
+            )
+        for value in space.choices if isinstance(space, Choices) else (space.low, space.high):
+            try:
+                kind.validate_json(json.dumps(value), strict=True)
+            except ValidationError as error:
+                message = error.errors()[0]["msg"]
+                raise InputError(f"tune.search: {name} = {value!r}: {message[0].lower()}{message[1:]}") from None
 
 
 def setting_names() -> list[str]:

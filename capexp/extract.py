@@ -16,10 +16,11 @@ def extract(argv: list[str] | None = None) -> int:
     parser.add_argument("--clear", action="store_true", help="delete the cached features of this encoder first")
     arguments, settings = parser.parse(argv)
 
-    from capexp import experiment as experiments, runs
+    from capexp import experiment as experiments
     from capexp.data.cache import FeatureCache
     from capexp.data.captions import SPLITS, read_splits
     from capexp.data.features import identify
+    from capexp.preparation import read_features
 
     experiment = experiments.load(experiments.find(arguments.experiment), settings)
     wanted = tuple(
@@ -32,7 +33,7 @@ def extract(argv: list[str] | None = None) -> int:
     if arguments.clear:
         cache.path.unlink(missing_ok=True)
     start = time.perf_counter()
-    features = runs.read_features(experiment, splits, identity)
+    features = read_features(experiment, splits, identity)
     seconds = time.perf_counter() - start
     count = sum(len(part) for part in features.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

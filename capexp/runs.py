@@ -1,7 +1,7 @@
 """One experiment, run and tracked: from photos with captions to a registered captioner."""
 
-import hashlib
 import logging
+import os
 import random
 import time
 from collections.abc import Generator, Iterator
@@ -12,21 +12,19 @@ from pathlib import Path
 import numpy as np
 
 from capexp import __version__, experiment as experiments
-from capexp.captioning.captioner import Captioner
-from capexp.captioning.model import build_decoder
-from capexp.data.batches import CaptionBatches
-from capexp.data.cache import FeatureCache, Features, cache_features
-from capexp.data.captions import Split, SplitName, read_splits
+from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.data.cache import Features
+from capexp.data.captions import Split
 from capexp.data.errors import InputError
-from capexp.data.features import Encoder, EncoderIdentity, State, encoder_at_hand, identify, load_encoder
-from capexp.data.vocabulary import Vocabulary, build_vocabulary
+from capexp.data.features import State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment
-from capexp.scoring.evaluation import Loss, blind_cross_entropy, cross_entropy
+from capexp.preparation import Prepared
+from capexp.scoring.evaluation import Loss, blind_cross_entropy
 from capexp.search import Pruned
 from capexp.tracking import registry
 from capexp.tracking.registry import Score, Version
 from capexp.tracking.report import Sample, draw_curves, write_gallery
-from capexp.tracking.run import Input, TrackedRun, git_commit, prepare_store, run_status, tracked_run
+from capexp.tracking.run import Input, TrackedRun, git_commit, prepare_store, run_exists, run_status, tracked_run
 from capexp.training.checkpoints import Checkpoints
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
 
@@ -36,21 +34,6 @@ CHECKPOINTS = Path("checkpoints")
 _SETTINGS = "experiment.toml"
 _SAMPLES = 24  # photos in the gallery
 _DIFFERENT_ON_RESUME = ("training.epochs", "training.patience")
-
-
-@dataclass(frozen=True)
-class Prepared:
-    """What an experiment trains on: everything that can be wrong with its input has been checked."""
-
-    splits: dict[SplitName, Split]
-    features: dict[SplitName, Features]
-    vocabulary: Vocabulary
-    encoder: EncoderIdentity
-    decoder_parameters: int
-
-    def batches(self, split: SplitName, batch_size: int) -> CaptionBatches:
-        """A split's captions as batches."""
-        return CaptionBatches(self.splits[split], self.vocabulary, self.features[split], batch_size)
 
 
 @dataclass(frozen=True)
@@ -64,39 +47,6 @@ class Result:
     version: Version | None
     bundle: Path
     samples: tuple[Sample, ...]
-
-
-def prepare(experiment: Experiment) -> Prepared:
-    """Reads and checks the data, and computes the features that the cache lacks.
-
-    Raises:
-        InputError: anything wrong with the input; nothing has been written but features.
-    """
-    splits = read_splits(experiment.captions, ("train", "dev"))
-    captions = (caption for captions in splits["train"].references for caption in captions)
-    vocabulary = build_vocabulary(captions, experiment.vocabulary)
-    choose_device(experiment.training.device)
-    identity = identify(experiment.features)
-    decoder = build_decoder(experiment.model, identity.shape, len(vocabulary))  # refuses what does not fit
-    features = read_features(experiment, list(splits.values()), identity)
-    return Prepared(splits, features, vocabulary, identity, decoder.parameter_count())
-
-
-def read_features(experiment: Experiment, splits: list[Split], identity: EncoderIdentity) -> dict[SplitName, Features]:
-    """The features of some splits, from the cache or computed now, all in one pass."""
-    device = choose_device(experiment.training.device)
-
-    def load() -> Encoder:
-        log.info("computing features with %s on %s", identity, device)
-        return load_encoder(experiment.features).prepare(device, experiment.features.precision)
-
-    cache = FeatureCache(experiment.features.cache, identity)
-    paths = [path for split in splits for path in split.paths()]
-    whole = cache_features(paths, cache, load, experiment.features.batch_size)
-    bounds = np.cumsum([0] + [len(split.photos) for split in splits])
-    return {
-        split.name: whole.part(start, stop) for split, start, stop in zip(splits, bounds[:-1], bounds[1:], strict=True)
-    }
 
 
 def settings_of(run_id: str) -> Experiment:
@@ -133,20 +83,22 @@ def run(
     *,
     resume: str | None = None,
     parent: str | None = None,
+    folder: Path = CHECKPOINTS,
     register: bool = True,
     promote: bool = False,
 ) -> Generator[Epoch, None, Result]:
     """Trains, tracks and registers; yields every epoch as it is logged, and returns what came of it.
 
-    Thrown ``Pruned``, it ends the run in order, tagged ``pruned``. An interrupt ends it KILLED with the best
-    captioner so far logged, not registered. With ``register=False`` (a trial of a study) the model is neither
-    logged nor registered; its bundle stays among the checkpoints.
+    Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
+    ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
+    ``register=False`` (a trial of a study) the model is neither logged nor registered; its bundle stays among
+    the checkpoints.
     """
     prepare_store()
     device = choose_device(experiment.training.device)
     digest = prepared.splits["dev"].digest()
     with tracked_run(experiment.name, experiment.name, resume=resume, parent=parent) as tracked:
-        checkpoints = Checkpoints(CHECKPOINTS / tracked.run_id, experiment.training.keep)
+        checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
         checkpoints.folder.mkdir(parents=True, exist_ok=True)
         settings = checkpoints.folder / _SETTINGS
         settings.write_text(experiment.to_toml(), encoding="utf-8")
@@ -213,37 +165,29 @@ def _finish(
     tracked.log_artifact(write_gallery(samples, experiment.name, checkpoints.folder / "captions.html"))
     version = None
     if register:
-        version = _register(tracked, experiment, prepared, captioner, best, blind.per_token, promote)
+        version = _register(tracked, experiment, prepared, captioner, blind.per_token, promote)
     return Result(tracked.run_id, best, blind.per_token, version, bundle, samples)
 
 
-def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> dict[str, float | str]:
-    """The losses of a captioner on a split of an experiment's data.
+@contextmanager
+def study_run(experiment: Experiment, prepared: Prepared, name: str, held: str | None) -> Iterator[TrackedRun]:
+    """The run that a study's trials are nested under: the one it had, or a new one."""
+    prepare_store()
+    resume = held if held and "MLFLOW_RUN_ID" not in os.environ and run_exists(held) else None
+    with tracked_run(name, experiment.name, resume=resume) as tracked:
+        params = dict(experiments.flatten(experiment.model_dump(mode="json")))
+        tracked.log_params({key: str(value) for key, value in params.items()})
+        tracked.set_tags(_tags(prepared) | {"study": name, "device": experiment.training.device})
+        yield tracked
 
-    Raises:
-        InputError: the captioner's encoder is not the one that the experiment's features come from.
-    """
-    identity = identify(experiment.features)
-    if identity.key() != captioner.encoder_identity.key():
-        raise InputError(
-            f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
-            f"of {identity}; name the experiment it was trained with, or set features.layer, pool and weights"
-        )
-    read = read_splits(experiment.captions, (split,))[split]
-    features = read_features(experiment, [read], identity)[split]
-    batches = CaptionBatches(read, captioner.vocabulary, features, experiment.training.batch_size)
-    loss = cross_entropy(captioner.decoder, batches.in_order())
-    blind = blind_cross_entropy(captioner.decoder, batches, len(read.photos), experiment.seed)
-    return {
-        "split": split,
-        "split_digest": read.digest(),
-        "vocabulary_digest": captioner.vocabulary.digest(),
-        "photos": len(read.photos),
-        "targets": loss.targets,
-        "cross_entropy": loss.per_token,
-        "perplexity": loss.perplexity,
-        "cross_entropy_blind": blind.per_token,
-    }
+
+def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promote: bool) -> Version:
+    """Registers the best captioner of a trial, from its checkpoints, under the study's run."""
+    experiment = experiments.load(folder / _SETTINGS, {})
+    captioner = Captioner.load(_bundle(Checkpoints(folder, experiment.training.keep)))
+    dev = prepared.batches("dev", experiment.training.batch_size)
+    blind = blind_cross_entropy(captioner.decoder, dev, len(prepared.splits["dev"].photos), experiment.seed)
+    return _register(tracked, experiment, prepared, captioner, blind.per_token, promote)
 
 
 def caption_samples(captioner: Captioner, split: Split, features: Features, seed: int) -> tuple[Sample, ...]:
@@ -262,10 +206,10 @@ def _register(
     experiment: Experiment,
     prepared: Prepared,
     captioner: Captioner,
-    best: Epoch,
     blind: float,
     promote: bool,
 ) -> Version:
+    assert captioner.training is not None
     name = experiment.registry.model
     number = registry.registered_version(name, tracked.run_id)
     if number is None:
@@ -273,11 +217,11 @@ def _register(
         assert number is not None
     score = Score(
         experiment.registry.metric,
-        best.dev_loss,
+        captioner.training.dev_loss,
         prepared.splits["dev"].digest(),
         prepared.vocabulary.digest(),
     )
-    card = _card(experiment, prepared, best, blind)
+    card = _card(experiment, prepared, captioner.training, blind)
     tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
     registry.describe_version(name, number, card, tags)
     version = registry.crown(name, number, score, force=promote)
@@ -296,18 +240,8 @@ def _log_beginning(
     tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path
 ) -> None:
     tracked.log_params(experiment.flat() | {"decoder_parameters": str(prepared.decoder_parameters)})
+    tracked.set_tags(_tags(prepared) | {"device": device})
     digests = {name: split.digest() for name, split in prepared.splits.items()}
-    both = hashlib.sha256("".join(digests.values()).encode()).hexdigest()
-    tracked.set_tags(
-        {
-            "git_commit": git_commit(),
-            "data_digest": both,
-            "vocabulary_digest": prepared.vocabulary.digest(),
-            "encoder": str(prepared.encoder),
-            "device": device,
-            "capexp_version": __version__,
-        }
-    )
     lists = experiment.captions
     tracked.log_inputs(
         [
@@ -316,6 +250,16 @@ def _log_beginning(
         ]
     )
     tracked.log_artifact(settings)
+
+
+def _tags(prepared: Prepared) -> dict[str, str]:
+    return {
+        "git_commit": git_commit(),
+        "data_digest": prepared.data_digest(),
+        "vocabulary_digest": prepared.vocabulary.digest(),
+        "encoder": str(prepared.encoder),
+        "capexp_version": __version__,
+    }
 
 
 def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
@@ -330,19 +274,25 @@ def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
     tracked.log_metrics(metrics, step=epoch.number, timestamp=epoch.ended_at)
 
 
-def _card(experiment: Experiment, prepared: Prepared, best: Epoch, blind: float) -> str:
+def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, blind: float) -> str:
     train, dev = prepared.splits["train"], prepared.splits["dev"]
+    perplexity = Loss(best.dev_loss, 1).perplexity
+    captions = sum(map(len, train.references))
+    rows = {
+        "dev loss": f"{best.dev_loss:.4f} nats per token (perplexity {perplexity:.2f}), epoch {best.epoch}",
+        "dev loss, photos shuffled": f"{blind:.4f}",
+        "train loss": f"{best.train_loss:.4f} (dropout on)",
+        "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
+        "measured on": f"{len(dev.photos)} dev photos; the test split was not read",
+        "vocabulary": f"{len(prepared.vocabulary)} entries, cleaning `{experiment.vocabulary.cleaning}`",
+        "parameters": f"{prepared.decoder_parameters:,} trainable",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
     return f"""**{experiment.name}**: {experiment.model.decoder} decoder on {prepared.encoder}.
 
 | | |
 | --- | --- |
-| dev loss | {best.dev_loss:.4f} nats per token (perplexity {Loss(best.dev_loss, 1).perplexity:.2f}), epoch {best.number} |
-| dev loss, photos shuffled | {blind:.4f} |
-| train loss | {best.train_loss:.4f} (dropout on) |
-| trained on | {len(train.photos)} photos, {sum(map(len, train.references))} captions of `{experiment.captions.root.name}` |
-| measured on | {len(dev.photos)} dev photos; the test split was not read |
-| vocabulary | {len(prepared.vocabulary)} entries, cleaning `{experiment.vocabulary.cleaning}` |
-| parameters | {prepared.decoder_parameters:,} trainable |
+{table}
 
 All settings are the params of the run, and `experiment.toml` among its artifacts.
 Load it with `mlflow.pyfunc.load_model("models:/{experiment.registry.model}@champion")`.

@@ -40,8 +40,9 @@ def train(argv: list[str] | None = None) -> int:
     )
 
     from capexp import runs
+    from capexp.preparation import prepare
 
-    prepared = runs.prepare(experiment)
+    prepared = prepare(experiment)
     train_split, dev_split = prepared.splits["train"], prepared.splits["dev"]
     print(
         f"{len(train_split.photos):,} train and {len(dev_split.photos):,} dev photos, "
@@ -73,13 +74,11 @@ def _print_epoch(epoch: "Epoch") -> None:
 def _print_result(result: "Result") -> None:
     best, version = result.best, result.version
     assert result.dev_loss_blind is not None and version is not None
-    alias = f"@champion ({version.reason})" if version.champion else f"(not champion: {version.reason})"
-    model = f"models:/{version.name}@champion" if version.champion else f"models:/{version.name}/{version.number}"
     photo = result.samples[0].photo
     print(f"\nrun         {result.run_id}")
     print(f"best epoch  {best.number}: train loss {best.train_loss:.4f}, dev loss {best.dev_loss:.4f} nats per token")
     print(f"blind       {result.dev_loss_blind:.4f} dev loss with photos shuffled among captions")
-    print(f"registered  {version.name} version {version.number} {alias}")
+    print(f"registered  {version.describe()}")
     print(f"bundle      {result.bundle}\n")
     for sample in result.samples[:3]:
         print(f"{sample.photo.name}\n  says       {sample.caption}")
@@ -89,7 +88,7 @@ def _print_result(result: "Result") -> None:
         f"""
 next
   mlflow ui                                                     the runs, their curves and captions
-  python -m capexp.caption --model {model} {photo}
+  python -m capexp.caption --model {version.uri} {photo}
   python -m capexp.train --experiment flickr8k-merge-conv --captions.root FOLDER     the real thing: Flickr8k
   python -m capexp.tune --trials 20                             search embedding size, LSTM units, dropout"""
     )

@@ -22,6 +22,10 @@ class ModelConfig(BaseModel):
     embedding_size: int = Field(default=256, ge=1, le=8192)
     lstm_units: int = Field(default=256, ge=1, le=8192)
     dropout: float = Field(default=0.5, ge=0, lt=1)
+    output_dropout: float = Field(default=0.0, ge=0, lt=1)
+    """Dropout before the vocabulary layer, which the tutorial has none of."""
+    photo_norm: Literal["none", "rms"] = "none"
+    """``rms`` scales each photo's features to a root mean square of 1 before the decoder reads them."""
 
 
 class DecoderState:
@@ -53,7 +57,9 @@ class MergeDecoder(nn.Module):
                 "set features.pool = 'mean' or features.layer = 'fc2'"
             )
         units = config.lstm_units
+        self.photo_norm = config.photo_norm
         self.dropout = nn.Dropout(config.dropout)
+        self.output_dropout = nn.Dropout(config.output_dropout)
         self.photo = nn.Linear(size, units)
         self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
         self.lstm = nn.LSTM(config.embedding_size, units, batch_first=True)
@@ -81,7 +87,10 @@ class MergeDecoder(nn.Module):
 
     def start(self, features: Tensor) -> DecoderState:
         """The state before the first word, from features ``(B, 1, F)``."""
-        photo = torch.relu(self.photo(self.dropout(features[:, 0])))  # (B, H)
+        photo = features[:, 0]  # (B, F)
+        if self.photo_norm == "rms":
+            photo = nn.functional.rms_norm(photo, photo.shape[1:])
+        photo = torch.relu(self.photo(self.dropout(photo)))  # (B, H)
         zeros = photo.new_zeros(1, len(photo), self.lstm.hidden_size)
         return DecoderState(photo, zeros, zeros)
 
@@ -90,7 +99,7 @@ class MergeDecoder(nn.Module):
         embedded = self.dropout(self.embedding(words))  # (B, T, E)
         outputs, (hidden, cell) = self.lstm(embedded, (state.hidden, state.cell))  # (B, T, H)
         merged = torch.relu(self.dense(outputs + state.photo.unsqueeze(1)))
-        return merged, DecoderState(state.photo, hidden, cell)
+        return self.output_dropout(merged), DecoderState(state.photo, hidden, cell)
 
     def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
         """Reads one more word ``(B,)`` of each caption and gives the logits ``(B, V)`` of the next."""

@@ -66,6 +66,16 @@ class Version:
     champion: bool
     reason: str
 
+    @property
+    def uri(self) -> str:
+        """How commands and MLflow name it."""
+        return f"models:/{self.name}@{CHAMPION}" if self.champion else f"models:/{self.name}/{self.number}"
+
+    def describe(self) -> str:
+        """Name, number, and whether and why it is champion."""
+        alias = f"@{CHAMPION} ({self.reason})" if self.champion else f"(not champion: {self.reason})"
+        return f"{self.name} version {self.number} {alias}"
+
 
 def log_captioner(captioner: Captioner, encoder: State | None, register_as: str | None) -> str | None:
     """Logs a captioner to the active run as the pyfunc model ``captioner``, its bundle inside.

@@ -101,6 +101,14 @@ def run_status(run_id: str) -> str:
         raise InputError(f"--resume {run_id}: no such run in {mlflow.get_tracking_uri()}") from None
 
 
+def run_exists(run_id: str) -> bool:
+    """Whether the store holds a run, not deleted."""
+    try:
+        return str(MlflowClient().get_run(run_id).info.lifecycle_stage) == "active"
+    except MlflowException:
+        return False
+
+
 @contextmanager
 def tracked_run(
     name: str, experiment: str, *, resume: str | None = None, parent: str | None = None
@@ -110,11 +118,13 @@ def tracked_run(
     Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED, tagged
     ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
     """
-    if "MLFLOW_RUN_ID" not in os.environ and resume is None:
+    if "MLFLOW_RUN_ID" not in os.environ and resume is None and parent is None:
         mlflow.set_experiment(experiment)
     mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
     mlflow.set_system_metrics_samples_before_logging(1)
-    run = mlflow.start_run(run_id=resume, run_name=name, parent_run_id=parent, log_system_metrics=True)
+    run = mlflow.start_run(
+        run_id=resume, run_name=name, nested=parent is not None, parent_run_id=parent, log_system_metrics=True
+    )
     tracked = TrackedRun(run.info.run_id, MlflowClient())
     status = RunStatus.to_string(RunStatus.FAILED)
     try:

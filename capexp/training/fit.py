@@ -3,8 +3,9 @@
 Shapes: B batch, T steps, V vocabulary.
 """
 
+import math
 import time
-from collections.abc import Iterator
+from collections.abc import Generator
 from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
@@ -33,6 +34,8 @@ class TrainingConfig(BaseModel):
     batch_size: int = Field(default=64, ge=1)
     """Captions a batch."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """``cosine`` lowers the learning rate from step to step, to zero at the end of ``epochs``."""
     clip_norm: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """The gradient's norm is cut to this."""
     precision: Literal["auto", "float32", "bfloat16"] = "auto"
@@ -52,6 +55,7 @@ class Epoch:
     dev_loss: float
     """After the epoch, in evaluation mode, never smoothed."""
     learning_rate: float
+    """At the epoch's first step."""
     seconds: float
     """Of training and dev loss together."""
     tokens_per_second: float
@@ -88,7 +92,7 @@ def fit(
     device: torch.device,
     dev_digest: str,
     checkpoints: Checkpoints,
-) -> Iterator[Epoch]:
+) -> Generator[Epoch, None, None]:
     """Trains a captioner; yields each epoch when its checkpoint is on disk.
 
     Where ``checkpoints`` holds the state of an earlier call, the epochs it had done are yielded again, from
@@ -130,7 +134,7 @@ def fit(
             number=number,
             train_loss=train_loss.per_token,
             dev_loss=dev_loss,
-            learning_rate=config.learning_rate,
+            learning_rate=_learning_rate(config, number - 1),
             seconds=time.perf_counter() - start,
             tokens_per_second=train_loss.targets / (trained - start),
             improved=dev_loss < best,
@@ -172,6 +176,8 @@ def _train_epoch(
     with torch.random.fork_rng():
         torch.manual_seed(seed * 1_000_003 + number)
         for step, batch in enumerate(batches.epoch(seed, number), start=1):
+            for group in optimizer.param_groups:
+                group["lr"] = _learning_rate(config, number - 1 + (step - 1) / len(batches))
             on_device = batch.to(device)
             real = on_device.targets != PAD  # (B, T)
             with _precision(device, config):
@@ -190,6 +196,13 @@ def _train_epoch(
             total += value * len(logits)
             targets += len(logits)
     return Loss(total, targets)
+
+
+def _learning_rate(config: TrainingConfig, epochs_done: float) -> float:
+    """The learning rate when so many epochs, and parts of one, are done."""
+    if config.schedule == "constant":
+        return config.learning_rate
+    return config.learning_rate * (1 + math.cos(math.pi * min(epochs_done / config.epochs, 1.0))) / 2
 
 
 def _precision(device: torch.device, config: TrainingConfig) -> AbstractContextManager[None]:

@@ -107,9 +107,7 @@ def arrange(scene: Scene, rng: Random) -> list[Spot]:
     """A spot for every single thing of `scene`, those farther back first."""
     first, second = scene.first, scene.second
     if second is None:
-        boxes = {1: {"large": 108, "small": 60}, 2: {"large": 74, "small": 50, "": 66}, 3: {"": 56}}[
-            first.number
-        ]
+        boxes = {1: {"large": 108, "small": 60}, 2: {"large": 74, "small": 50, "": 66}, 3: {"": 56}}[first.number]
         box = boxes[first.size]
         if first.place not in ("left", "right"):
             return _row(first, SIDE / 2, 150 if box > 100 else 142, box, rng)
@@ -142,9 +140,7 @@ def arrange(scene: Scene, rng: Random) -> list[Spot]:
     return [spot for row in spots for spot in row]
 
 
-def _row(
-    group: Group, middle: float, base: float, box: float, rng: Random, room: float = SIDE - 6
-) -> list[Spot]:
+def _row(group: Group, middle: float, base: float, box: float, rng: Random, room: float = SIDE - 6) -> list[Spot]:
     """The things of one group side by side around `middle`, each about `box` large, in `room` at most."""
     box *= rng.uniform(0.93, 1.04)
     width = _width(group)

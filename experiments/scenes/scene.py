@@ -48,9 +48,7 @@ KINDS: dict[str, Kind] = {
     "kite": Kind(BRIGHT, {"fly": ("meadow", "beach", "snow", "street")}),
     "umbrella": Kind(BRIGHT, {"open": ("beach", "meadow")}),
     "boat": Kind(PAINTED, {"sail": ("sea",)}),
-    "fish": Kind(
-        ("red", "yellow", "green", "purple", "black", "white"), {"swim": ("underwater",), "leap": ("sea",)}
-    ),
+    "fish": Kind(("red", "yellow", "green", "purple", "black", "white"), {"swim": ("underwater",), "leap": ("sea",)}),
 }
 
 FREQUENCY = {"tree": 0.6, "car": 2.0, "boat": 2.0}
@@ -181,9 +179,7 @@ def compose(rng: Random) -> Scene:
             return Scene(background, weather, first, relation, second)
 
 
-def _group(
-    rng: Random, background: str, kinds: tuple[str, ...], relation: str, *, leads: bool
-) -> Group | None:
+def _group(rng: Random, background: str, kinds: tuple[str, ...], relation: str, *, leads: bool) -> Group | None:
     """A group of one of `kinds` that fits the background and the relation; None if there is none."""
     fitting = [kind for kind in kinds if _doings(kind, background, relation, leads)]
     if not fitting:

@@ -61,9 +61,7 @@ def contrast(colour: Colour, share: float = 0.3) -> Colour:
 class Pen:
     """Draws in the coordinates of one thing (see the module's docstring)."""
 
-    def __init__(
-        self, image: Image.Image, x: float, base: float, height: float, mirrored: bool = False
-    ) -> None:
+    def __init__(self, image: Image.Image, x: float, base: float, height: float, mirrored: bool = False) -> None:
         """For a thing `height` high that stands on (`x`, `base`), in pixels of the reduced picture."""
         self.canvas = ImageDraw.Draw(image)
         self.x, self.base, self.unit = x * SCALE, base * SCALE, height * SCALE
@@ -104,9 +102,7 @@ class Pen:
         return [(self.x + self.sign * x * self.unit, self.base - y * self.unit) for x, y in points]
 
 
-def arc(
-    x: float, y: float, rx: float, ry: float, turn: float = 0, start: float = 0, end: float = 360
-) -> Points:
+def arc(x: float, y: float, rx: float, ry: float, turn: float = 0, start: float = 0, end: float = 360) -> Points:
     """Points along an ellipse, counter-clockwise from `start` to `end` degrees."""
     angles = [radians(start + (end - start) * step / 40) for step in range(41)]
     c, s = cos(radians(turn)), sin(radians(turn))
@@ -146,9 +142,7 @@ def house(pen: Pen, colour: Colour, doing: str, rng: Random) -> None:
     pen.polygon([(-0.58, 0.54), (-0.36, 0.92), (0.36, 0.92), (0.58, 0.54)], roof)
     for row in range(1, 5):
         inset = 0.055 * row
-        pen.line(
-            [(-0.57 + inset, 0.54 + 0.085 * row), (0.57 - inset, 0.54 + 0.085 * row)], 0.01, darker(roof)
-        )
+        pen.line([(-0.57 + inset, 0.54 + 0.085 * row), (0.57 - inset, 0.54 + 0.085 * row)], 0.01, darker(roof))
     pen.polygon(rectangle(-0.1, 0, 0.1, 0.36), (96, 58, 34))
     pen.oval(0.06, 0.17, 0.017, 0.017, (230, 200, 90))
     for x in (-0.29, 0.29):
@@ -250,9 +244,7 @@ def bird(pen: Pen, colour: Colour, doing: str, rng: Random) -> None:
         pen.polygon([(0.1, 0.4), (0.2, 0.82), (0.06, 1.0), (-0.02, 0.8), (-0.18, 0.42)], darker(wing, 0.25))
         pen.oval(0, 0.33, 0.44, 0.17, colour, 8)
         pen.oval(0.05, 0.26, 0.3, 0.08, lighter(colour, 0.4), 8)
-        pen.polygon(
-            [(0.12, 0.38), (-0.02, 0.7), (-0.34, 1.0), (-0.42, 0.84), (-0.48, 0.66), (-0.36, 0.4)], wing
-        )
+        pen.polygon([(0.12, 0.38), (-0.02, 0.7), (-0.34, 1.0), (-0.42, 0.84), (-0.48, 0.66), (-0.36, 0.4)], wing)
         for tip in ((-0.34, 0.9), (-0.4, 0.76), (-0.42, 0.62)):
             pen.line([(-0.06, 0.42), tip], 0.012, contrast(wing))
         pen.polygon([(0.6, 0.5), (0.6, 0.38), (0.8, 0.42)], beak)
@@ -419,9 +411,7 @@ def dog(pen: Pen, colour: Colour, doing: str, rng: Random) -> None:
 
 def _cat_head(pen: Pen, colour: Colour, x: float, y: float, asleep: bool = False) -> None:
     for side in (-1, 1):
-        pen.polygon(
-            [(x + side * 0.2, y + 0.04), (x + side * 0.19, y + 0.34), (x + side * 0.02, y + 0.16)], colour
-        )
+        pen.polygon([(x + side * 0.2, y + 0.04), (x + side * 0.19, y + 0.34), (x + side * 0.02, y + 0.16)], colour)
         pen.polygon(
             [(x + side * 0.165, y + 0.1), (x + side * 0.165, y + 0.26), (x + side * 0.08, y + 0.15)],
             (236, 160, 160),
@@ -437,9 +427,7 @@ def _cat_head(pen: Pen, colour: Colour, x: float, y: float, asleep: bool = False
             pen.oval(x + side * 0.1, y + 0.03, 0.052, 0.056, (196, 222, 84))
             pen.oval(x + side * 0.1, y + 0.03, 0.018, 0.05, INK)
         for lift in (-0.05, 0.01):
-            pen.line(
-                [(x + side * 0.07, y - 0.08), (x + side * 0.36, y - 0.07 + lift)], 0.009, (120, 120, 120)
-            )
+            pen.line([(x + side * 0.07, y - 0.08), (x + side * 0.36, y - 0.07 + lift)], 0.009, (120, 120, 120))
     pen.polygon([(x - 0.035, y - 0.045), (x + 0.035, y - 0.045), (x, y - 0.085)], (220, 110, 120))
 
 
@@ -507,9 +495,7 @@ def thing(
 ) -> Image.Image:
     """A transparent layer with one shaded, outlined thing on it."""
     layer = Image.new("RGBA", (FULL, FULL))
-    shade = mixed(
-        COLOURS[colour], rng.choice(((255, 255, 255), (0, 0, 0), (255, 160, 80))), rng.uniform(0, 0.1)
-    )
+    shade = mixed(COLOURS[colour], rng.choice(((255, 255, 255), (0, 0, 0), (255, 160, 80))), rng.uniform(0, 0.1))
     SHAPES[kind].draw(Pen(layer, x, base, height, mirrored), shade, doing, rng)
     inside = layer.getchannel("A")
     shaded = _shaded(layer.convert("RGB"), base, height, rng)

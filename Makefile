@@ -1,0 +1,54 @@
+# `make demo` and `make test` need only Linux, make, Python 3.11 or later, and a package index.
+
+PYTHON ?= python3
+BIN := .venv/bin
+export PATH := $(CURDIR)/$(BIN):$(PATH)
+# One run's threads are the cores; a thread that waits sleeps instead of spinning, so that two runs share them.
+export OMP_WAIT_POLICY ?= PASSIVE
+
+.PHONY: help install demo test test-all check format clean
+
+help:
+	@echo "make demo      train, track and register a captioner on the embedded scenes"
+	@echo "make test      the default tests, under three minutes"
+	@echo "make test-all  everything, real data and long runs included"
+	@echo "make check     format, lint, types, layers"
+	@echo "make clean     delete .venv and tool caches; runs, models and features stay"
+
+install: .venv/installed
+
+# The pins of conda.yaml, the one place that holds versions.
+.venv/installed: conda.yaml
+	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "capexp needs Python 3.11 or later; make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv .venv
+	sed -n 's/^      - \(.*==.*\)$$/\1/p' conda.yaml > .venv/requirements.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement .venv/requirements.txt
+	touch $@
+
+# The tools that test and check, beside the same pins.
+.venv/installed-test: .venv/installed pyproject.toml
+	$(BIN)/python -c 'import tomllib; print(*tomllib.load(open("pyproject.toml", "rb"))["project"]["optional-dependencies"]["test"], sep="\n")' > .venv/requirements-test.txt
+	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement .venv/requirements.txt --requirement .venv/requirements-test.txt
+	touch $@
+
+demo: .venv/installed
+	MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
+
+test: .venv/installed-test
+	python -m pytest -m "not slow"
+
+test-all: .venv/installed-test
+	python -m pytest -m ""
+
+check: .venv/installed-test
+	ruff format --check .
+	ruff check .
+	mypy
+	lint-imports --no-logo
+
+format: .venv/installed-test
+	ruff format .
+	ruff check --fix .
+
+clean:
+	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info

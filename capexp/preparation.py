@@ -1,0 +1,115 @@
+"""From an experiment to what it trains on or is measured on: data read, checked, and made into features."""
+
+import hashlib
+import json
+import logging
+from dataclasses import dataclass
+
+import numpy as np
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.model import build_decoder
+from capexp.data.batches import CaptionBatches
+from capexp.data.cache import FeatureCache, Features, cache_features
+from capexp.data.captions import Split, SplitName, read_splits
+from capexp.data.errors import InputError
+from capexp.data.features import Encoder, EncoderIdentity, identify, load_encoder
+from capexp.data.vocabulary import Vocabulary, build_vocabulary
+from capexp.experiment import Experiment
+from capexp.scoring.evaluation import blind_cross_entropy, cross_entropy
+from capexp.training.fit import choose_device
+
+log = logging.getLogger(__name__)
+
+
+@dataclass(frozen=True)
+class Prepared:
+    """What an experiment trains on: everything that can be wrong with its input has been checked."""
+
+    splits: dict[SplitName, Split]
+    features: dict[SplitName, Features]
+    vocabulary: Vocabulary
+    encoder: EncoderIdentity
+    decoder_parameters: int
+
+    def batches(self, split: SplitName, batch_size: int) -> CaptionBatches:
+        """A split's captions as batches."""
+        return CaptionBatches(self.splits[split], self.vocabulary, self.features[split], batch_size)
+
+    def data_digest(self) -> str:
+        """Hexadecimal SHA-256 over the photos and captions of all splits."""
+        return hashlib.sha256("".join(split.digest() for split in self.splits.values()).encode()).hexdigest()
+
+
+def prepare(experiment: Experiment) -> Prepared:
+    """Reads and checks the data, and computes the features that the cache lacks.
+
+    Raises:
+        InputError: anything wrong with the input; nothing has been written but features.
+    """
+    splits = read_splits(experiment.captions, ("train", "dev"))
+    captions = (caption for captions in splits["train"].references for caption in captions)
+    vocabulary = build_vocabulary(captions, experiment.vocabulary)
+    choose_device(experiment.training.device)
+    identity = identify(experiment.features)
+    decoder = build_decoder(experiment.model, identity.shape, len(vocabulary))  # refuses what does not fit
+    features = read_features(experiment, list(splits.values()), identity)
+    return Prepared(splits, features, vocabulary, identity, decoder.parameter_count())
+
+
+def read_features(experiment: Experiment, splits: list[Split], identity: EncoderIdentity) -> dict[SplitName, Features]:
+    """The features of some splits, from the cache or computed now, all in one pass."""
+    device = choose_device(experiment.training.device)
+
+    def load() -> Encoder:
+        log.info("computing features with %s on %s", identity, device)
+        return load_encoder(experiment.features).prepare(device, experiment.features.precision)
+
+    cache = FeatureCache(experiment.features.cache, identity)
+    paths = [path for split in splits for path in split.paths()]
+    whole = cache_features(paths, cache, load, experiment.features.batch_size)
+    bounds = np.cumsum([0] + [len(split.photos) for split in splits])
+    return {
+        split.name: whole.part(start, stop) for split, start, stop in zip(splits, bounds[:-1], bounds[1:], strict=True)
+    }
+
+
+def comparable(experiment: Experiment, prepared: Prepared) -> str:
+    """A digest of all that must be equal for two trials' losses to compare."""
+    free = {"training.device", "training.keep", *experiment.tune.search}
+    settings = {
+        name: value
+        for name, value in experiment.flat().items()
+        if name not in free and name.split(".")[0] in ("name", "seed", "model", "training", "vocabulary")
+    }
+    record = [settings, prepared.encoder.key(), prepared.data_digest()]
+    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+
+
+def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> dict[str, float | str]:
+    """The losses of a captioner on a split of an experiment's data.
+
+    Raises:
+        InputError: the captioner's encoder is not the one that the experiment's features come from.
+    """
+    identity = identify(experiment.features)
+    if identity.key() != captioner.encoder_identity.key():
+        raise InputError(
+            f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
+            f"of {identity}; name the experiment it was trained with, or set features.layer, pool and weights"
+        )
+    read = read_splits(experiment.captions, (split,))[split]
+    features = read_features(experiment, [read], identity)[split]
+    batches = CaptionBatches(read, captioner.vocabulary, features, experiment.training.batch_size)
+    loss = cross_entropy(captioner.decoder, batches.in_order())
+    blind = blind_cross_entropy(captioner.decoder, batches, len(read.photos), experiment.seed)
+    return {
+        "split": split,
+        "split_digest": read.digest(),
+        "vocabulary_digest": captioner.vocabulary.digest(),
+        "photos": len(read.photos),
+        "targets": loss.targets,
+        "cross_entropy": loss.per_token,
+        "perplexity": loss.perplexity,
+        "cross_entropy_blind": blind.per_token,
+    }

@@ -1,0 +1,150 @@
+"""The bundle: whole, checked, and the same captions again."""
+
+import base64
+import io
+import json
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from PIL import Image
+
+from capexp.captioning.captioner import Caption, Captioner, TrainingRecord
+from capexp.captioning.decoding import DecodingConfig
+from capexp.captioning.model import ModelConfig
+from capexp.data.errors import InputError
+from capexp.data.features import NETS, EncoderIdentity, FeaturesConfig, load_encoder
+from capexp.data.vocabulary import Vocabulary
+
+DIGEST = NETS["IMAGENET1K_FEATURES"].digests["conv5_3"]
+WORDS = Vocabulary(("a", "dog", "runs", "café", "日本"), "standard", "token")
+
+
+def fresh(digest: str = DIGEST, seed: int = 1) -> Captioner:
+    net = NETS["IMAGENET1K_FEATURES"]
+    identity = EncoderIdentity("conv5_3", "mean", net.mean, net.std, digest, "IMAGENET1K_FEATURES")
+    small = ModelConfig(embedding_size=8, lstm_units=8)
+    captioner = Captioner.fresh(small, WORDS, identity, DecodingConfig(maximum_length=6), seed)
+    captioner.training = TrainingRecord(epoch=3, train_loss=3.245, dev_loss=3.612, dev_digest="d")
+    return captioner
+
+
+@pytest.fixture
+def bundle(tmp_path: Path) -> Path:
+    return fresh().save(tmp_path / "bundle")
+
+
+def test_loaded_again_it_says_the_same(bundle: Path, tmp_path: Path) -> None:
+    features = np.random.default_rng(0).random((10, 1, 512)).astype(np.float16)
+    moved = shutil.copytree(bundle, tmp_path / "elsewhere")
+    again = Captioner.load(moved)
+    assert again.caption_features(features) == fresh().caption_features(features)
+    assert again.training == fresh().training
+    assert again.vocabulary == WORDS
+
+
+def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -> None:
+    torch.manual_seed(7)
+    expected = torch.rand(3)
+    torch.manual_seed(7)
+    one, two, other = fresh(), fresh(), fresh(seed=2)
+    assert torch.equal(torch.rand(3), expected)
+    assert torch.equal(one.decoder.dense.weight, two.decoder.dense.weight)
+    assert not torch.equal(one.decoder.dense.weight, other.decoder.dense.weight)
+
+
+FILES = ("captioner.json", "vocabulary.json", "decoder.safetensors", "manifest.json")
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_a_missing_file_is_named(bundle: Path, name: str) -> None:
+    (bundle / name).unlink()
+    with pytest.raises(InputError, match=name):
+        Captioner.load(bundle)
+
+
+@pytest.mark.parametrize("name", FILES)
+def test_an_altered_file_is_named(bundle: Path, name: str) -> None:
+    content = bytearray((bundle / name).read_bytes())
+    content[len(content) // 2] ^= 1
+    (bundle / name).write_bytes(content)
+    with pytest.raises(InputError, match=rf"{name}|altered") as caught:
+        Captioner.load(bundle)
+    assert "\n" not in str(caught.value)
+
+
+def test_another_format_version_is_named(bundle: Path) -> None:
+    manifest = json.loads((bundle / "manifest.json").read_text())
+    (bundle / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))
+    with pytest.raises(InputError, match="format_version 99"):
+        Captioner.load(bundle)
+
+
+def test_another_captioners_vocabulary_does_not_fit(bundle: Path, tmp_path: Path) -> None:
+    other = fresh()
+    other.vocabulary = Vocabulary(("cat",), "standard", "token")
+    strange = other.save(tmp_path / "strange")
+    with pytest.raises(InputError, match=r"decoder\.safetensors"):
+        Captioner.load(strange)
+    shutil.copy(strange / "vocabulary.json", bundle / "vocabulary.json")
+    with pytest.raises(InputError, match=r"vocabulary\.json: altered"):
+        Captioner.load(bundle)
+
+
+def test_a_failed_save_leaves_nothing_and_keeps_the_old_bundle(bundle: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def full(*_: object) -> None:
+        raise OSError(28, "No space left on device")
+
+    monkeypatch.setattr("capexp.captioning.captioner.save_file", full)
+    with pytest.raises(OSError, match="No space"):
+        fresh(seed=2).save(bundle)
+    assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
+    Captioner.load(bundle)
+
+
+def test_a_folder_that_is_no_bundle_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(InputError, match=r"not a captioner's bundle"):
+        Captioner.load(tmp_path)
+
+
+def test_photos_get_captions_and_bad_ones_their_error(vgg16: Path, scenes: Path) -> None:
+    captioner = fresh()
+    captioner.use_encoder(str(vgg16))
+    photos = sorted((scenes / "Scenes_Dataset").iterdir())[:2]
+    results = captioner.caption_photos([photos[0], b"no picture", photos[1].read_bytes()])
+    assert [type(result) for result in results] == [Caption, InputError, Caption]
+
+
+def test_weights_of_another_net_are_refused(vgg16: Path) -> None:
+    with pytest.raises(InputError, match="was trained on"):
+        fresh(digest="0" * 64).use_encoder(str(vgg16))
+
+
+def test_a_bundle_with_its_encoder_needs_nothing_else(vgg16: Path, scenes: Path, tmp_path: Path) -> None:
+    config = FeaturesConfig(layer="conv5_3", pool="mean", weights=str(vgg16))
+    bundle = fresh().save(tmp_path / "whole", load_encoder(config).weights())
+    photo = min((scenes / "Scenes_Dataset").iterdir())
+    alone = Captioner.load(bundle)
+    assert alone.has_encoder
+    told = fresh()
+    told.use_encoder(str(vgg16))
+    ours, theirs = alone.use_encoder().state_dict(), told.use_encoder().state_dict()
+    assert all(torch.equal(ours[name], theirs[name]) for name in theirs)
+    (one,), (two,) = alone.caption_photos([photo]), told.caption_photos([photo])
+    assert isinstance(one, Caption)
+    assert isinstance(two, Caption)
+    assert one.text == two.text
+
+
+def test_without_weights_at_hand_the_remedy_is_told(
+    bundle: Path, monkeypatch: pytest.MonkeyPatch, tmp_path: Path
+) -> None:
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "empty"))
+    monkeypatch.setenv("CAPEXP_OFFLINE", "1")
+    buffer = io.BytesIO()
+    Image.new("RGB", (8, 8)).save(buffer, "PNG")
+    assert base64.b64encode(buffer.getvalue())
+    with pytest.raises(InputError, match="CAPEXP_OFFLINE"):
+        Captioner.load(bundle).caption_photos([buffer.getvalue()])

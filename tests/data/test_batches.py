@@ -1,0 +1,125 @@
+"""Teacher-forced batches: every caption once, each with its own photo, targets one step ahead of inputs."""
+
+from collections import Counter
+from collections.abc import Iterable, Iterator
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from numpy.typing import NDArray
+
+from capexp.data.batches import Batch, CaptionBatches
+from capexp.data.cache import Features
+from capexp.data.captions import Split
+from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary, VocabularyConfig, build_vocabulary
+
+PHOTOS, BATCH_SIZE = 110, 2  # more captions than are sorted by length together
+
+
+def _split() -> Split:
+    """Photos of one to five captions, of one to nine words; the first word tells the photo."""
+    rng = np.random.default_rng(7)
+    references = tuple(
+        tuple(f"photo{photo} caption{i}" + " word" * int(rng.integers(8)) for i in range(rng.integers(1, 6)))
+        for photo in range(PHOTOS)
+    )
+    return Split("train", Path("photos"), tuple(f"{photo}.jpg" for photo in range(PHOTOS)), references)
+
+
+SPLIT = _split()
+CAPTIONS = [caption for captions in SPLIT.references for caption in captions]
+VOCABULARY = build_vocabulary(CAPTIONS, VocabularyConfig(minimum_count=1))
+# Photo i's features are i, in another order on disk than in the split.
+ROWS = np.random.default_rng(8).permutation(PHOTOS)
+RECORDS = np.empty((PHOTOS, 3, 2), np.float16)
+RECORDS[ROWS] = np.arange(PHOTOS)[:, None, None]
+
+
+@pytest.fixture
+def batches() -> CaptionBatches:
+    return CaptionBatches(SPLIT, VOCABULARY, Features(RECORDS, ROWS), BATCH_SIZE)
+
+
+def read(batches: Iterable[Batch]) -> Iterator[tuple[str, int]]:
+    """Each caption, as its targets spell it, with the photo that it sees."""
+    for batch in batches:
+        for targets, features in zip(batch.targets.tolist(), batch.features, strict=True):
+            (photo,) = features.unique().tolist()
+            yield VOCABULARY.decode(targets), int(photo)
+
+
+def photo_of(caption: str) -> int:
+    return int(caption.split()[0].removeprefix("photo"))
+
+
+def test_every_caption_comes_once_an_epoch(batches: CaptionBatches) -> None:
+    assert len(CAPTIONS) > 64 * BATCH_SIZE
+    for made in (batches.epoch(seed=1, number=1), batches.epoch(seed=1, number=2), batches.in_order()):
+        assert Counter(caption for caption, _ in read(made)) == Counter(CAPTIONS)
+
+
+def test_features_belong_to_the_captions_photos(batches: CaptionBatches) -> None:
+    for made in (batches.epoch(seed=1, number=1), batches.in_order()):
+        assert all(photo == photo_of(caption) for caption, photo in read(made))
+
+
+def test_order_depends_on_seed_and_epoch_and_on_nothing_else(batches: CaptionBatches) -> None:
+    def order(seed: int, number: int) -> list[tuple[str, int]]:
+        return list(read(batches.epoch(seed, number)))
+
+    first = order(1, 1)
+    assert first == order(1, 1)
+    assert first != order(1, 2)
+    assert first != order(2, 1)
+    assert order(1, 2) != order(2, 1)
+
+
+def test_batches_are_full_but_the_last_and_as_many_as_announced(batches: CaptionBatches) -> None:
+    sizes = [len(batch.inputs) for batch in batches.epoch(seed=1, number=1)]
+    assert len(sizes) == len(batches)
+    assert sum(sizes) == len(CAPTIONS) and sum(size != BATCH_SIZE for size in sizes) <= 1
+
+
+def test_targets_are_inputs_one_step_ahead_and_padding_is_at_the_end_only(batches: CaptionBatches) -> None:
+    for batch in batches.epoch(seed=1, number=1):
+        assert batch.inputs.shape == batch.targets.shape
+        assert (batch.inputs[:, 0] == BOS).all()
+        lengths = (batch.inputs != PAD).sum(1)
+        assert int(lengths.max()) == batch.inputs.shape[1]  # no step is all padding
+        for inputs, targets, length in zip(batch.inputs, batch.targets, lengths.tolist(), strict=True):
+            words = inputs[1:length]
+            assert (words >= VOCABULARY.first_word).all()
+            assert torch.equal(targets[: length - 1], words)
+            assert targets[length - 1] == EOS
+            assert (inputs[length:] == PAD).all() and (targets[length:] == PAD).all()
+
+
+def test_announced_targets_are_those_of_an_epoch(batches: CaptionBatches) -> None:
+    made = list(batches.epoch(seed=1, number=1))
+    assert batches.targets == sum(int((batch.targets != PAD).sum()) for batch in made)
+    assert batches.targets == sum(len(caption.split()) + 1 for caption in CAPTIONS)
+    assert batches.longest == max(batch.inputs.shape[1] for batch in made) + 1
+
+
+@pytest.mark.parametrize("batch_size", [1, 3, 10_000])
+def test_targets_do_not_depend_on_the_batch_size(batch_size: int) -> None:
+    made = CaptionBatches(SPLIT, VOCABULARY, Features(RECORDS, ROWS), batch_size)
+    assert sorted(read(made.epoch(seed=1, number=1))) == sorted((text, photo_of(text)) for text in CAPTIONS)
+
+
+def test_shuffled_photos_give_each_caption_the_photo_named(batches: CaptionBatches) -> None:
+    others: NDArray[np.int64] = np.roll(np.arange(PHOTOS), 1)
+    seen = list(read(batches.in_order(others)))
+    assert Counter(caption for caption, _ in seen) == Counter(CAPTIONS)
+    assert all(photo == others[photo_of(caption)] != photo_of(caption) for caption, photo in seen)
+
+
+def test_caption_without_a_known_word_has_one_target() -> None:
+    vocabulary = Vocabulary(("dog",), "standard", "drop")
+    split = Split("dev", Path("photos"), ("a.jpg",), (("A zebra .", "a dog"),))
+    made = CaptionBatches(split, vocabulary, Features(RECORDS, ROWS[:1]), batch_size=2)
+    (batch,) = made.in_order()
+    assert batch.inputs.tolist() == [[BOS, PAD], [BOS, 3]]
+    assert batch.targets.tolist() == [[EOS, PAD], [3, EOS]]
+    assert (made.targets, made.longest) == (3, 3)

@@ -1,0 +1,178 @@
+"""Captions in Flickr8k's format: what is read, and what is refused in one line that says where to look."""
+
+import shutil
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from capexp.data.batches import CaptionBatches
+from capexp.data.cache import Features
+from capexp.data.captions import CaptionsConfig, Split, read_captions, read_list, read_splits
+from capexp.data.errors import InputError
+from capexp.data.vocabulary import Vocabulary, VocabularyConfig, build_vocabulary
+
+PHOTOS, TOKENS = "Flicker8k_Dataset", "Flickr8k.token.txt"
+TRAIN, DEV, TEST = (f"Flickr_8k.{split}Images.txt" for split in ("train", "dev", "test"))
+
+
+@pytest.fixture
+def data(tmp_path: Path) -> CaptionsConfig:
+    """A whole data set of three photos, two captions each, without a test list."""
+    root = tmp_path / "data"
+    (root / PHOTOS).mkdir(parents=True)
+    names = ("one.jpg", "two.jpg", "three.jpg")
+    for name in names:
+        (root / PHOTOS / name).touch()
+    lines = [f"{name}#{index}\t{name[:-4]} dog runs {index} .\n" for index in range(2) for name in names]
+    (root / TOKENS).write_text("".join(lines))
+    (root / TRAIN).write_text("two.jpg\none.jpg\n")
+    (root / DEV).write_text("three.jpg\n")
+    return CaptionsConfig(root=root)
+
+
+def test_split_keeps_the_order_of_its_list_and_the_captions_of_each_photo(data: CaptionsConfig) -> None:
+    splits = read_splits(data, ("train", "dev"))
+    assert splits["train"].photos == ("two.jpg", "one.jpg")
+    assert splits["train"].references[0] == ("two dog runs 0 .", "two dog runs 1 .")
+    assert splits["dev"].paths() == [data.root / PHOTOS / "three.jpg"]
+
+
+def test_list_that_nobody_asks_for_may_be_missing(data: CaptionsConfig) -> None:
+    assert set(read_splits(data, ("train",))) == {"train"}
+    (data.root / DEV).unlink()
+    assert set(read_splits(data, ("train",))) == {"train"}
+
+
+def test_byte_order_mark_line_ends_and_blank_lines_change_nothing(tmp_path: Path) -> None:
+    plain, dressed = tmp_path / "plain", tmp_path / "dressed"
+    plain.write_bytes(b"a.jpg#0\tA caf\xc3\xa9 .\na.jpg#1\tTwo dogs .\n")
+    dressed.write_bytes(b"\xef\xbb\xbfa.jpg#0\tA caf\xc3\xa9 .\r\n\r\na.jpg#1\tTwo dogs . ")
+    assert read_captions(plain) == read_captions(dressed) == {"a.jpg": ("A café .", "Two dogs .")}
+
+
+def test_key_is_cut_at_its_last_sign_and_taken_literally(tmp_path: Path) -> None:
+    path = tmp_path / "captions"
+    path.write_text("x_1.jpg#0\tA dog .\nx_1.jpg.1#0\tA cat .\na#b.jpg#12\tA cow .\n")
+    assert read_captions(path) == {"x_1.jpg": ("A dog .",), "x_1.jpg.1": ("A cat .",), "a#b.jpg": ("A cow .",)}
+
+
+def test_names_may_lie_in_folders_below(tmp_path: Path) -> None:
+    path = tmp_path / "list"
+    path.write_text("2014/a..b.jpg\n  c d.jpg  \n")
+    assert read_list(path) == ("2014/a..b.jpg", "c d.jpg")
+
+
+def test_digest_depends_on_photos_captions_and_order(data: CaptionsConfig) -> None:
+    split = read_splits(data, ("train",))["train"]
+    others = (
+        Split(split.name, split.folder, split.photos[::-1], split.references),
+        Split(split.name, split.folder, split.photos, (split.references[0], ("another",))),
+    )
+    assert split.digest() == Split("dev", Path("elsewhere"), split.photos, split.references).digest()
+    assert len({split.digest(), *(other.digest() for other in others)}) == 3
+
+
+@pytest.mark.parametrize(
+    ("file", "content", "parts"),
+    [
+        (".", None, ("data: no such folder", "captions.root")),
+        (PHOTOS, None, (f"{PHOTOS}: no such folder", "captions.photos")),
+        (TOKENS, None, (f"{TOKENS}: no such captions file",)),
+        (DEV, None, (f"{DEV}: no such list",)),
+        (TOKENS, "", (f"{TOKENS}: no captions",)),
+        (TOKENS, "one.jpg#0\tA dog .\n\none.jpg A dog .\n", (f"{TOKENS}, line 3:", "'one.jpg A dog .'")),
+        (TOKENS, "one.jpg#0 A dog .\n", (f"{TOKENS}, line 1:", "'one.jpg#0 A dog .'")),
+        (TOKENS, "one.jpg\tA dog .\n", (f"{TOKENS}, line 1:",)),
+        (TOKENS, "one.jpg#\tA dog .\n", (f"{TOKENS}, line 1:",)),
+        (TOKENS, "one.jpg#x\tA dog .\n", (f"{TOKENS}, line 1:",)),
+        (TOKENS, "#0\tA dog .\n", (f"{TOKENS}, line 1:",)),
+        (TOKENS, "one.jpg#0\t \n", (f"{TOKENS}, line 1:",)),
+        (TOKENS, "one.jpg#0\tA dog .\none.jpg#1\tA caf\udce9 .\n", (f"{TOKENS}, line 2:", "0xe9", "UTF-8")),
+        (TRAIN, "one.jpg\n\udcff\n", (f"{TRAIN}, line 2:", "0xff", "UTF-8")),
+        (TRAIN, "", (f"{TRAIN}: the list is empty",)),
+        (TRAIN, "\n  \n", (f"{TRAIN}: the list is empty",)),
+        (TRAIN, "one.jpg\ntwo.jpg\none.jpg\n", (f"{TRAIN}, line 3:", "'one.jpg'", "line 1")),
+        (TRAIN, "one.jpg\n../x.jpg\n", (f"{TRAIN}, line 2:", "'../x.jpg' leaves")),
+        (TRAIN, "a/../../x.jpg\n", (f"{TRAIN}, line 1:", "'a/../../x.jpg' leaves")),
+        (TRAIN, "/x.jpg\n", (f"{TRAIN}, line 1:", "'/x.jpg' leaves")),
+        (TRAIN, "..\\x.jpg\n", (f"{TRAIN}, line 1:", "x.jpg' leaves")),
+        (TRAIN, "x\0.jpg\n", (f"{TRAIN}, line 1:", "x\\x00.jpg' leaves")),
+        (DEV, "three.jpg\none.jpg\n", (TRAIN, DEV, "share 1 photos", "one.jpg")),
+        (TEST, "one.jpg\ntwo.jpg\n", (TRAIN, TEST, "share 2 photos", "one.jpg, two.jpg")),
+        (TOKENS, "one.jpg#0\tA dog .\nthree.jpg#0\tA dog .\n", (f"{TRAIN}: 1 of", "no captions", TOKENS, "two.jpg")),
+        (DEV, "a\nb\nc\nd\ne\n", (f"{DEV}: 5 of", "no captions", "a, b, c and 2 more")),
+        (f"{PHOTOS}/two.jpg", None, (f"{TRAIN}: 1 of", f"not in {{root}}/{PHOTOS}", "two.jpg")),
+    ],
+)
+def test_fault_is_refused_in_one_line_that_names_the_place(
+    data: CaptionsConfig, file: str, content: str | None, parts: tuple[str, ...]
+) -> None:
+    path = data.root / file
+    if content is not None:
+        path.write_bytes(content.encode("utf-8", "surrogateescape"))
+    elif path.is_dir():
+        shutil.rmtree(path)
+    else:
+        path.unlink()
+    with pytest.raises(InputError) as caught:
+        read_splits(data, ("train", "dev"))
+    line = str(caught.value)
+    assert len(line.splitlines()) == 1
+    for part in parts:
+        assert part.format(root=data.root) in line
+
+
+def test_missing_photos_are_counted_and_the_first_few_named(data: CaptionsConfig) -> None:
+    names = [f"{number}.jpg" for number in range(10)]
+    with (data.root / TOKENS).open("a") as file:
+        file.writelines(f"{name}#0\tA dog .\n" for name in names)
+    (data.root / DEV).write_text("\n".join(names))
+    with pytest.raises(InputError, match=r"10 of its photos are not in .*: 0\.jpg, 1\.jpg, 2\.jpg and 7 more$"):
+        read_splits(data, ("dev",))
+
+
+def train_and_dev(root: Path) -> tuple[Split, Split]:
+    splits = read_splits(CaptionsConfig(root=root), ("train", "dev"))
+    return splits["train"], splits["dev"]
+
+
+def batches(split: Split, vocabulary: Vocabulary) -> CaptionBatches:
+    one = Features(np.zeros((1, 1, 1), np.float16), np.zeros(len(split.photos), np.int64))
+    return CaptionBatches(split, vocabulary, one, batch_size=64)
+
+
+def words_of(split: Split, config: VocabularyConfig) -> Vocabulary:
+    return build_vocabulary((text for texts in split.references for text in texts), config)
+
+
+def test_flickr8k_has_6000_train_and_1000_dev_photos_and_none_in_both(flickr8k: Path) -> None:
+    train, dev = train_and_dev(flickr8k)
+    assert (len(set(train.photos)), len(set(dev.photos))) == (6000, 1000)
+    assert not set(train.photos) & set(dev.photos)
+    assert {len(texts) for texts in train.references + dev.references} == {5}
+
+
+def test_flickr8k_odd_key_is_a_photo_of_its_own_in_no_split(flickr8k: Path) -> None:
+    captions = read_captions(flickr8k / TOKENS)
+    odd, plain = "2258277193_586949ec62.jpg.1", "2258277193_586949ec62.jpg"
+    assert captions[odd] == ("people waiting for the subway",)
+    assert len(captions[plain]) == 4 and captions[odd][0] not in captions[plain]
+    assert all(not {odd, plain} & set(split.photos) for split in train_and_dev(flickr8k))
+
+
+def test_flickr8k_with_the_tutorials_cleaning_has_the_tutorials_numbers(flickr8k: Path) -> None:
+    train, dev = train_and_dev(flickr8k)
+    vocabulary = words_of(train, VocabularyConfig(cleaning="tutorial", minimum_count=1, unknown="drop"))
+    # The tutorial counts PAD and takes its BOS and EOS ("startseq", "endseq") for words: as many entries as here.
+    assert len(vocabulary) == 7579
+    assert batches(train, vocabulary).longest == 34
+    assert batches(train, vocabulary).targets == 306_404
+    assert batches(dev, vocabulary).targets == 50_903
+
+
+def test_flickr8k_with_standard_cleaning_has_2540_entries_and_59504_dev_targets(flickr8k: Path) -> None:
+    train, dev = train_and_dev(flickr8k)
+    vocabulary = words_of(train, VocabularyConfig(cleaning="standard", minimum_count=5, unknown="token"))
+    assert len(vocabulary) == 2540
+    assert batches(dev, vocabulary).targets == 59_504

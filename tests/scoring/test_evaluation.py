@@ -1,0 +1,58 @@
+"""Laws of the losses on a split."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import nn
+
+from capexp.captioning.model import ModelConfig, build_decoder
+from capexp.data.batches import CaptionBatches
+from capexp.data.cache import Features
+from capexp.data.captions import Split
+from capexp.data.vocabulary import Vocabulary, VocabularyConfig, build_vocabulary
+from capexp.scoring.evaluation import blind_cross_entropy, cross_entropy
+
+PHOTOS = 12
+
+
+def batches(batch_size: int) -> tuple[CaptionBatches, Vocabulary]:
+    rng = np.random.default_rng(0)
+    texts = tuple(
+        tuple(" ".join(rng.choice(list("abcdefg"), rng.integers(1, 9))) for _ in range(3)) for _ in range(PHOTOS)
+    )
+    split = Split("dev", Path(), tuple(f"{i}.jpg" for i in range(PHOTOS)), texts)
+    words = build_vocabulary((text for photo in texts for text in photo), VocabularyConfig(minimum_count=1))
+    features = Features(rng.random((PHOTOS, 1, 5)).astype(np.float16), np.arange(PHOTOS))
+    return CaptionBatches(split, words, features, batch_size), words
+
+
+def test_the_loss_is_the_total_over_all_targets_whatever_the_batches() -> None:
+    whole, words = batches(1000)
+    torch.manual_seed(0)
+    decoder = build_decoder(ModelConfig(embedding_size=6, lstm_units=6), (1, 5), len(words))
+    losses = [cross_entropy(decoder, batches(size)[0].in_order()) for size in (1, 7, 1000)]
+    assert {loss.targets for loss in losses} == {whole.targets}
+    assert [loss.per_token for loss in losses] == pytest.approx([losses[0].per_token] * 3, rel=1e-6)
+
+
+def test_a_decoder_that_knows_nothing_has_the_vocabulary_as_its_perplexity() -> None:
+    some, words = batches(8)
+    decoder = build_decoder(ModelConfig(embedding_size=6, lstm_units=6), (1, 5), len(words))
+    nn.init.zeros_(decoder.vocabulary.weight)
+    loss = cross_entropy(decoder, some.in_order())
+    assert loss.perplexity == pytest.approx(len(words), rel=1e-5)
+    assert loss.per_token == pytest.approx(math.log(len(words)), rel=1e-5)
+
+
+def test_blind_is_another_loss_only_for_a_decoder_that_looks() -> None:
+    some, words = batches(8)
+    torch.manual_seed(0)
+    decoder = build_decoder(ModelConfig(embedding_size=6, lstm_units=6), (1, 5), len(words))
+    seeing, blind = cross_entropy(decoder, some.in_order()), blind_cross_entropy(decoder, some, PHOTOS, seed=1)
+    assert seeing.targets == blind.targets
+    assert abs(seeing.per_token - blind.per_token) > 1e-4
+    nn.init.zeros_(decoder.photo.weight)
+    assert cross_entropy(decoder, some.in_order()) == blind_cross_entropy(decoder, some, PHOTOS, seed=1)

@@ -1,0 +1,299 @@
+"""The commands as a user runs them: real processes, a real MLflow store, the embedded scenes."""
+
+import base64
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+import pandas as pd
+import pytest
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).parents[1]
+SMALL = ("--model.embedding_size", "48", "--model.lstm_units", "48", "--training.learning_rate", "0.005")
+METRICS = {"train_loss", "dev_loss", "dev_perplexity", "learning_rate", "epoch_seconds", "tokens_per_second"}
+
+
+class Folder:
+    """A user's folder, with what the commands leave in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        self.environment |= {
+            "PYTHONPATH": str(ROOT),
+            "TORCH_HOME": str(path / "torch"),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "CAPEXP_OFFLINE": "1",
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            arguments, cwd=self.path, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, command: str, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        process = self.start(sys.executable, "-m", f"capexp.{command}", *arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, f"{out}\n{err}"
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(f"sqlite:///{self.path}/mlflow.db")
+
+    def runs(self) -> list[Run]:
+        if not (self.path / "mlflow.db").exists():
+            return []
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        return list(self.client.search_runs(experiments, order_by=["attributes.start_time"]))
+
+    def artifact(self, run: Run, name: str) -> Path:
+        store = f"sqlite:///{self.path}/mlflow.db"
+        return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name, tracking_uri=store))
+
+
+@pytest.fixture(scope="module")
+def trained(tmp_path_factory: pytest.TempPathFactory) -> tuple[Folder, subprocess.CompletedProcess[str]]:
+    """A folder in which the scenes were trained for three epochs, without VGG16's weights at hand."""
+    folder = Folder(tmp_path_factory.mktemp("trained"))
+    return folder, folder.run("train", *SMALL, "--training.epochs", "3")
+
+
+Trained = tuple[Folder, subprocess.CompletedProcess[str]]
+
+
+def test_the_run_holds_everything_that_decided_it(trained: Trained) -> None:
+    folder, _ = trained
+    (run,) = folder.runs()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.learning_rate"] == "0.005"
+    assert run.data.params["model.decoder"] == "merge"
+    assert {"vocabulary_digest", "data_digest", "git_commit", "device", "encoder"} <= run.data.tags.keys()
+    assert {(item.dataset.name, item.tags[0].value) for item in run.inputs.dataset_inputs} == {
+        ("scenes-train", "training"),
+        ("scenes-dev", "validation"),
+    }
+    names = {item.path for item in folder.client.list_artifacts(run.info.run_id)}
+    assert {"experiment.toml", "loss.png", "captions.html", "log.txt"} <= names
+    assert folder.artifact(run, "loss.png").read_bytes().startswith(b"\x89PNG")
+
+
+def test_every_epoch_is_a_step_of_every_metric(trained: Trained) -> None:
+    folder, _ = trained
+    (run,) = folder.runs()
+    for metric in METRICS:
+        history = folder.client.get_metric_history(run.info.run_id, metric)
+        assert [point.step for point in history] == [1, 2, 3], metric
+    assert any(name.startswith("system/") for name in run.data.metrics)
+
+
+def test_the_best_epoch_is_registered_as_champion_with_a_card(trained: Trained) -> None:
+    folder, printed = trained
+    (run,) = folder.runs()
+    version = folder.client.get_model_version_by_alias("capexp-scenes", "champion")
+    dev = [point.value for point in folder.client.get_metric_history(run.info.run_id, "dev_loss")]
+    assert run.data.metrics["best_dev_loss"] == min(dev)
+    assert float(version.tags["dev_loss"]) == min(dev)
+    assert version.run_id == run.info.run_id
+    assert "nats per token" in version.description
+    assert run.data.metrics["dev_loss_blind"] > min(dev) + 0.2
+    assert f"registered  capexp-scenes version {version.version} @champion" in printed.stdout
+    assert printed.stdout.count("  says ") == 3
+
+
+def test_evaluate_after_train_agrees(trained: Trained) -> None:
+    folder, _ = trained
+    (run,) = folder.runs()
+    folder.run("evaluate", "--model", "models:/capexp-scenes@champion", "--output", "scores.json")
+    scores = json.loads((folder.path / "scores.json").read_text())
+    assert scores["cross_entropy"] == pytest.approx(run.data.metrics["best_dev_loss"], rel=1e-6)
+    assert scores["cross_entropy_blind"] == pytest.approx(run.data.metrics["dev_loss_blind"], rel=1e-6)
+    assert scores["photos"] == 100
+
+
+def test_the_experiment_artifact_gives_the_same_losses_again(trained: Trained, tmp_path: Path) -> None:
+    folder, _ = trained
+    (run,) = folder.runs()
+    again = Folder(tmp_path)
+    again.run("train", "--experiment", str(folder.artifact(run, "experiment.toml")))
+    (other,) = again.runs()
+    assert other.data.metrics["best_dev_loss"] == run.data.metrics["best_dev_loss"]
+
+
+def test_without_weights_the_served_model_says_so_per_photo(trained: Trained, monkeypatch: pytest.MonkeyPatch) -> None:
+    folder, _ = trained
+    (run,) = folder.runs()
+    monkeypatch.setenv("TORCH_HOME", folder.environment["TORCH_HOME"])
+    monkeypatch.setenv("CAPEXP_OFFLINE", "1")
+    model = mlflow.pyfunc.load_model(str(folder.artifact(run, "captioner")))
+    photo = min((ROOT / "experiments/scenes/Scenes_Dataset").iterdir()).read_bytes()
+    (record,) = model.predict(pd.DataFrame({"photo": [base64.b64encode(photo).decode()]}))
+    assert record["caption"] is None
+    assert "IMAGENET1K_FEATURES" in record["error"]
+
+
+def test_caption_without_weights_ends_with_the_remedy(trained: Trained) -> None:
+    folder, _ = trained
+    photo = str(min((ROOT / "experiments/scenes/Scenes_Dataset").iterdir()))
+    printed = folder.run("caption", "--model", "models:/capexp-scenes@champion", photo, status=2)
+    assert printed.stderr.count("\n") == 1
+    assert "IMAGENET1K_FEATURES" in printed.stderr
+
+
+def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
+    vgg16: Path, scenes: Path, tmp_path: Path
+) -> None:
+    folder = Folder(tmp_path)
+    folder.run("train", *SMALL, "--training.epochs", "1", "--features.weights", str(vgg16))
+    photos = [str(path) for path in sorted((scenes / "Scenes_Dataset").iterdir())[:2]]
+    printed = folder.run("caption", "--model", "models:/capexp-scenes@champion", *photos, "missing.jpg", status=1)
+    assert [line.split("\t")[0] for line in printed.stdout.splitlines()] == photos
+    assert "missing.jpg: no such file" in printed.stderr
+    (run,) = folder.runs()
+    model = mlflow.pyfunc.load_model(str(folder.artifact(run, "captioner")))
+    sent = [base64.b64encode(Path(photo).read_bytes()).decode() for photo in photos]
+    records = model.predict(pd.DataFrame({"photo": [sent[0], "#", sent[1]]}))
+    said = [line.split("\t")[1] for line in printed.stdout.splitlines()]
+    assert [record["caption"] for record in records] == [said[0], None, said[1]]
+    assert [record["error"] is None for record in records] == [True, False, True]
+    assert model.predict(pd.DataFrame({"photo": [Path(photos[0]).read_bytes()]}))[0]["caption"] == said[0]
+
+
+def test_a_worse_model_is_registered_but_not_champion_unless_promoted(trained: Trained) -> None:
+    folder, _ = trained
+    before = folder.client.get_model_version_by_alias("capexp-scenes", "champion").version
+    printed = folder.run("train", *SMALL, "--training.epochs", "1")
+    assert "not champion: dev_loss" in printed.stdout
+    assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version == before
+    folder.run("train", *SMALL, "--training.epochs", "1", "--promote")
+    assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version != before
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
+
+
+def has_epoch(folder: Folder, number: int) -> Callable[[], bool]:
+    return lambda: any(list(folder.path.glob(f"checkpoints/*/ep{number:03d}-*")))
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_run_killed_with_the_best_model_kept(tmp_path: Path, how: signal.Signals) -> None:
+    folder = Folder(tmp_path)
+    process = folder.start(
+        sys.executable, "-m", "capexp.train", *SMALL, "--training.epochs", "500", "--training.patience", "500"
+    )
+    wait_for(has_epoch(folder, 2))
+    (running,) = folder.runs()
+    assert running.info.status == "RUNNING"
+    assert folder.client.get_metric_history(running.info.run_id, "dev_loss"), "losses appear while it runs"
+    process.send_signal(how)
+    _, err = process.communicate(timeout=60)
+    assert process.returncode == 130, err
+    (run,) = folder.runs()
+    assert run.info.status == "KILLED"
+    assert run.data.tags["stopped"] == "interrupt"
+    assert (folder.artifact(run, "captioner") / "artifacts/bundle/manifest.json").is_file()
+    assert not folder.client.search_registered_models()
+    assert err.splitlines()[-1] == "capexp.train: interrupted"
+
+
+def test_killed_and_resumed_it_ends_with_the_losses_of_the_undisturbed_run(tmp_path: Path) -> None:
+    plain, broken = Folder(tmp_path / "plain"), Folder(tmp_path / "broken")
+    for folder in (plain, broken):
+        folder.path.mkdir()
+    settings = (*SMALL, "--training.precision", "float32", "--training.epochs", "4", "--training.patience", "9")
+    plain.run("train", *settings)
+    process = broken.start(sys.executable, "-m", "capexp.train", *settings)
+    wait_for(has_epoch(broken, 2))
+    process.kill()
+    process.communicate()
+    (run,) = broken.runs()
+    printed = broken.run("train", "--resume", run.info.run_id)
+    assert "epoch   4" in printed.stdout
+    (resumed,), (undisturbed,) = broken.runs(), plain.runs()
+    assert resumed.info.status == "FINISHED"
+    for metric in ("train_loss", "dev_loss"):
+        histories = [
+            [(point.step, point.value) for point in folder.client.get_metric_history(run.info.run_id, metric)]
+            for folder, run in ((broken, resumed), (plain, undisturbed))
+        ]
+        assert histories[0] == histories[1]
+    refused = broken.run("train", "--resume", run.info.run_id, "--model.dropout", "0.1", status=2)
+    assert "--model.dropout 0.1: the run was started with 0.5" in refused.stderr
+    done = broken.run("train", "--resume", run.info.run_id, status=2)
+    assert "has finished" in done.stderr
+
+
+BAD = {
+    "--training.epochs 0": "training.epochs",
+    "--training.epoch 3": "did you mean training.epochs?",
+    "--model.dropout 1.5": "model.dropout",
+    "--model.lstm_units -4": "model.lstm_units",
+    "--training.device cuda:99": "training.device = 'cuda:99'",
+    "--experiment nothing": "--experiment nothing",
+    "--captions.root /nowhere": "/nowhere: no such folder",
+    "--features.weights /nowhere.pth": "/nowhere.pth",
+    "--features.layer fc2": "features.layer",
+    "--features.pool max2 --features.weights IMAGENET1K_V1": "grid of 49",
+    "--vocabulary.minimum_count 1000000": "vocabulary.minimum_count",
+    "--resume 0123": "no such run",
+    "--training.epochs": "--training.epochs needs a value",
+}
+
+
+@pytest.mark.parametrize("arguments", BAD)
+def test_bad_settings_end_with_one_line_status_2_and_no_run(tmp_path: Path, arguments: str) -> None:
+    folder = Folder(tmp_path)
+    printed = folder.run("train", *arguments.split(), status=2)
+    assert printed.stderr.count("\n") == 1, printed.stderr
+    assert BAD[arguments] in printed.stderr
+    assert not folder.runs()
+
+
+def test_a_study_goes_on_where_it_stopped_and_registers_its_best_once(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    settings = ("--training.epochs", "1", "--tune.search", '{"model.lstm_units": {"low": 8, "high": 32}}')
+    folder.run("tune", "--trials", "2", *settings)
+    folder.run("tune", "--trials", "3", *settings)
+    runs = folder.runs()
+    (parent,) = [run for run in runs if "mlflow.parentRunId" not in run.data.tags]
+    trials = [run for run in runs if run.data.tags.get("mlflow.parentRunId") == parent.info.run_id]
+    assert len(trials) == 3
+    assert {run.info.status for run in runs} == {"FINISHED"}
+    units = [run.data.params["model.lstm_units"] for run in trials]
+    assert len(set(units)) == 3, "a continued study draws new values"
+    best = min(trials, key=lambda run: float(run.data.metrics["best_dev_loss"]))
+    assert parent.data.tags["best_run"] == best.info.run_id
+    versions = folder.client.search_model_versions("name='capexp-scenes'")
+    assert {version.run_id for version in versions} == {parent.info.run_id}
+    assert [path.name for path in (tmp_path / "studies/scenes").iterdir()] == [best.info.run_id]
+
+
+@pytest.mark.slow
+def test_mlflow_run_trains_in_the_run_that_mlflow_made(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    settings = {"training.epochs": "1", "training.learning_rate": "5e-3", "model.lstm_units": "32"}
+    given = [word for name, value in settings.items() for word in ("-P", f"{name}={value}")]
+    process = folder.start("mlflow", "run", str(ROOT), "--env-manager", "local", *given)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == 0, f"{out}\n{err}"
+    (run,) = folder.runs()
+    assert run.info.status == "FINISHED"
+    assert run.data.params["training.learning_rate"] == "5e-3"
+    assert run.data.params["model.dropout"] == "0.5"
+    assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run.info.run_id

@@ -1,0 +1,198 @@
+"""Laws of the training loop, on data small enough to train in a second."""
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoding import DecodingConfig
+from capexp.captioning.model import ModelConfig
+from capexp.data.batches import CaptionBatches
+from capexp.data.cache import Features
+from capexp.data.captions import Split, SplitName
+from capexp.data.errors import InputError
+from capexp.data.features import EncoderIdentity
+from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
+from capexp.scoring.evaluation import cross_entropy
+from capexp.training.checkpoints import Checkpoints
+from capexp.training.fit import Epoch, TrainingConfig, choose_device, fit
+
+CPU = torch.device("cpu")
+COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
+CONFIG = TrainingConfig(epochs=4, patience=4, batch_size=16, learning_rate=0.01, precision="float32", device="cpu")
+
+
+def data(name: SplitName, photos: int, seed: int) -> tuple[Split, Features]:
+    """Photos whose features tell a colour and a thing, with captions that say them."""
+    rng = np.random.default_rng(seed)
+    colours, things = rng.integers(0, 4, photos), rng.integers(0, 5, photos)
+    features = np.zeros((photos, 1, 512), np.float16)
+    features[np.arange(photos), 0, colours] = 1
+    features[np.arange(photos), 0, 4 + things] = 1
+    texts = tuple(
+        (f"a {COLOURS[c]} {THINGS[t]}", f"the {THINGS[t]} is {COLOURS[c]}")
+        for c, t in zip(colours, things, strict=True)
+    )
+    names = tuple(f"{name}{i}.jpg" for i in range(photos))
+    return Split(name, Path(), names, texts), Features(features, np.arange(photos))
+
+
+class Task:
+    """Something to train on, made anew for each training."""
+
+    def __init__(self, folder: Path, keep: int = 1) -> None:
+        train, train_features = data("train", 80, 1)
+        dev, dev_features = data("dev", 20, 2)
+        words = build_vocabulary(
+            (text for photo in train.references for text in photo), VocabularyConfig(minimum_count=1)
+        )
+        self.train = CaptionBatches(train, words, train_features, 16)
+        self.dev = CaptionBatches(dev, words, dev_features, 16)
+        folder.mkdir(exist_ok=True)
+        self.checkpoints = Checkpoints(folder, keep)
+        identity = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
+        small = ModelConfig(embedding_size=16, lstm_units=16, dropout=0.2)
+        self.captioner = Captioner.fresh(small, words, identity, DecodingConfig(), seed=1)
+
+    def epochs(self, config: TrainingConfig = CONFIG, seed: int = 1) -> list[Epoch]:
+        return list(
+            fit(
+                self.captioner,
+                self.train,
+                self.dev,
+                config,
+                seed=seed,
+                device=CPU,
+                dev_digest="d",
+                checkpoints=self.checkpoints,
+            )
+        )
+
+
+def losses(epochs: list[Epoch]) -> list[tuple[float, float]]:
+    return [(epoch.train_loss, epoch.dev_loss) for epoch in epochs]
+
+
+def test_it_learns_to_look_at_the_photo(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    epochs = task.epochs(replace_epochs(12))
+    assert epochs[-1].dev_loss < 0.6 * epochs[0].dev_loss
+
+
+def replace_epochs(epochs: int, **others: object) -> TrainingConfig:
+    return TrainingConfig.model_validate(CONFIG.model_dump() | {"epochs": epochs, "patience": epochs} | others)
+
+
+def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: Path) -> None:
+    one = Task(tmp_path / "a").epochs()
+    torch.rand(5)  # whatever else draws from torch's generator changes nothing
+    assert losses(one) == losses(Task(tmp_path / "b").epochs())
+    assert losses(one) != losses(Task(tmp_path / "c").epochs(seed=2))
+
+
+def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    Task(tmp_path).epochs(replace_epochs(1))
+    assert torch.equal(torch.rand(2), expected)
+
+
+@pytest.mark.parametrize("stop_after", [1, 2, 3])
+def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
+    undisturbed = Task(tmp_path / "whole").epochs()
+    stopped = Task(tmp_path / "parts")
+    running = fit(
+        stopped.captioner,
+        stopped.train,
+        stopped.dev,
+        CONFIG,
+        seed=1,
+        device=CPU,
+        dev_digest="d",
+        checkpoints=stopped.checkpoints,
+    )
+    for _ in range(stop_after):
+        next(running)
+    running.close()
+    resumed = Task(tmp_path / "parts")
+    assert losses(resumed.epochs()) == losses(undisturbed)
+    whole, parts = Task(tmp_path / "whole").checkpoints.best(), resumed.checkpoints.best()
+    assert whole is not None
+    assert parts is not None
+    assert whole.name == parts.name
+    assert (whole / "decoder.safetensors").read_bytes() == (parts / "decoder.safetensors").read_bytes()
+
+
+def test_the_bundle_on_disk_is_the_epoch_its_name_tells(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    epochs = task.epochs()
+    best = min(epochs, key=lambda epoch: epoch.dev_loss)
+    bundle = task.checkpoints.best()
+    assert bundle is not None
+    assert bundle.name == f"ep{best.number:03d}-train{best.train_loss:.3f}-dev{best.dev_loss:.3f}"
+    saved = Captioner.load(bundle)
+    assert cross_entropy(saved.decoder, task.dev.in_order()).per_token == best.dev_loss
+
+
+@pytest.mark.parametrize("keep", [1, 2])
+def test_disk_holds_as_many_improvements_as_are_kept(tmp_path: Path, keep: int) -> None:
+    epochs = Task(tmp_path, keep).epochs()
+    improved = [epoch.number for epoch in epochs if epoch.improved]
+    names = sorted(path.name[:5] for path in tmp_path.glob("ep*"))
+    assert names == [f"ep{number:03d}" for number in improved[-keep:]]
+    assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["last.pt", "previous.pt"]
+
+
+def test_it_stops_when_patience_is_at_its_end(tmp_path: Path) -> None:
+    too_fast = replace_epochs(30, patience=2, learning_rate=3.0)
+    epochs = Task(tmp_path).epochs(too_fast)
+    assert len(epochs) < 30
+    assert [epoch.improved for epoch in epochs[-2:]] == [False, False]
+    best = min(epochs, key=lambda epoch: epoch.dev_loss)
+    assert best.number == len(epochs) - 2
+
+
+def test_improved_means_lower_than_all_before(tmp_path: Path) -> None:
+    epochs = Task(tmp_path).epochs(replace_epochs(8, learning_rate=0.05))
+    for i, epoch in enumerate(epochs):
+        assert epoch.improved == all(epoch.dev_loss < past.dev_loss for past in epochs[:i])
+
+
+def test_a_loss_that_is_not_finite_stops_before_the_update_and_tells_the_step(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    decoder = task.captioner.decoder
+    with torch.no_grad():
+        decoder.vocabulary.bias[5] = torch.inf
+    before = decoder.dense.weight.clone()
+    with pytest.raises(InputError, match=r"nan at step 1 of epoch 1.*training\.learning_rate"):
+        task.epochs()
+    assert torch.equal(decoder.dense.weight, before)
+    assert task.checkpoints.best() is None
+
+
+def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    undisturbed = Task(tmp_path / "whole").epochs()
+    Task(tmp_path / "parts").epochs(replace_epochs(3, patience=4))
+    last = tmp_path / "parts" / "last.pt"
+    content = bytearray(last.read_bytes())
+    content[len(content) // 2] ^= 0xFF
+    last.write_bytes(content)
+    assert losses(Task(tmp_path / "parts").epochs()) == losses(undisturbed)
+    assert "last.pt" in caplog.text
+    assert "passed over" in caplog.text
+
+
+def test_a_device_that_is_not_there_is_refused() -> None:
+    for name in ("cuda:99", "quantum"):
+        with pytest.raises(InputError, match=rf"training\.device = '{name}'"):
+            choose_device(name)
+
+
+def test_epochs_carry_their_targets_by_second(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    epoch = task.epochs(replace_epochs(1))[0]
+    assert epoch.tokens_per_second > 0
+    assert task.train.targets / epoch.tokens_per_second < epoch.seconds
