@@ -1,5 +1,6 @@
 """Photo files as pixels: every kind of picture gives the colours that one sees, every other file one line."""
 
+import gc
 import hashlib
 import io
 import struct
@@ -143,11 +144,21 @@ def test_broken_file_is_refused_by_name(tmp_path: Path, name: str, content: byte
     assert reason in refusal(tmp_path / name)
 
 
-@pytest.mark.filterwarnings("error")  # Pillow warns of large pictures; ours is the line that counts
+@pytest.mark.filterwarnings("error::PIL.Image.DecompressionBombWarning")  # ours is the line that counts
 @pytest.mark.parametrize(("width", "height"), [(10_001, 10_000), (20_000, 20_000), (2**31 - 1, 2**31 - 1)])
 def test_picture_that_claims_a_huge_size_is_refused_by_name(tmp_path: Path, width: int, height: int) -> None:
     (tmp_path / "huge.png").write_bytes(png_that_claims(width, height))
     assert "100,000,000" in refusal(tmp_path / "huge.png")
+
+
+@pytest.mark.xfail(reason="read_photo leaves the file to the garbage collector", strict=True)
+@pytest.mark.parametrize("content", [encoded("jpg")[:2000], png_that_claims(10_001, 10_000)], ids=["cut", "huge"])
+def test_refused_file_is_closed(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "photo").write_bytes(content)
+    with pytest.raises(InputError) as caught:
+        read_photo(tmp_path / "photo")
+    files = [file for file in gc.get_objects() if type(file) is io.BufferedReader and not file.closed]
+    assert caught.value and str(tmp_path / "photo") not in {str(getattr(file, "name", "")) for file in files}
 
 
 def test_missing_file_and_folder_are_refused_by_name(tmp_path: Path) -> None:

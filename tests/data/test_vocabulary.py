@@ -3,6 +3,7 @@
 import json
 import subprocess
 import sys
+from pathlib import Path
 from typing import get_args
 
 import pytest
@@ -117,8 +118,9 @@ def test_vocabulary_is_the_same_in_every_process() -> None:
         "from capexp.data.vocabulary import VocabularyConfig, build_vocabulary\n"
         f"print(build_vocabulary({CAPTIONS!r}, VocabularyConfig(minimum_count=1)).digest())"
     )
-    printed = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True).stdout
-    assert printed.strip() == vocabulary().digest()
+    root = Path(__file__).parents[2]
+    done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True, check=True, cwd=root)
+    assert done.stdout.strip() == vocabulary().digest()
 
 
 def test_json_holds_all_of_it() -> None:

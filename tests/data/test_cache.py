@@ -1,0 +1,285 @@
+"""The feature cache: each photo computed once, whatever is killed, changed or damaged between two runs."""
+
+import hashlib
+import io
+import shutil
+import subprocess
+import sys
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from capexp.data.cache import FeatureCache, Features, cache_features
+from capexp.data.errors import InputError
+from capexp.data.features import Encoder, FeaturesConfig, load_encoder
+from capexp.data.photos import digest_photos, read_photo, squash
+
+HEADER, RECORD = 4096, 32 + 4 + 2 * 512  # bytes: digest, checksum, features of pool "mean"
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16's convolutions with random weights: the cache does not care what a photo's features mean."""
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    vgg = torchvision.models.vgg
+    net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"])
+    generator = torch.Generator().manual_seed(3)
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
+    torch.save({f"features.{name}": value.half() for name, value in net.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(weights: Path) -> Encoder:
+    config = FeaturesConfig(layer="conv5_3", pool="mean", weights=str(weights))
+    return load_encoder(config).prepare(torch.device("cpu"), "auto")
+
+
+def picture(seed: int) -> bytes:
+    """A small PNG, its colours by seed."""
+    file = io.BytesIO()
+    pixels = np.random.default_rng(seed).integers(0, 256, (6, 8, 3), dtype=np.uint8)
+    Image.fromarray(pixels).resize((48, 36)).save(file, "PNG")
+    return file.getvalue()
+
+
+def write_photos(folder: Path, count: int) -> list[Path]:
+    folder.mkdir()
+    paths = [folder / f"{number}.png" for number in range(count)]
+    for number, path in enumerate(paths):
+        path.write_bytes(picture(number))
+    return paths
+
+
+@pytest.fixture(scope="module")
+def computed(tmp_path_factory: pytest.TempPathFactory, encoder: Encoder) -> Path:
+    """A folder with four photos and the cache of their features; tests work on copies."""
+    folder = tmp_path_factory.mktemp("computed")
+    photos = write_photos(folder / "photos", 4)
+    cache_features(photos, FeatureCache(folder / "cache", encoder.identity), lambda: encoder, batch_size=2)
+    return folder
+
+
+@pytest.fixture
+def photos(computed: Path, tmp_path: Path) -> list[Path]:
+    shutil.copytree(computed, tmp_path, dirs_exist_ok=True)
+    return sorted((tmp_path / "photos").iterdir())
+
+
+@pytest.fixture
+def cache(photos: list[Path], tmp_path: Path, encoder: Encoder) -> FeatureCache:
+    return FeatureCache(tmp_path / "cache", encoder.identity)
+
+
+def all_of(features: Features) -> NDArray[np.float16]:
+    return features.gather(np.arange(len(features)))
+
+
+def missing(cache: FeatureCache, photos: list[Path]) -> list[int]:
+    """The photos, by position, that the cache lacks."""
+    return np.flatnonzero(cache.lookup(digest_photos(photos)) < 0).tolist()
+
+
+def never() -> Encoder:
+    pytest.fail("the encoder was asked for")
+
+
+def digests_in(cache: FeatureCache) -> list[bytes]:
+    """The digests of the file's records, in order; the file holds whole records only."""
+    content = cache.path.read_bytes()
+    assert (len(content) - HEADER) % RECORD == 0
+    return [content[start : start + 32] for start in range(HEADER, len(content), RECORD)]
+
+
+def test_features_equal_the_encoders_own(cache: FeatureCache, photos: list[Path], encoder: Encoder) -> None:
+    features = cache.open(digest_photos(photos))
+    assert (len(features), features.shape) == (4, (1, 512))
+    own = encoder.encode([squash(read_photo(photos[2]), 224)])
+    # Alone or in a batch, the network may add in another order.
+    np.testing.assert_allclose(features.gather(np.array([2])), own, rtol=2e-2, atol=1e-1)
+    distances = np.abs(all_of(features)[:, 0].astype(float) - own[0].astype(float)).mean(1)  # (4,)
+    assert distances[2] < 0.05 * np.delete(distances, 2).min()
+
+
+def test_features_come_in_the_order_asked_for(cache: FeatureCache, photos: list[Path]) -> None:
+    plain = all_of(cache.open(digest_photos(photos)))
+    order = np.array([3, 1, 1, 0])
+    mixed = cache_features([photos[i] for i in order], cache, never, 1)
+    assert np.array_equal(all_of(mixed), plain[order])
+    assert np.array_equal(all_of(mixed.part(1, 3)), plain[[1, 1]])
+
+
+def test_second_call_computes_nothing_and_writes_nothing(cache: FeatureCache, photos: list[Path]) -> None:
+    before = cache.path.read_bytes()
+    cache_features(photos, cache, never, 2)
+    assert cache.path.read_bytes() == before
+
+
+def test_photo_moved_or_renamed_is_not_computed_again(cache: FeatureCache, photos: list[Path]) -> None:
+    moved = photos[0].rename(photos[0].with_name("moved.png"))
+    cache_features([moved], cache, never, 1)
+
+
+def test_only_a_changed_photo_is_computed_again(cache: FeatureCache, photos: list[Path], encoder: Encoder) -> None:
+    before = all_of(cache.open(digest_photos(photos)))
+    photos[1].write_bytes(picture(100))
+    assert missing(cache, photos) == [1]
+    digests = digest_photos(photos)
+    assert cache.extend(photos, digests, encoder, 2) == 1
+    after = all_of(cache.open(digests))
+    assert [np.array_equal(*pair) for pair in zip(before, after, strict=True)] == [True, False, True, True]
+
+
+@pytest.mark.parametrize("lost", [1, RECORD - 1])
+def test_file_cut_inside_its_last_record_goes_on_from_there(
+    cache: FeatureCache, photos: list[Path], encoder: Encoder, lost: int
+) -> None:
+    whole = cache.path.read_bytes()
+    last = digests_in(cache)[-1]
+    cache.path.write_bytes(whole[:-lost])
+    digests = digest_photos(photos)
+    assert [digests[i] for i in missing(cache, photos)] == [last]
+    assert cache.extend(photos, digests, encoder, 2) == 1
+    assert sorted(digests_in(cache)) == sorted(digests)
+    assert cache.path.read_bytes()[: HEADER + 3 * RECORD] == whole[: HEADER + 3 * RECORD]
+
+
+@pytest.mark.parametrize("at", [0, 32, 36, RECORD - 1], ids=["digest", "checksum", "first feature", "last feature"])
+def test_flipped_bit_is_noticed_wherever_it_is(cache: FeatureCache, photos: list[Path], at: int) -> None:
+    content = bytearray(cache.path.read_bytes())
+    hit = digests_in(cache)[1]
+    content[HEADER + RECORD + at] ^= 0x10
+    cache.path.write_bytes(content)
+    assert [digest_photos(photos)[i] for i in missing(cache, photos)] == [hit]
+
+
+def test_damaged_photo_alone_is_computed_again_and_mended(
+    cache: FeatureCache, photos: list[Path], encoder: Encoder
+) -> None:
+    digests = digest_photos(photos)
+    before = all_of(cache.open(digests))
+    content = bytearray(cache.path.read_bytes())
+    content[HEADER + RECORD + 100] ^= 1
+    cache.path.write_bytes(content)
+    assert cache.extend(photos, digests, encoder, 2) == 1
+    np.testing.assert_allclose(all_of(cache.open(digests)), before, rtol=2e-2, atol=1e-1)
+    cache_features(photos, cache, never, 2)
+
+
+def refusal(act: Callable[[], object]) -> str:
+    with pytest.raises(InputError) as caught:
+        act()
+    (line,) = str(caught.value).splitlines()
+    return line
+
+
+@pytest.mark.parametrize("damage", ["another encoder", "cut", "not a cache"])
+def test_file_with_another_header_is_refused_and_left_alone(
+    cache: FeatureCache, photos: list[Path], encoder: Encoder, damage: str
+) -> None:
+    content = cache.path.read_bytes()
+    if damage == "another encoder":
+        content = content.replace(encoder.identity.weights_digest.encode(), b"0" * 64)
+    else:
+        content = content[:100] if damage == "cut" else b"x" * len(content)
+    cache.path.write_bytes(content)
+    digests = digest_photos(photos)
+    for act in (lambda: cache.lookup(digests), lambda: cache.extend(photos, digests, encoder, 2)):
+        line = refusal(act)
+        assert str(cache.path) in line and "delete it" in line
+        assert ("another encoder" in line) == (damage == "another encoder")
+    assert cache.path.read_bytes() == content
+
+
+def test_empty_file_is_an_empty_cache(cache: FeatureCache, photos: list[Path]) -> None:
+    cache.path.write_bytes(b"")
+    assert missing(cache, photos) == [0, 1, 2, 3]
+
+
+def test_other_pools_and_weights_have_files_of_their_own(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
+    config = FeaturesConfig(layer="conv5_3", pool="max2", weights=str(weights))
+    assert FeatureCache(tmp_path, load_encoder(config).identity).path != FeatureCache(tmp_path, encoder.identity).path
+
+
+def test_equal_files_under_two_names_are_stored_once(tmp_path: Path, encoder: Encoder) -> None:
+    photos = write_photos(tmp_path / "photos", 1)
+    twin = Path(shutil.copy(photos[0], tmp_path / "photos" / "twin.png"))
+    cache = FeatureCache(tmp_path / "cache", encoder.identity)
+    features = all_of(cache_features([*photos, twin], cache, lambda: encoder, 2))
+    assert digests_in(cache) == digest_photos(photos)
+    assert np.array_equal(features[0], features[1])
+
+
+def test_digest_that_ends_in_a_zero_byte_is_found_again(tmp_path: Path, encoder: Encoder) -> None:
+    contents = (picture(1) + str(number).encode() for number in range(10_000))  # Pillow ignores what follows a PNG
+    content = next(content for content in contents if hashlib.sha256(content).digest()[-1] == 0)
+    (tmp_path / "photo.png").write_bytes(content)
+    cache = FeatureCache(tmp_path / "cache", encoder.identity)
+    cache_features([tmp_path / "photo.png"], cache, lambda: encoder, 1)
+    cache_features([tmp_path / "photo.png"], cache, never, 1)
+
+
+def test_bad_photos_are_all_named_and_the_good_ones_kept(tmp_path: Path, encoder: Encoder) -> None:
+    photos = write_photos(tmp_path / "photos", 4)
+    photos[0].write_text("no picture")
+    photos[2].write_bytes(picture(2)[:-200])
+    cache = FeatureCache(tmp_path / "cache", encoder.identity)
+    line = refusal(lambda: cache_features(photos, cache, lambda: encoder, 4))
+    assert line.startswith("2 photos cannot be used: ") and all(str(photos[i]) in line for i in (0, 2))
+    assert missing(cache, photos) == [0, 2]
+    photos[2].unlink()
+    cache_features([photos[1], photos[3]], cache, never, 2)
+
+
+EXTEND = """
+import sys
+from pathlib import Path
+import torch
+from capexp.data.cache import FeatureCache
+from capexp.data.features import FeaturesConfig, load_encoder
+from capexp.data.photos import digest_photos
+
+torch.set_num_threads(1)
+weights, folder, *photos = sys.argv[1:]
+encoder = load_encoder(FeaturesConfig(layer="conv5_3", pool="mean", weights=weights))
+paths = [Path(photo) for photo in photos]
+print("ready", flush=True)
+sys.stdin.readline()
+print(FeatureCache(Path(folder), encoder.identity).extend(paths, digest_photos(paths), encoder, 1))
+"""
+
+
+@pytest.mark.slow
+def test_two_processes_at_once_store_each_photo_once(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
+    photos = write_photos(tmp_path / "photos", 6)
+    processes = [
+        subprocess.Popen(
+            [sys.executable, "-c", EXTEND, str(weights), str(tmp_path / "cache"), *map(str, some)],
+            stdin=subprocess.PIPE,
+            stdout=subprocess.PIPE,
+            text=True,
+            cwd=Path(__file__).parents[2],
+        )
+        for some in (photos[:5], photos[:0:-1])
+    ]
+    for process in processes:
+        assert process.stdout is not None and process.stdout.readline() == "ready\n"
+    for process in processes:  # both are ready: from here on they compete
+        assert process.stdin is not None
+        process.stdin.write("go\n")
+        process.stdin.flush()
+    computed = [int(process.communicate(timeout=120)[0]) for process in processes]
+    assert [process.returncode for process in processes] == [0, 0]
+    assert sum(computed) == 6
+    cache = FeatureCache(tmp_path / "cache", encoder.identity)
+    assert sorted(digests_in(cache)) == sorted(digest_photos(photos))
+    cache_features(photos, cache, never, 1)
