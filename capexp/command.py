@@ -6,6 +6,7 @@ import logging
 import os
 import signal
 import sys
+import warnings
 from collections.abc import Callable
 from types import FrameType
 from typing import Any, NoReturn
@@ -71,9 +72,13 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     """Runs a command as a program: its log on stderr, faults of the user's making in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("capexp").setLevel(logging.INFO)
-    # MLflow's hints and migrations would bury what the command itself has to say.
-    for noisy in ("mlflow", "alembic", "optuna"):
+    # MLflow's and Optuna's hints, migrations and progress bars would bury what the command itself has to say.
+    os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
+    os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    for noisy in ("alembic", "optuna"):
         logging.getLogger(noisy).setLevel(logging.WARNING)
+    # Large photos are refused at a limit of our own.
+    warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:

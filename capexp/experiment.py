@@ -27,6 +27,7 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 SECTIONS = ("captions", "vocabulary", "features", "model", "training", "decoding", "registry", "tune")
 
 Settings = dict[str, Any]
+_NAME = r"^\w[\w .-]*\z"  # of experiments and models: no separator of paths, URIs or lines
 
 
 class RegistryConfig(BaseModel):
@@ -34,7 +35,7 @@ class RegistryConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(min_length=1, pattern=r"^[^/:]+$")
+    model: str = Field(pattern=_NAME)
     """One name a data set, so that versions under it compare."""
     metric: Literal["dev_loss"] = "dev_loss"
 
@@ -44,7 +45,7 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(min_length=1, pattern=r"^[^/\\]+$")
+    name: str = Field(pattern=_NAME)
     seed: int = Field(default=1, ge=0, lt=2**31)
     captions: CaptionsConfig
     vocabulary: VocabularyConfig = VocabularyConfig()
@@ -191,7 +192,7 @@ def _validate(settings: Settings, source: str) -> Experiment:
 def _explain(error: ValidationError) -> str:
     """The first fault in one line: which setting, what value, what is allowed."""
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"])
+    name = ".".join(str(part) for part in first["loc"] if part not in ("Range", "Choices"))  # of tune.search
     if first["type"] == "extra_forbidden":
         return str(_unknown(name))
     if first["type"] == "missing":
@@ -210,17 +211,23 @@ def _unknown(name: str) -> InputError:
 def _set(settings: Settings, name: str, value: object) -> None:
     """Puts one override into nested settings."""
     kind = TypeAdapter(setting_type(name))
-    try:
-        value = kind.dump_python(kind.validate_python(value), mode="json")
-    except ValidationError as error:
-        message = error.errors()[0]["msg"]
-        raise InputError(f"--{name} {value}: {message[0].lower()}{message[1:]}") from None
+    if isinstance(value, str):
+        try:
+            value = kind.dump_python(_read_flag(kind, value), mode="json")
+        except ValidationError as error:
+            message = error.errors()[0]["msg"]
+            raise InputError(f"--{name} {value}: {message[0].lower()}{message[1:]}") from None
     *sections, last = name.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})
         if not isinstance(settings, dict):
             raise InputError(f"{section}: should be a section with settings, not a value")
     settings[last] = value
+
+
+def _read_flag(kind: TypeAdapter[Any], text: str) -> Any:
+    """A flag's text as a value; a table, such as a search space, is given as JSON."""
+    return kind.validate_json(text) if text.startswith("{") else kind.validate_python(text)
 
 
 def _anchor(settings: Settings, folder: Path) -> None:

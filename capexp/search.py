@@ -4,10 +4,10 @@ import logging
 from collections.abc import Callable, Generator, Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any, Literal
+from typing import Annotated, Any, Literal
 
 from filelock import FileLock, Timeout
-from pydantic import BaseModel, ConfigDict, Field, field_validator, model_validator
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 from capexp.data.errors import InputError
 from capexp.training.fit import Epoch
@@ -15,6 +15,7 @@ from capexp.training.fit import Epoch
 log = logging.getLogger(__name__)
 
 Value = int | float | str
+Finite = Annotated[float, Field(allow_inf_nan=False)]
 RUN_ID = "run_id"
 """The attribute of a trial, and of the study, that names its MLflow run."""
 
@@ -24,10 +25,10 @@ class Range(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    low: int | float
-    high: int | float
+    low: int | Finite
+    high: int | Finite
     log: bool = False
-    step: int | float | None = None
+    step: int | Finite | None = None
 
     @model_validator(mode="after")
     def _in_order(self) -> "Range":
@@ -45,8 +46,23 @@ class Choices(BaseModel):
 
     choices: tuple[Value, ...] = Field(min_length=2)
 
+    @field_validator("choices", mode="before")
+    @classmethod
+    def _listed(cls, choices: object) -> object:
+        """Strict validation takes a list of JSON for a tuple, but not one that a validator has passed on."""
+        return tuple(choices) if isinstance(choices, list) else choices
 
-_DEFAULT: dict[str, Range | Choices] = {
+
+def _kind(space: object) -> str:
+    choices = "choices" in space if isinstance(space, Mapping) else isinstance(space, Choices)
+    return "Choices" if choices else "Range"
+
+
+Space = Annotated[Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")], Discriminator(_kind)]
+"""A range or choices; which, a key tells, so that a fault is told of that one alone."""
+
+
+_DEFAULT: dict[str, Space] = {
     "model.embedding_size": Range(low=64, high=512, log=True),
     "model.lstm_units": Range(low=64, high=512, log=True),
     "model.dropout": Range(low=0.2, high=0.7),
@@ -62,7 +78,7 @@ class TuneConfig(BaseModel):
     """Finished and pruned ones together."""
     sampler: Literal["tpe", "random"] = "tpe"
     pruner: Literal["median", "hyperband", "none"] = "median"
-    search: Mapping[str, Range | Choices] = Field(default=_DEFAULT, min_length=1)
+    search: Mapping[str, Space] = Field(default=_DEFAULT, min_length=1)
     """Setting by dotted name to range or choices."""
 
     @field_validator("search", mode="before")

@@ -58,7 +58,6 @@ def test_toml_round_trip_keeps_settings_that_are_not_the_defaults(tmp_path: Path
     assert set(again.tune.search) == {"model.dropout", "training.batch_size"}
 
 
-@pytest.mark.xfail(reason="TuneConfig's validator hands strict pydantic a list for a tuple", strict=True)
 def test_search_by_choices_is_read_from_a_file_and_kept(tmp_path: Path) -> None:
     path = write(tmp_path, "[tune.search]\nmodel.lstm_units = {choices = [8, 16]}\n")
     experiment = load(path, {})

@@ -74,7 +74,7 @@ class FeatureCache:
         the number of photos.
 
         Raises:
-            InputError: pictures that cannot be read; the others are kept, and all bad ones are named at once.
+            InputError: pictures that cannot be read; all are counted and the first few named, the others are kept.
         """
         assert encoder.identity.key() == self.identity.key()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -82,15 +82,22 @@ class FeatureCache:
             lacking = dict.fromkeys(digests)
             rows = self.lookup(list(lacking))
             absent = {digest for digest, row in zip(lacking, rows, strict=True) if row < 0}
-            # Equal files under two names have one digest and are computed once.
-            todo = {digest: path for path, digest in zip(photos, digests, strict=True) if digest in absent}
+            # Equal files under several names have one digest and are computed once.
+            todo: dict[bytes, list[Path]] = {}
+            for path, digest in zip(photos, digests, strict=True):
+                if digest in absent:
+                    todo.setdefault(digest, []).append(path)
             if not todo:
                 return 0
-            bad: list[str] = []
+            bad: list[Path] = []
+            faults: list[InputError] = []
             with self._appending() as file, tqdm(total=len(todo), unit="photo", desc="features") as progress:
                 for batch in _decoded(todo, encoder.identity.size, batch_size):
                     good = [(digest, pixels) for digest, pixels in batch if not isinstance(pixels, InputError)]
-                    bad += [str(error) for _, error in batch if isinstance(error, InputError)]
+                    for digest, pixels in batch:
+                        if isinstance(pixels, InputError):
+                            bad += todo[digest]
+                            faults.append(pixels)
                     if good:
                         records = np.empty(len(good), self._record)
                         records["photo"] = [digest for digest, _ in good]
@@ -99,8 +106,11 @@ class FeatureCache:
                         file.write(records.tobytes())
                         file.flush()
                     progress.update(len(batch))
+            if len(bad) == 1:
+                raise faults[0]
             if bad:
-                raise InputError(bad[0] if len(bad) == 1 else f"{len(bad)} photos cannot be used: {listed(bad)}")
+                names = listed([str(path) for path in bad])
+                raise InputError(f"{len(bad)} photos cannot be read as pictures: {names}; replace them")
             return len(todo)
 
     def _records(self) -> NDArray[Any]:
@@ -177,7 +187,7 @@ def cache_features(
 
 
 def _decoded(
-    todo: dict[bytes, Path], size: int, batch_size: int
+    todo: dict[bytes, list[Path]], size: int, batch_size: int
 ) -> Iterator[list[tuple[bytes, NDArray[np.uint8] | InputError]]]:
     """Photos as pixels, in batches, decoded by threads two batches ahead of the network."""
 
@@ -191,7 +201,7 @@ def _decoded(
     with ThreadPoolExecutor() as pool:
 
         def submit() -> list[tuple[bytes, Future[NDArray[np.uint8] | InputError]]]:
-            return [(digest, pool.submit(decode, path)) for digest, path in islice(waiting, batch_size)]
+            return [(digest, pool.submit(decode, paths[0])) for digest, paths in islice(waiting, batch_size)]
 
         ahead = [submit(), submit()]
         while batch := ahead.pop(0):

@@ -141,7 +141,7 @@ class Encoder(nn.Module):
 
     def prepare(self, device: torch.device, precision: Precision) -> "Encoder":
         """Moves the network to a device, in the precision that is fast there."""
-        dtype = torch.bfloat16 if _use_bfloat16(device, precision) else torch.float32
+        dtype = torch.bfloat16 if use_bfloat16(device, precision) else torch.float32
         buffers = dict(self.named_buffers())
         self.to(device, dtype).to(memory_format=torch.channels_last)
         for name, buffer in buffers.items():  # preprocessing stays in float32
@@ -297,7 +297,8 @@ def _fetch(name: str) -> Path:
     return path
 
 
-def _use_bfloat16(device: torch.device, precision: Precision) -> bool:
+def use_bfloat16(device: torch.device, precision: Precision) -> bool:
+    """Whether to compute in bfloat16; ``auto`` does where the device has instructions for it."""
     if precision != "auto":
         return precision == "bfloat16"
     if device.type == "cuda":

@@ -2,7 +2,6 @@
 
 import hashlib
 import io
-import warnings
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -23,15 +22,12 @@ def read_photo(source: Path | bytes) -> Image.Image:
     """
     name = str(source) if isinstance(source, Path) else "the photo"
     try:
-        with warnings.catch_warnings():
-            # Pillow warns of large pictures at a limit of its own; ours is refused below.
-            warnings.simplefilter("ignore", Image.DecompressionBombWarning)
-            image = Image.open(source if isinstance(source, Path) else io.BytesIO(source))
-        width, height = image.size
-        if width * height > MAXIMUM_PIXELS:
-            raise InputError(f"{name}: {width}x{height} pixels are over {MAXIMUM_PIXELS:,}; scale it down")
-        image.load()
-        return _rgb(ImageOps.exif_transpose(image))
+        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+            width, height = image.size
+            if width * height > MAXIMUM_PIXELS:
+                raise InputError(f"{name}: {width}x{height} pixels are over {MAXIMUM_PIXELS:,}; scale it down")
+            image.load()
+            return _rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
     except FileNotFoundError:

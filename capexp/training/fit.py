@@ -6,7 +6,6 @@ Shapes: B batch, T steps, V vocabulary.
 import math
 import time
 from collections.abc import Generator
-from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Literal
 
@@ -18,6 +17,7 @@ from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.captioning.model import MergeDecoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.errors import InputError
+from capexp.data.features import Precision, use_bfloat16
 from capexp.data.vocabulary import PAD
 from capexp.scoring.evaluation import Loss, cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState
@@ -38,7 +38,7 @@ class TrainingConfig(BaseModel):
     """``cosine`` lowers the learning rate from step to step, to zero at the end of ``epochs``."""
     clip_norm: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """The gradient's norm is cut to this."""
-    precision: Literal["auto", "float32", "bfloat16"] = "auto"
+    precision: Precision = "auto"
     device: str = "auto"
     keep: int = Field(default=1, ge=1)
     """How many of the last improvements stay on disk."""
@@ -180,7 +180,7 @@ def _train_epoch(
                 group["lr"] = _learning_rate(config, number - 1 + (step - 1) / len(batches))
             on_device = batch.to(device)
             real = on_device.targets != PAD  # (B, T)
-            with _precision(device, config):
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
                 logits = decoder(on_device.features, on_device.inputs, real)  # (N, V)
                 loss = nn.functional.cross_entropy(logits.float(), on_device.targets[real])
             value = loss.item()
@@ -203,13 +203,3 @@ def _learning_rate(config: TrainingConfig, epochs_done: float) -> float:
     if config.schedule == "constant":
         return config.learning_rate
     return config.learning_rate * (1 + math.cos(math.pi * min(epochs_done / config.epochs, 1.0))) / 2
-
-
-def _precision(device: torch.device, config: TrainingConfig) -> AbstractContextManager[None]:
-    bfloat16 = config.precision == "bfloat16"
-    if config.precision == "auto":
-        if device.type == "cuda":
-            bfloat16 = torch.cuda.get_device_capability(device) >= (8, 0)
-        else:
-            bfloat16 = bool(torch.cpu._is_amx_tile_supported())
-    return torch.autocast(device.type, torch.bfloat16, enabled=bfloat16)

@@ -234,7 +234,7 @@ def test_bad_photos_are_all_named_and_the_good_ones_kept(tmp_path: Path, encoder
     photos[2].write_bytes(picture(2)[:-200])
     cache = FeatureCache(tmp_path / "cache", encoder.identity)
     line = refusal(lambda: cache_features(photos, cache, lambda: encoder, 4))
-    assert line.startswith("2 photos cannot be used: ") and all(str(photos[i]) in line for i in (0, 2))
+    assert line.startswith("2 photos cannot be read as pictures: ") and all(str(photos[i]) in line for i in (0, 2))
     assert missing(cache, photos) == [0, 2]
     photos[2].unlink()
     cache_features([photos[1], photos[3]], cache, never, 2)
