@@ -3,8 +3,6 @@
 PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
-# One run's threads are the cores; a thread that waits sleeps instead of spinning, so that two runs share them.
-export OMP_WAIT_POLICY ?= PASSIVE
 
 .PHONY: help install demo test test-all check format clean
 

@@ -19,6 +19,7 @@ class Parser(argparse.ArgumentParser):
 
     def __init__(self, command: str, description: str, epilog: str = "") -> None:
         settings = "Any setting of the experiment is a flag by its dotted name: --training.epochs 5"
+        self.command = command
         super().__init__(
             prog=f"python -m capexp.{command}",
             description=description,
@@ -29,7 +30,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage above it."""
-        self.exit(USAGE, f"{self.prog}: {message}; see --help\n")
+        self.exit(USAGE, f"capexp.{self.command}: {message}; see --help\n")
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The command's own flags, and the settings among the others by dotted name."""
@@ -73,6 +74,8 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("capexp").setLevel(logging.INFO)
     # MLflow's and Optuna's hints, migrations and progress bars would bury what the command itself has to say.
+    # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     for noisy in ("alembic", "optuna"):

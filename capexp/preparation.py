@@ -51,8 +51,8 @@ def prepare(experiment: Experiment) -> Prepared:
     captions = (caption for captions in splits["train"].references for caption in captions)
     vocabulary = build_vocabulary(captions, experiment.vocabulary)
     choose_device(experiment.training.device)
+    decoder = build_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
     identity = identify(experiment.features)
-    decoder = build_decoder(experiment.model, identity.shape, len(vocabulary))  # refuses what does not fit
     features = read_features(experiment, list(splits.values()), identity)
     return Prepared(splits, features, vocabulary, identity, decoder.parameter_count())
 

@@ -17,6 +17,9 @@ import pytest
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from capexp.data.errors import InputError
+from capexp.train import train
+
 ROOT = Path(__file__).parents[1]
 SMALL = ("--model.embedding_size", "48", "--model.lstm_units", "48", "--training.learning_rate", "0.005")
 METRICS = {"train_loss", "dev_loss", "dev_perplexity", "learning_rate", "epoch_seconds", "tokens_per_second"}
@@ -33,6 +36,7 @@ class Folder:
             "TORCH_HOME": str(path / "torch"),
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "CAPEXP_OFFLINE": "1",
+            "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
         }
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
@@ -58,8 +62,8 @@ class Folder:
         return list(self.client.search_runs(experiments, order_by=["attributes.start_time"]))
 
     def artifact(self, run: Run, name: str) -> Path:
-        store = f"sqlite:///{self.path}/mlflow.db"
-        return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name, tracking_uri=store))
+        mlflow.set_tracking_uri(f"sqlite:///{self.path}/mlflow.db")
+        return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
 
 
 @pytest.fixture(scope="module")
@@ -121,6 +125,7 @@ def test_evaluate_after_train_agrees(trained: Trained) -> None:
     assert scores["photos"] == 100
 
 
+@pytest.mark.slow
 def test_the_experiment_artifact_gives_the_same_losses_again(trained: Trained, tmp_path: Path) -> None:
     folder, _ = trained
     (run,) = folder.runs()
@@ -150,6 +155,7 @@ def test_caption_without_weights_ends_with_the_remedy(trained: Trained) -> None:
     assert "IMAGENET1K_FEATURES" in printed.stderr
 
 
+@pytest.mark.slow
 def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
     vgg16: Path, scenes: Path, tmp_path: Path
 ) -> None:
@@ -169,6 +175,7 @@ def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
     assert model.predict(pd.DataFrame({"photo": [Path(photos[0]).read_bytes()]}))[0]["caption"] == said[0]
 
 
+@pytest.mark.slow
 def test_a_worse_model_is_registered_but_not_champion_unless_promoted(trained: Trained) -> None:
     folder, _ = trained
     before = folder.client.get_model_version_by_alias("capexp-scenes", "champion").version
@@ -190,7 +197,7 @@ def has_epoch(folder: Folder, number: int) -> Callable[[], bool]:
     return lambda: any(list(folder.path.glob(f"checkpoints/*/ep{number:03d}-*")))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
 def test_an_interrupt_ends_the_run_killed_with_the_best_model_kept(tmp_path: Path, how: signal.Signals) -> None:
     folder = Folder(tmp_path)
     process = folder.start(
@@ -211,6 +218,7 @@ def test_an_interrupt_ends_the_run_killed_with_the_best_model_kept(tmp_path: Pat
     assert err.splitlines()[-1] == "capexp.train: interrupted"
 
 
+@pytest.mark.slow
 def test_killed_and_resumed_it_ends_with_the_losses_of_the_undisturbed_run(tmp_path: Path) -> None:
     plain, broken = Folder(tmp_path / "plain"), Folder(tmp_path / "broken")
     for folder in (plain, broken):
@@ -256,14 +264,33 @@ BAD = {
 
 
 @pytest.mark.parametrize("arguments", BAD)
-def test_bad_settings_end_with_one_line_status_2_and_no_run(tmp_path: Path, arguments: str) -> None:
+def test_bad_settings_are_refused_in_one_line_before_any_run(
+    tmp_path: Path, arguments: str, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setenv("CAPEXP_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    with pytest.raises((InputError, SystemExit)) as caught:
+        train(arguments.split())
+    line = capsys.readouterr().err if isinstance(caught.value, SystemExit) else f"{caught.value}\n"
+    assert line.count("\n") == 1
+    assert BAD[arguments] in line
+    assert not Folder(tmp_path).runs()
+    assert not (tmp_path / "checkpoints").exists()
+
+
+@pytest.mark.parametrize("arguments", ["--training.epochs 0", "--captions.root /nowhere", "--training.epochs"])
+def test_a_refusal_is_one_line_on_stderr_and_exit_status_2(tmp_path: Path, arguments: str) -> None:
     folder = Folder(tmp_path)
     printed = folder.run("train", *arguments.split(), status=2)
     assert printed.stderr.count("\n") == 1, printed.stderr
+    assert printed.stderr.startswith("capexp.train: ")
     assert BAD[arguments] in printed.stderr
-    assert not folder.runs()
+    assert not list(tmp_path.iterdir())
 
 
+@pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped_and_registers_its_best_once(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     settings = ("--training.epochs", "1", "--tune.search", '{"model.lstm_units": {"low": 8, "high": 32}}')

@@ -24,8 +24,8 @@ class ModelConfig(BaseModel):
     dropout: float = Field(default=0.5, ge=0, lt=1)
     output_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the vocabulary layer, which the tutorial has none of."""
-    photo_norm: Literal["none", "rms"] = "none"
-    """``rms`` scales each photo's features to a root mean square of 1 before the decoder reads them."""
+    photo_norm: Literal["none", "unit"] = "none"
+    """``unit`` scales each photo's features to length 1 before the decoder reads them."""
 
 
 class DecoderState:
@@ -88,8 +88,8 @@ class MergeDecoder(nn.Module):
     def start(self, features: Tensor) -> DecoderState:
         """The state before the first word, from features ``(B, 1, F)``."""
         photo = features[:, 0]  # (B, F)
-        if self.photo_norm == "rms":
-            photo = nn.functional.rms_norm(photo, photo.shape[1:])
+        if self.photo_norm == "unit":
+            photo = nn.functional.normalize(photo, dim=1)
         photo = torch.relu(self.photo(self.dropout(photo)))  # (B, H)
         zeros = photo.new_zeros(1, len(photo), self.lstm.hidden_size)
         return DecoderState(photo, zeros, zeros)

@@ -65,6 +65,11 @@ class FeaturesConfig(BaseModel):
     precision: Precision = "auto"
     batch_size: int = Field(default=32, ge=1)
 
+    @property
+    def shape(self) -> tuple[int, int]:
+        """(P, F): grid positions and features at each."""
+        return _shape(self.layer, self.pool)
+
     @model_validator(mode="after")
     def _layer_fits(self) -> "FeaturesConfig":
         net = "IMAGENET1K_FEATURES" if self.weights not in NETS else self.weights
@@ -94,9 +99,7 @@ class EncoderIdentity:
     @property
     def shape(self) -> tuple[int, int]:
         """(P, F): grid positions and features at each."""
-        if self.layer == "fc2":
-            return 1, 4096
-        return {"none": 14 * 14, "max2": 7 * 7, "mean": 1}[self.pool], 512
+        return _shape(self.layer, self.pool)
 
     def key(self) -> str:
         """A short digest of the identity; the weights' name is a hint where to get them, not part of it."""
@@ -192,6 +195,12 @@ def load_encoder(config: FeaturesConfig) -> Encoder:
 def encoder_at_hand(config: FeaturesConfig) -> bool:
     """Whether the encoder can be loaded without fetching anything."""
     return config.weights not in NETS or _hub_file(config.weights).is_file()
+
+
+def _shape(layer: Layer, pool: Pool) -> tuple[int, int]:
+    if layer == "fc2":
+        return 1, 4096
+    return {"none": 14 * 14, "max2": 7 * 7, "mean": 1}[pool], 512
 
 
 def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:

@@ -120,7 +120,8 @@ def tracked_run(
     """
     if "MLFLOW_RUN_ID" not in os.environ and resume is None and parent is None:
         mlflow.set_experiment(experiment)
-    mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
+    if "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL" not in os.environ:
+        mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
     mlflow.set_system_metrics_samples_before_logging(1)
     run = mlflow.start_run(
         run_id=resume, run_name=name, nested=parent is not None, parent_run_id=parent, log_system_metrics=True
