@@ -72,7 +72,9 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 def main(name: str, command: Callable[[], int]) -> NoReturn:
     """Runs a command as a program: its log on stderr, faults of the user's making in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("capexp").setLevel(logging.INFO)
+    logging.getLogger("capexp").setLevel(logging.DEBUG)  # all of it goes to a run's log file
+    for handler in logging.getLogger().handlers:
+        handler.addFilter(lambda record: record.levelno >= logging.INFO)
     # MLflow's and Optuna's hints, migrations and progress bars would bury what the command itself has to say.
     # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

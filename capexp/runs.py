@@ -103,6 +103,7 @@ def run(
         settings = checkpoints.folder / _SETTINGS
         settings.write_text(experiment.to_toml(), encoding="utf-8")
         with _log_file(checkpoints.folder / "log.txt", tracked):
+            log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, settings.read_text())
             _log_beginning(tracked, experiment, prepared, str(device), settings)
             captioner = Captioner.fresh(
                 experiment.model, prepared.vocabulary, prepared.encoder, experiment.decoding, experiment.seed
@@ -120,6 +121,7 @@ def run(
                     checkpoints=checkpoints,
                 ):
                     epochs.append(epoch)
+                    log.debug("%s", epoch)
                     _log_epoch(tracked, epoch)
                     yield epoch
             except Pruned:
@@ -225,6 +227,7 @@ def _register(
     tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
     registry.describe_version(name, number, card, tags)
     version = registry.crown(name, number, score, force=promote)
+    log.debug("registered %s", version.describe())
     tracked.set_tags({"registered_version": f"{name}/{number}", "champion": f"{version.champion}: {version.reason}"})
     return version
 
