@@ -24,8 +24,6 @@ class ModelConfig(BaseModel):
     dropout: float = Field(default=0.5, ge=0, lt=1)
     output_dropout: float = Field(default=0.0, ge=0, lt=1)
     """Dropout before the vocabulary layer, which the tutorial has none of."""
-    embedding_start: Literal["uniform", "normal"] = "uniform"
-    """Initial embeddings: within 0.05 of zero, as Keras's; or standard normal, as torch's."""
     photo_norm: Literal["none", "unit"] = "none"
     """``unit`` scales each photo's features to length 1 before the decoder reads them."""
 
@@ -67,15 +65,14 @@ class MergeDecoder(nn.Module):
         self.lstm = nn.LSTM(config.embedding_size, units, batch_first=True)
         self.dense = nn.Linear(units, units)
         self.vocabulary = nn.Linear(units, vocabulary_size)
-        self._initialize(config)
+        self._initialize()
 
-    def _initialize(self, config: ModelConfig) -> None:
-        """Keras's initial values, which the tutorial trains from, but for embeddings where asked."""
+    def _initialize(self) -> None:
+        """Keras's initial values, which the tutorial trains from."""
         for layer in (self.photo, self.dense, self.vocabulary):
             nn.init.xavier_uniform_(layer.weight)
             nn.init.zeros_(layer.bias)
-        if config.embedding_start == "uniform":
-            nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
+        nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
         with torch.no_grad():
             self.embedding.weight[PAD] = 0
         lstm = dict(self.lstm.named_parameters())

