@@ -31,6 +31,7 @@ install: .venv/installed
 
 demo: .venv/installed
 	MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
+	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
 test: .venv/installed-test
 	python -m pytest -m "not slow"

@@ -1,5 +1,6 @@
 """Trains one experiment, tracked by MLflow, and registers its best captioner."""
 
+import os
 from contextlib import closing
 from typing import TYPE_CHECKING
 
@@ -74,7 +75,7 @@ def _print_epoch(epoch: "Epoch") -> None:
 def _print_result(result: "Result") -> None:
     best, version = result.best, result.version
     assert result.dev_loss_blind is not None and version is not None
-    photo = result.samples[0].photo
+    photo = os.path.relpath(result.samples[0].photo)
     print(f"\nrun         {result.run_id}")
     print(f"best epoch  {best.number}: train loss {best.train_loss:.4f}, dev loss {best.dev_loss:.4f} nats per token")
     print(f"blind       {result.dev_loss_blind:.4f} dev loss with photos shuffled among captions")
