@@ -21,7 +21,10 @@ from capexp.data.errors import InputError
 from capexp.train import train
 
 ROOT = Path(__file__).parents[1]
-SMALL = ("--model.embedding_size", "48", "--model.lstm_units", "48", "--training.learning_rate", "0.005")
+SMALL = (
+    *("--model.embedding_size", "48", "--model.lstm_units", "48", "--model.output_dropout", "0"),
+    *("--training.learning_rate", "0.01"),
+)
 METRICS = {"train_loss", "dev_loss", "dev_perplexity", "learning_rate", "epoch_seconds", "tokens_per_second"}
 
 
@@ -80,7 +83,7 @@ def test_the_run_holds_everything_that_decided_it(trained: Trained) -> None:
     folder, _ = trained
     (run,) = folder.runs()
     assert run.info.status == "FINISHED"
-    assert run.data.params["training.learning_rate"] == "0.005"
+    assert run.data.params["training.learning_rate"] == "0.01"
     assert run.data.params["model.decoder"] == "merge"
     assert {"vocabulary_digest", "data_digest", "git_commit", "device", "encoder"} <= run.data.tags.keys()
     assert {(item.dataset.name, item.tags[0].value) for item in run.inputs.dataset_inputs} == {
