@@ -34,20 +34,32 @@ class Parser(argparse.ArgumentParser):
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The command's own flags, and the settings among the others by dotted name."""
-        namespace, rest = self.parse_known_args(argv)
+        argv = sys.argv[1:] if argv is None else argv
         settings: dict[str, str] = {}
+        own: list[str] = []
+        # Settings first: to argparse the value of an unknown flag may be a positional argument.
+        waiting = iter(argv)
+        for word in waiting:
+            name, equals, value = word.partition("=")
+            if not (name.startswith("--") and "." in name):
+                own.append(word)
+            elif equals:
+                settings[name[2:]] = value
+            else:
+                settings[name[2:]] = self._value(name, next(waiting, None))
+        namespace, rest = self.parse_known_args(own)
         waiting = iter(rest)
         for flag in waiting:
             if not flag.startswith("--"):
                 self.error(f"unexpected {flag!r}")
             name, equals, value = flag[2:].partition("=")
-            if not equals:
-                given = next(waiting, None)
-                if given is None:
-                    self.error(f"--{name} needs a value")
-                value = given
-            settings[name] = value
+            settings[name] = value if equals else self._value(flag, next(waiting, None))
         return namespace, settings
+
+    def _value(self, flag: str, value: str | None) -> str:
+        if value is None:
+            self.error(f"{flag} needs a value")
+        return value
 
 
 def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scenes") -> None:
@@ -75,13 +87,12 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     logging.getLogger("capexp").setLevel(logging.DEBUG)  # all of it goes to a run's log file
     for handler in logging.getLogger().handlers:
         handler.addFilter(lambda record: record.levelno >= logging.INFO)
-    # MLflow's and Optuna's hints, migrations and progress bars would bury what the command itself has to say.
-    # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
-    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
+    # MLflow's hints, migrations and progress bars would bury what the command itself has to say.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    for noisy in ("alembic", "optuna"):
-        logging.getLogger(noisy).setLevel(logging.WARNING)
+    logging.getLogger("alembic").setLevel(logging.WARNING)
+    # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
+    os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Large photos are refused at a limit of our own.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     signal.signal(signal.SIGTERM, _interrupt)

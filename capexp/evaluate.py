@@ -15,6 +15,9 @@ def evaluate(argv: list[str] | None = None) -> int:
     parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write the scores there")
     arguments, settings = parser.parse(argv)
 
+    if arguments.output is not None and not arguments.output.parent.is_dir():
+        parser.error(f"--output {arguments.output}: no folder {arguments.output.parent}; make it first")
+
     from capexp import experiment as experiments, preparation
     from capexp.captioning.captioner import Captioner
     from capexp.tracking.registry import find_bundle
@@ -25,9 +28,9 @@ def evaluate(argv: list[str] | None = None) -> int:
     captioner = Captioner.load(find_bundle(arguments.model), device)
     scores = preparation.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
     text = json.dumps(scores, indent=2)
+    print(text)
     if arguments.output is not None:
         arguments.output.write_text(text + "\n", encoding="utf-8")
-    print(text)
     return 0
 
 

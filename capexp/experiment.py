@@ -27,7 +27,7 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 SECTIONS = ("captions", "vocabulary", "features", "model", "training", "decoding", "registry", "tune")
 
 Settings = dict[str, Any]
-_NAME = r"^\w[\w .-]*\z"  # of experiments and models: no separator of paths, URIs or lines
+NAME = r"^\w[\w .-]*$"  # of experiments and models: no separator of paths, URIs or lines
 
 
 class RegistryConfig(BaseModel):
@@ -35,7 +35,7 @@ class RegistryConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    model: str = Field(pattern=_NAME)
+    model: str = Field(pattern=NAME)
     """One name a data set, so that versions under it compare."""
     metric: Literal["dev_loss"] = "dev_loss"
 
@@ -45,7 +45,7 @@ class Experiment(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    name: str = Field(pattern=_NAME)
+    name: str = Field(pattern=NAME)
     seed: int = Field(default=1, ge=0, lt=2**31)
     captions: CaptionsConfig
     vocabulary: VocabularyConfig = VocabularyConfig()
@@ -184,9 +184,16 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 def _validate(settings: Settings, source: str) -> Experiment:
     try:
         # As JSON, strict: text is taken for a path but not for a number, a whole number for a float.
-        return Experiment.model_validate_json(json.dumps(settings, default=str), strict=True)
+        return Experiment.model_validate_json(json.dumps(settings, default=_refuse_date), strict=True)
     except ValidationError as error:
         raise InputError(f"{source}: {_explain(error)}") from None
+
+
+def _refuse_date(value: object) -> str:
+    """Paths come from overrides in Python; what else JSON has no word for is TOML's dates and times."""
+    if isinstance(value, Path):
+        return str(value)
+    raise InputError(f"{value} is a date or time, which no setting is; put it in quotes")
 
 
 def _explain(error: ValidationError) -> str:

@@ -14,9 +14,11 @@ from capexp.data.cache import FeatureCache, Features, cache_features
 from capexp.data.captions import Split, SplitName, read_splits
 from capexp.data.errors import InputError
 from capexp.data.features import Encoder, EncoderIdentity, identify, load_encoder
+from capexp.data.photos import digest_photos
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
 from capexp.scoring.evaluation import blind_cross_entropy, cross_entropy
+from capexp.search import Choices
 from capexp.training.fit import choose_device
 
 log = logging.getLogger(__name__)
@@ -41,11 +43,27 @@ class Prepared:
         return hashlib.sha256("".join(split.digest() for split in self.splits.values()).encode()).hexdigest()
 
 
-def prepare(experiment: Experiment) -> Prepared:
-    """Reads and checks the data, and computes the features that the cache lacks.
+@dataclass(frozen=True)
+class Read:
+    """An experiment's data, read and checked, without its features."""
+
+    splits: dict[SplitName, Split]
+    vocabulary: Vocabulary
+    encoder: EncoderIdentity
+    decoder_parameters: int
+
+    def lacking(self, experiment: Experiment) -> int:
+        """How many photos have no features in the cache."""
+        cache = FeatureCache(experiment.features.cache, self.encoder)
+        paths = [path for split in self.splits.values() for path in split.paths()]
+        return int((cache.lookup(digest_photos(paths)) < 0).sum())
+
+
+def read(experiment: Experiment) -> Read:
+    """Reads and checks the data.
 
     Raises:
-        InputError: anything wrong with the input; nothing has been written but features.
+        InputError: anything wrong with the input, but for pictures that cannot be decoded.
     """
     splits = read_splits(experiment.captions, ("train", "dev"))
     captions = (caption for captions in splits["train"].references for caption in captions)
@@ -53,8 +71,18 @@ def prepare(experiment: Experiment) -> Prepared:
     choose_device(experiment.training.device)
     decoder = build_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
     identity = identify(experiment.features)
-    features = read_features(experiment, list(splits.values()), identity)
-    return Prepared(splits, features, vocabulary, identity, decoder.parameter_count())
+    return Read(splits, vocabulary, identity, decoder.parameter_count())
+
+
+def prepare(experiment: Experiment, data: Read | None = None) -> Prepared:
+    """Reads and checks the data, and computes the features that the cache lacks.
+
+    Raises:
+        InputError: anything wrong with the input; nothing has been written but features.
+    """
+    data = data or read(experiment)
+    features = read_features(experiment, list(data.splits.values()), data.encoder)
+    return Prepared(data.splits, features, data.vocabulary, data.encoder, data.decoder_parameters)
 
 
 def read_features(experiment: Experiment, splits: list[Split], identity: EncoderIdentity) -> dict[SplitName, Features]:
@@ -82,7 +110,10 @@ def comparable(experiment: Experiment, prepared: Prepared) -> str:
         for name, value in experiment.flat().items()
         if name not in free and name.split(".")[0] in ("name", "seed", "model", "training", "vocabulary")
     }
-    record = [settings, prepared.encoder.key(), prepared.data_digest()]
+    # Optuna cannot go on with other choices under the same name.
+    spaces = experiment.tune.search.items()
+    choices = {name: space.choices for name, space in spaces if isinstance(space, Choices)}
+    record = [settings, choices, prepared.encoder.key(), prepared.data_digest()]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
@@ -98,16 +129,16 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> 
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
             f"of {identity}; name the experiment it was trained with, or set features.layer, pool and weights"
         )
-    read = read_splits(experiment.captions, (split,))[split]
-    features = read_features(experiment, [read], identity)[split]
-    batches = CaptionBatches(read, captioner.vocabulary, features, experiment.training.batch_size)
+    data = read_splits(experiment.captions, (split,))[split]
+    features = read_features(experiment, [data], identity)[split]
+    batches = CaptionBatches(data, captioner.vocabulary, features, experiment.training.batch_size)
     loss = cross_entropy(captioner.decoder, batches.in_order())
-    blind = blind_cross_entropy(captioner.decoder, batches, len(read.photos), experiment.seed)
+    blind = blind_cross_entropy(captioner.decoder, batches, len(data.photos), experiment.seed)
     return {
         "split": split,
-        "split_digest": read.digest(),
+        "split_digest": data.digest(),
         "vocabulary_digest": captioner.vocabulary.digest(),
-        "photos": len(read.photos),
+        "photos": len(data.photos),
         "targets": loss.targets,
         "cross_entropy": loss.per_token,
         "perplexity": loss.perplexity,

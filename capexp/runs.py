@@ -1,30 +1,31 @@
 """One experiment, run and tracked: from photos with captions to a registered captioner."""
 
 import logging
-import os
 import random
 import time
 from collections.abc import Generator, Iterator
-from contextlib import contextmanager
+from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
 import numpy as np
+from filelock import FileLock, Timeout
 
 from capexp import __version__, experiment as experiments
-from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.captioner import Captioner
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.errors import InputError
-from capexp.data.features import State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment
 from capexp.preparation import Prepared
-from capexp.scoring.evaluation import Loss, blind_cross_entropy
+from capexp.registration import encoder_weights, register
+from capexp.scoring.evaluation import Loss, blind_cross_entropy, perplexity
 from capexp.search import Pruned
 from capexp.tracking import registry
-from capexp.tracking.registry import Score, Version
+from capexp.tracking.registry import Version
 from capexp.tracking.report import Sample, draw_curves, write_gallery
-from capexp.tracking.run import Input, TrackedRun, git_commit, prepare_store, run_exists, run_status, tracked_run
+from capexp.tracking.run import Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
+from capexp.tracking.store import prepare_store
 from capexp.training.checkpoints import Checkpoints
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
 
@@ -84,27 +85,40 @@ def run(
     resume: str | None = None,
     parent: str | None = None,
     folder: Path = CHECKPOINTS,
-    register: bool = True,
+    register_model: bool = True,
     promote: bool = False,
 ) -> Generator[Epoch, None, Result]:
     """Trains, tracks and registers; yields every epoch as it is logged, and returns what came of it.
 
     Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
     ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
-    ``register=False`` (a trial of a study) the model is neither logged nor registered; its bundle stays among
+    ``register_model=False`` (a trial of a study) the model is neither logged nor registered; its bundle stays among
     the checkpoints.
     """
-    prepare_store()
     device = choose_device(experiment.training.device)
     digest = prepared.splits["dev"].digest()
-    with tracked_run(experiment.name, experiment.name, resume=resume, parent=parent) as tracked:
+    encoder = encoder_weights(experiment) if register_model else None
+    prepare_store()
+    with ExitStack() as stack:
+        if resume is None:
+            _refuse_trained(folder)
+        else:
+            _refuse_other_data(resume, prepared)
+            stack.enter_context(_alone(folder / resume))  # before the run's state is touched
+        tracked = stack.enter_context(tracked_run(experiment.name, experiment.name, resume=resume, parent=parent))
         checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
-        checkpoints.folder.mkdir(parents=True, exist_ok=True)
-        settings = checkpoints.folder / _SETTINGS
-        settings.write_text(experiment.to_toml(), encoding="utf-8")
+        if resume is None:
+            stack.enter_context(_alone(checkpoints.folder))
+        else:
+            checkpoints.clear_parts()
+            registry.discard_unfinished(resume)
+        settings = _write_settings(checkpoints.folder / _SETTINGS, experiment)
         with _log_file(checkpoints.folder / "log.txt", tracked):
-            log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, settings.read_text())
+            log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, experiment.to_toml())
             _log_beginning(tracked, experiment, prepared, str(device), settings)
+            if resume is not None:
+                now = experiment.flat()
+                tracked.set_tags({f"resumed.{name}": now[name] for name in _DIFFERENT_ON_RESUME})
             captioner = Captioner.fresh(
                 experiment.model, prepared.vocabulary, prepared.encoder, experiment.decoding, experiment.seed
             )
@@ -124,58 +138,54 @@ def run(
                     log.debug("%s", epoch)
                     _log_epoch(tracked, epoch)
                     yield epoch
+                blind, samples = _report(tracked, experiment, prepared, checkpoints, epochs)
             except Pruned:
                 tracked.set_tags({"pruned": "true"})
                 return Result(tracked.run_id, _best(epochs), None, None, _bundle(checkpoints), ())
             except (KeyboardInterrupt, GeneratorExit):
                 best = checkpoints.best()
-                if register and best is not None:
+                if register_model and best is not None:
                     log.info("interrupted: logging the best captioner so far, %s", best.name)
-                    registry.log_captioner(Captioner.load(best), None, register_as=None)
+                    registry.log_captioner(Captioner.load(best), encoder, register_as=None)
                 raise
-            return _finish(tracked, experiment, prepared, checkpoints, epochs, register, promote)
+            bundle = _bundle(checkpoints)
+            version = None
+            if register_model:
+                best_captioner = Captioner.load(bundle)
+                version = register(tracked, experiment, prepared, best_captioner, blind, promote, encoder)
+            return Result(tracked.run_id, _best(epochs), blind.per_token, version, bundle, samples)
 
 
-def _finish(
+def _report(
     tracked: TrackedRun,
     experiment: Experiment,
     prepared: Prepared,
     checkpoints: Checkpoints,
     epochs: list[Epoch],
-    register: bool,
-    promote: bool,
-) -> Result:
-    """What follows the last epoch: the best captioner measured, shown and registered."""
-    bundle = _bundle(checkpoints)
-    device = choose_device(experiment.training.device)
-    captioner = Captioner.load(bundle, device)
-    dev = prepared.batches("dev", experiment.training.batch_size)
-    blind = blind_cross_entropy(captioner.decoder, dev, len(prepared.splits["dev"].photos), experiment.seed)
+) -> tuple[Loss, tuple[Sample, ...]]:
+    """What is measured and shown after the last epoch, of the best captioner."""
+    captioner = Captioner.load(_bundle(checkpoints), choose_device(experiment.training.device))
+    blind = blind_loss(experiment, prepared, captioner)
     best = _best(epochs)
-    now = time.time_ns() // 1_000_000
-    tracked.log_metrics(
-        {
-            "best_dev_loss": best.dev_loss,
-            "best_epoch": best.number,
-            "dev_loss_blind": blind.per_token,
-        },
-        step=best.number,
-        timestamp=now,
-    )
+    measured = {"best_dev_loss": best.dev_loss, "best_epoch": best.number, "dev_loss_blind": blind.per_token}
+    tracked.log_metrics(measured, step=best.number, timestamp=time.time_ns() // 1_000_000)
     samples = caption_samples(captioner, prepared.splits["dev"], prepared.features["dev"], experiment.seed)
     tracked.log_artifact(draw_curves(epochs, experiment.name, checkpoints.folder / "loss.png"))
     tracked.log_artifact(write_gallery(samples, experiment.name, checkpoints.folder / "captions.html"))
-    version = None
-    if register:
-        version = _register(tracked, experiment, prepared, captioner, blind.per_token, promote)
-    return Result(tracked.run_id, best, blind.per_token, version, bundle, samples)
+    return blind, samples
+
+
+def blind_loss(experiment: Experiment, prepared: Prepared, captioner: Captioner) -> Loss:
+    """The dev loss on photos shuffled among captions: its distance to the dev loss is the photo's worth."""
+    dev = prepared.batches("dev", experiment.training.batch_size)
+    return blind_cross_entropy(captioner.decoder, dev, len(prepared.splits["dev"].photos), experiment.seed)
 
 
 @contextmanager
 def study_run(experiment: Experiment, prepared: Prepared, name: str, held: str | None) -> Iterator[TrackedRun]:
     """The run that a study's trials are nested under: the one it had, or a new one."""
     prepare_store()
-    resume = held if held and "MLFLOW_RUN_ID" not in os.environ and run_exists(held) else None
+    resume = held if held and adopted_run() is None and run_tags(held) else None
     with tracked_run(name, experiment.name, resume=resume) as tracked:
         params = dict(experiments.flatten(experiment.model_dump(mode="json")))
         tracked.log_params({key: str(value) for key, value in params.items()})
@@ -187,9 +197,8 @@ def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promot
     """Registers the best captioner of a trial, from its checkpoints, under the study's run."""
     experiment = experiments.load(folder / _SETTINGS, {})
     captioner = Captioner.load(_bundle(Checkpoints(folder, experiment.training.keep)))
-    dev = prepared.batches("dev", experiment.training.batch_size)
-    blind = blind_cross_entropy(captioner.decoder, dev, len(prepared.splits["dev"].photos), experiment.seed)
-    return _register(tracked, experiment, prepared, captioner, blind.per_token, promote)
+    blind = blind_loss(experiment, prepared, captioner)
+    return register(tracked, experiment, prepared, captioner, blind, promote, encoder_weights(experiment))
 
 
 def caption_samples(captioner: Captioner, split: Split, features: Features, seed: int) -> tuple[Sample, ...]:
@@ -201,42 +210,6 @@ def caption_samples(captioner: Captioner, split: Split, features: Features, seed
         Sample(split.folder / split.photos[photo], caption.text, caption.log_probability, split.references[photo])
         for photo, caption in zip(chosen, captions, strict=True)
     )
-
-
-def _register(
-    tracked: TrackedRun,
-    experiment: Experiment,
-    prepared: Prepared,
-    captioner: Captioner,
-    blind: float,
-    promote: bool,
-) -> Version:
-    assert captioner.training is not None
-    name = experiment.registry.model
-    number = registry.registered_version(name, tracked.run_id)
-    if number is None:
-        number = registry.log_captioner(captioner, _encoder_weights(experiment), register_as=name)
-        assert number is not None
-    score = Score(
-        experiment.registry.metric,
-        captioner.training.dev_loss,
-        prepared.splits["dev"].digest(),
-        prepared.vocabulary.digest(),
-    )
-    card = _card(experiment, prepared, captioner.training, blind)
-    tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
-    registry.describe_version(name, number, card, tags)
-    version = registry.crown(name, number, score, force=promote)
-    log.debug("registered %s", version.describe())
-    tracked.set_tags({"registered_version": f"{name}/{number}", "champion": f"{version.champion}: {version.reason}"})
-    return version
-
-
-def _encoder_weights(experiment: Experiment) -> State | None:
-    """The layers of VGG16 that the captioner needs, where they are at hand: nothing is fetched for this."""
-    if not encoder_at_hand(experiment.features):
-        return None
-    return load_encoder(experiment.features).weights()
 
 
 def _log_beginning(
@@ -261,6 +234,7 @@ def _tags(prepared: Prepared) -> dict[str, str]:
         "data_digest": prepared.data_digest(),
         "vocabulary_digest": prepared.vocabulary.digest(),
         "encoder": str(prepared.encoder),
+        "encoder_key": prepared.encoder.key(),
         "capexp_version": __version__,
     }
 
@@ -269,37 +243,12 @@ def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
     metrics = {
         "train_loss": epoch.train_loss,
         "dev_loss": epoch.dev_loss,
-        "dev_perplexity": Loss(epoch.dev_loss, 1).perplexity,
+        "dev_perplexity": perplexity(epoch.dev_loss),
         "learning_rate": epoch.learning_rate,
         "epoch_seconds": epoch.seconds,
         "tokens_per_second": epoch.tokens_per_second,
     }
     tracked.log_metrics(metrics, step=epoch.number, timestamp=epoch.ended_at)
-
-
-def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, blind: float) -> str:
-    train, dev = prepared.splits["train"], prepared.splits["dev"]
-    perplexity = Loss(best.dev_loss, 1).perplexity
-    captions = sum(map(len, train.references))
-    rows = {
-        "dev loss": f"{best.dev_loss:.4f} nats per token (perplexity {perplexity:.2f}), epoch {best.epoch}",
-        "dev loss, photos shuffled": f"{blind:.4f}",
-        "train loss": f"{best.train_loss:.4f} (dropout on)",
-        "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
-        "measured on": f"{len(dev.photos)} dev photos; the test split was not read",
-        "vocabulary": f"{len(prepared.vocabulary)} entries, cleaning `{experiment.vocabulary.cleaning}`",
-        "parameters": f"{prepared.decoder_parameters:,} trainable",
-    }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
-    return f"""**{experiment.name}**: {experiment.model.decoder} decoder on {prepared.encoder}.
-
-| | |
-| --- | --- |
-{table}
-
-All settings are the params of the run, and `experiment.toml` among its artifacts.
-Load it with `mlflow.pyfunc.load_model("models:/{experiment.registry.model}@champion")`.
-"""
 
 
 def _best(epochs: list[Epoch]) -> Epoch:
@@ -322,12 +271,56 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     try:
         yield
     except Exception:
-        log.error("the run has failed", exc_info=True)
+        log.debug("the run has failed", exc_info=True)  # to the file alone: the command tells the user
         raise
     finally:
         root.removeHandler(handler)
         handler.close()
         tracked.log_artifact(path)
+
+
+@contextmanager
+def _alone(folder: Path) -> Iterator[None]:
+    """Holds a run's checkpoints for one process; the system lets go of them however that ends."""
+    folder.mkdir(parents=True, exist_ok=True)
+    lock = FileLock(folder / ".lock")
+    try:
+        lock.acquire(blocking=False)
+    except Timeout:
+        raise InputError(f"run {folder.name}: another process is training it; wait for it or stop it") from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+def _refuse_trained(folder: Path) -> None:
+    """A new run that adopts one by ``MLFLOW_RUN_ID`` must not train over what an earlier process left."""
+    adopted = adopted_run()
+    if adopted is None:
+        return
+    run_status(adopted)  # refuses an unknown one
+    if (folder / adopted).exists():
+        raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
+
+
+def _refuse_other_data(run_id: str, prepared: Prepared) -> None:
+    """A resumed run must find the data, the words and the encoder that it was started with."""
+    held, now = run_tags(run_id), _tags(prepared)
+    for name in ("data_digest", "vocabulary_digest", "encoder_key"):
+        if name in held and held[name] != now[name]:
+            raise InputError(
+                f"--resume {run_id}: {name} is {now[name][:12]}, the run was started with {held[name][:12]}; "
+                "photos, captions, lists or weights have changed: restore them, or start a new run"
+            )
+
+
+def _write_settings(path: Path, experiment: Experiment) -> Path:
+    """Writes the experiment beside and renames it: what a run can be resumed by is never half there."""
+    beside = path.with_name(f".{path.name}.part")
+    beside.write_text(experiment.to_toml(), encoding="utf-8")
+    beside.replace(path)
+    return path
 
 
 def is_complete(run_id: str, experiment: Experiment) -> bool:

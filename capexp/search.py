@@ -16,6 +16,7 @@ log = logging.getLogger(__name__)
 
 Value = int | float | str
 Finite = Annotated[float, Field(allow_inf_nan=False)]
+_FAILED_IN_A_ROW = 3  # failed trials after which the fault is not in the values drawn
 RUN_ID = "run_id"
 """The attribute of a trial, and of the study, that names its MLflow run."""
 
@@ -28,12 +29,14 @@ class Range(BaseModel):
     low: int | Finite
     high: int | Finite
     log: bool = False
-    step: int | Finite | None = None
+    step: Annotated[int, Field(gt=0)] | Annotated[Finite, Field(gt=0)] | None = None
 
     @model_validator(mode="after")
     def _in_order(self) -> "Range":
         if self.low >= self.high:
             raise ValueError(f"tune.search: low = {self.low} is not below high = {self.high}")
+        if isinstance(self.step, float) and isinstance(self.low, int) and isinstance(self.high, int):
+            raise ValueError(f"tune.search: step = {self.step} between whole numbers; give a whole step")
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError("tune.search: log = true needs low above 0, and takes no step")
         return self
@@ -135,9 +138,15 @@ class Study:
         except Timeout:
             raise InputError(f"--study {name}: another process is at work on {self.path}; wait for it") from None
         self._config = config
-        self._study = optuna.create_study(
-            storage=JournalStorage(JournalFileBackend(str(self.path))), study_name=name, load_if_exists=True
-        )
+        self._failed_in_a_row = 0
+        optuna.logging.set_verbosity(optuna.logging.WARNING)
+        try:
+            self._study = optuna.create_study(
+                storage=JournalStorage(JournalFileBackend(str(self.path))), study_name=name, load_if_exists=True
+            )
+        except (ValueError, KeyError) as error:  # what a journal that is not one leads to
+            self.close()
+            raise InputError(f"{self.path}: damaged ({error}); move it away, or give another --study") from None
         held = self._study.user_attrs.get("comparable")
         if held not in (None, comparable):
             self.close()
@@ -191,15 +200,20 @@ class Study:
         The objective takes the values drawn and yields epochs; thrown ``Pruned``, it ends in order. What it
         returns has a ``run_id``. A fault of the values drawn (memory, a loss that is not finite) fails the
         trial and not the study.
+
+        Raises:
+            InputError: several trials in a row have failed, so the next would too.
         """
         from optuna.trial import TrialState
 
         trial = self._study.ask()
-        values = {name: _suggest(trial, name, space) for name, space in self._config.search.items()}
+        values: dict[str, Value] = {}
         losses: list[float] = []
-        epochs = objective(values)
+        epochs: Generator[Epoch, None, Any] | None = None
         state, note = TrialState.FAIL, "broken off"
         try:
+            values = {name: _suggest(trial, name, space) for name, space in self._config.search.items()}
+            epochs = objective(values)
             while True:
                 epoch = next(epochs)
                 losses.append(epoch.dev_loss)
@@ -214,8 +228,12 @@ class Study:
         except InputError as error:
             note = f"failed: {error}"
         finally:
-            epochs.close()
+            if epochs is not None:
+                epochs.close()
             self._study.tell(trial, min(losses) if state == TrialState.COMPLETE else None, state=state)
+        self._failed_in_a_row = self._failed_in_a_row + 1 if state == TrialState.FAIL else 0
+        if self._failed_in_a_row == _FAILED_IN_A_ROW:
+            raise InputError(f"{_FAILED_IN_A_ROW} trials in a row have failed, the last so: {note}")
         shown = ", ".join(
             f"{name} {value:.3g}" if isinstance(value, float) else f"{name} {value}" for name, value in values.items()
         )

@@ -40,20 +40,27 @@ def train(argv: list[str] | None = None) -> int:
         sep="\n",
     )
 
-    from capexp import runs
-    from capexp.preparation import prepare
+    from capexp.preparation import prepare, read
 
-    prepared = prepare(experiment)
+    data = read(experiment)
+    if arguments.dry_run:
+        lacking = data.lacking(experiment)
+        count = sum(len(split.photos) for split in data.splits.values())
+        print(f"dry run: settings and data are fine; {lacking:,} of {count:,} photos have no features yet")
+        return 0
+    from capexp import runs
+    from capexp.tracking.store import check_store
+
+    check_store()
+    prepared = prepare(experiment, data)
     train_split, dev_split = prepared.splits["train"], prepared.splits["dev"]
     print(
         f"{len(train_split.photos):,} train and {len(dev_split.photos):,} dev photos, "
         f"{prepared.batches('train', 1).targets:,} and {prepared.batches('dev', 1).targets:,} targets, "
+        f"longest caption {prepared.batches('train', 1).longest} tokens, "
         f"{len(prepared.vocabulary):,} entries, {prepared.decoder_parameters:,} trainable parameters",
         flush=True,
     )
-    if arguments.dry_run:
-        print("dry run: settings and data are fine; nothing was trained")
-        return 0
     with closing(runs.run(experiment, prepared, resume=arguments.resume, promote=arguments.promote)) as epochs:
         while True:
             try:

@@ -1,5 +1,6 @@
 """Searches settings with Optuna: every trial is an ordinary experiment, tracked under the study's run."""
 
+import re
 import shutil
 import time
 from collections.abc import Generator
@@ -31,9 +32,13 @@ def tune(argv: list[str] | None = None) -> int:
     from capexp import experiment as experiments, runs
     from capexp.preparation import comparable, prepare
     from capexp.search import Study
+    from capexp.tracking.store import check_store
 
     experiment = experiments.load(experiments.find(arguments.experiment), settings)
     experiments.check_search_space(experiment)
+    if not re.fullmatch(experiments.NAME, arguments.study or "study"):
+        parser.error(f"--study {arguments.study!r}: letters, digits, blanks and . _ - only")
+    check_store()
     prepared = prepare(experiment)
     name = arguments.study or experiment.name
     folder, config = STUDIES / name, experiment.tune
@@ -45,7 +50,7 @@ def tune(argv: list[str] | None = None) -> int:
 
             def objective(values: "dict[str, Value]") -> "Generator[Epoch, None, Result]":
                 trial = experiments.replace(experiment, values)
-                return runs.run(trial, prepared, parent=tracked.run_id, folder=folder, register=False)
+                return runs.run(trial, prepared, parent=tracked.run_id, folder=folder, register_model=False)
 
             start = time.monotonic()
             while study.counted() < config.trials:

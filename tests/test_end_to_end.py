@@ -3,6 +3,7 @@
 import base64
 import json
 import os
+import shutil
 import signal
 import subprocess
 import sys
@@ -15,8 +16,10 @@ import mlflow
 import pandas as pd
 import pytest
 from mlflow.entities import Run
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.tracking import MlflowClient
 
+from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.train import train
 
@@ -244,7 +247,7 @@ def test_killed_and_resumed_it_ends_with_the_losses_of_the_undisturbed_run(tmp_p
         ]
         assert histories[0] == histories[1]
     refused = broken.run("train", "--resume", run.info.run_id, "--model.dropout", "0.1", status=2)
-    assert "--model.dropout 0.1: the run was started with 0.5" in refused.stderr
+    assert "--model.dropout 0.1: the run was started with 0.2" in refused.stderr
     done = broken.run("train", "--resume", run.info.run_id, status=2)
     assert "has finished" in done.stderr
 
@@ -261,7 +264,7 @@ BAD = {
     "--features.layer fc2": "features.layer",
     "--features.pool max2 --features.weights IMAGENET1K_V1": "grid of 49",
     "--vocabulary.minimum_count 1000000": "vocabulary.minimum_count",
-    "--resume 0123": "no such run",
+    "--resume 0123": "nothing was tracked here",
     "--training.epochs": "--training.epochs needs a value",
 }
 
@@ -293,6 +296,89 @@ def test_a_refusal_is_one_line_on_stderr_and_exit_status_2(tmp_path: Path, argum
     assert not list(tmp_path.iterdir())
 
 
+def assert_tells_the_truth(folder: Folder, version: ModelVersion) -> None:
+    """The score that a version is compared by is that of the weights it holds."""
+    mlflow.set_tracking_uri(f"sqlite:///{folder.path}/mlflow.db")
+    local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+    record = Captioner.load(local / "artifacts/bundle").training
+    assert record is not None
+    assert float(version.tags["dev_loss"]) == record.dev_loss
+
+
+@pytest.mark.slow
+def test_a_finished_run_trained_on_registers_what_it_has_now(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.run("train", *SMALL, "--training.epochs", "1")
+    (run,) = folder.runs()
+    folder.run("train", "--resume", run.info.run_id, "--training.epochs", "2")
+    versions = folder.client.search_model_versions("name='capexp-scenes'")
+    assert len(versions) == 2
+    for version in versions:
+        assert_tells_the_truth(folder, version)
+    assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version == "2"
+
+
+@pytest.mark.slow
+def test_a_run_that_is_being_trained_or_whose_data_changed_is_not_resumed(tmp_path: Path, scenes: Path) -> None:
+    folder = Folder(tmp_path)
+    shutil.copytree(scenes, tmp_path / "data")
+    settings = (*SMALL, "--captions.root", "data", "--training.epochs", "500", "--training.patience", "500")
+    process = folder.start(sys.executable, "-m", "capexp.train", *settings)
+    wait_for(has_epoch(folder, 1))
+    (run,) = folder.runs()
+    refused = folder.run("train", "--resume", run.info.run_id, status=2)
+    assert "another process is training it" in refused.stderr
+    process.kill()
+    process.communicate()
+    captions = tmp_path / "data/Scenes.token.txt"
+    captions.write_text(captions.read_text().replace("A ", "The ", 1))
+    refused = folder.run("train", "--resume", run.info.run_id, status=2)
+    assert "data_digest" in refused.stderr
+    assert refused.stderr.count("\n") == 1
+
+
+@pytest.mark.slow
+def test_a_fault_during_the_run_is_one_line_and_fails_the_run_with_its_log(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    printed = folder.run("train", *SMALL, "--training.learning_rate", "1e30", status=2)
+    assert printed.stderr.count("\n") == 1
+    assert "lower training.learning_rate" in printed.stderr
+    (run,) = folder.runs()
+    assert run.info.status == "FAILED"
+    assert "training.learning_rate" in run.data.tags["error"]
+    assert "InputError" in folder.artifact(run, "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_a_study_whose_trials_all_fail_ends(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    printed = folder.run("tune", "--trials", "9", *SMALL, "--training.learning_rate", "1e30", status=2)
+    assert "3 trials in a row have failed" in printed.stderr
+
+
+@pytest.mark.slow
+def test_four_first_runs_at_once_all_end_well(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.environment["OMP_NUM_THREADS"] = "1"
+    words = (*SMALL, "--training.epochs", "1")
+    processes = [folder.start(sys.executable, "-m", "capexp.train", *words) for _ in range(4)]
+    for process in processes:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, f"{out}\n{err}"
+    assert [run.info.status for run in folder.runs()] == ["FINISHED"] * 4
+    assert len(folder.client.search_model_versions("name='capexp-scenes'")) == 4
+
+
+@pytest.mark.slow
+def test_an_unreachable_server_is_told_of_before_any_work(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+    start = time.monotonic()
+    printed = folder.run("train", *SMALL, status=2)
+    assert "MLFLOW_TRACKING_URI" in printed.stderr.splitlines()[-1]
+    assert time.monotonic() - start < 60
+
+
 @pytest.mark.slow
 def test_a_study_goes_on_where_it_stopped_and_registers_its_best_once(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
@@ -310,6 +396,8 @@ def test_a_study_goes_on_where_it_stopped_and_registers_its_best_once(tmp_path: 
     assert parent.data.tags["best_run"] == best.info.run_id
     versions = folder.client.search_model_versions("name='capexp-scenes'")
     assert {version.run_id for version in versions} == {parent.info.run_id}
+    for version in versions:
+        assert_tells_the_truth(folder, version)
     assert [path.name for path in (tmp_path / "studies/scenes").iterdir()] == [best.info.run_id]
 
 

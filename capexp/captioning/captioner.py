@@ -117,10 +117,13 @@ class Captioner:
         """Where the decoder is."""
         return next(self.decoder.parameters()).device
 
-    @property
-    def has_encoder(self) -> bool:
-        """Whether new photos can be captioned without fetching anything."""
-        return self._encoder is not None or self._bundled_encoder is not None
+    def digest(self) -> str:
+        """Hexadecimal SHA-256 of the decoder's weights and what is needed to read them."""
+        digest = hashlib.sha256(f"{self.vocabulary.digest()} {self.encoder_identity.key()}".encode())
+        for name, value in sorted(self.decoder.state_dict().items()):
+            digest.update(name.encode())
+            digest.update(value.detach().cpu().contiguous().numpy().data)
+        return digest.hexdigest()
 
     def use_encoder(self, weights: str | None = None) -> Encoder:
         """The encoder: the bundle's own, or from ``weights`` (a name or a path), or fetched by its name.
@@ -129,7 +132,7 @@ class Captioner:
             InputError: weights that cannot be had, or that are not those the captioner was trained with.
         """
         if self._encoder is None:
-            if self._bundled_encoder is not None:
+            if self._bundled_encoder is not None and weights is None:
                 encoder = Encoder(self.encoder_identity, _read_tensors(self._bundled_encoder))
             else:
                 encoder = load_encoder(self._features_config(weights))
@@ -178,14 +181,14 @@ class Captioner:
                 encoder=self.encoder_identity,
                 training=self.training,
             )
-            (beside / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n")
-            (beside / _VOCABULARY).write_text(self.vocabulary.to_json() + "\n")
+            (beside / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+            (beside / _VOCABULARY).write_text(self.vocabulary.to_json() + "\n", encoding="utf-8")
             save_file(_contiguous(self.decoder.state_dict()), beside / _DECODER)
             if encoder is not None:
                 save_file(_contiguous(encoder), beside / _ENCODER)
             digests = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
             manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
-            (beside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n")
+            (beside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
             for path in beside.iterdir():
                 _sync(path)
             shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again

@@ -103,8 +103,7 @@ class FeatureCache:
                         records["photo"] = [digest for digest, _ in good]
                         records["features"] = encoder.encode([pixels for _, pixels in good])
                         records["check"] = [zlib.crc32(row) for row in records["features"]]
-                        file.write(records.tobytes())
-                        file.flush()
+                        self._write(file, records)
                     progress.update(len(batch))
             if len(bad) == 1:
                 raise faults[0]
@@ -112,6 +111,16 @@ class FeatureCache:
                 names = listed([str(path) for path in bad])
                 raise InputError(f"{len(bad)} photos cannot be read as pictures: {names}; replace them")
             return len(todo)
+
+    def _write(self, file: Any, records: NDArray[Any]) -> None:
+        try:
+            file.write(records.tobytes())
+            file.flush()
+        except OSError as error:
+            raise InputError(
+                f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then start again: "
+                "what is there is kept"
+            ) from None
 
     def _records(self) -> NDArray[Any]:
         """The whole records of the file, memory-mapped."""

@@ -63,7 +63,7 @@ class FeaturesConfig(BaseModel):
     weights: str = "IMAGENET1K_V1"
     cache: Path = Field(default_factory=lambda: _cache_home() / "features")
     precision: Precision = "auto"
-    batch_size: int = Field(default=32, ge=1)
+    batch_size: int = Field(default=32, ge=1, le=100_000)
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -271,9 +271,11 @@ def _load_state(path: Path) -> State:
     except MemoryError:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by kind of damage
-        reason = str(error).strip().splitlines()[0][:100] if str(error).strip() else type(error).__name__
-        raise InputError(f"{path}: not a file of weights that can be loaded safely ({reason})") from None
-    if not isinstance(state, dict) or not all(isinstance(value, Tensor) for value in state.values()):
+        kind = type(error).__name__
+        raise InputError(
+            f"{path}: damaged, or holds more than tensors, which is not loaded ({kind}); get the weights again"
+        ) from None
+    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
         raise InputError(f"{path}: holds no table of tensors; give a state_dict of VGG16")
     return state
 

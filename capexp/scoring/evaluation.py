@@ -32,7 +32,12 @@ class Loss:
     @property
     def perplexity(self) -> float:
         """exp of nats per token."""
-        return math.exp(min(self.per_token, 700.0))
+        return perplexity(self.per_token)
+
+
+def perplexity(nats_per_token: float) -> float:
+    """exp of a cross-entropy in nats per token; where that is beyond floats, the largest power below."""
+    return math.exp(min(nats_per_token, 709.0))
 
 
 @torch.inference_mode()

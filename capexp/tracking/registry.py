@@ -21,9 +21,12 @@ from PIL import Image
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.data.features import State
+from capexp.tracking.store import is_missing, require_store, store_lock
 
 ARTIFACT = "captioner"
 CHAMPION = "champion"
+
+_DIGEST = "decoder_digest"  # the tag that tells which captioner a version holds
 
 _PACKAGE = Path(__file__).parents[1]
 _REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "pydantic", "safetensors")
@@ -99,34 +102,45 @@ def log_captioner(captioner: Captioner, encoder: State | None, register_as: str 
     return None if version is None else str(version)
 
 
-def registered_version(name: str, run_id: str) -> str | None:
-    """The version that a run has registered already, if any: a resumed run registers no second one."""
+def registered_version(name: str, run_id: str, captioner: Captioner) -> str | None:
+    """The version that holds this very captioner of a run, if any: a resumed run registers it only once."""
     found = MlflowClient().search_model_versions(f"name='{name}'")
-    return next((str(version.version) for version in found if version.run_id == run_id), None)
+    digest = captioner.digest()
+    return next((str(v.version) for v in found if v.run_id == run_id and v.tags.get(_DIGEST) == digest), None)
 
 
-def describe_version(name: str, number: str, description: str, tags: Mapping[str, str]) -> None:
+def discard_unfinished(run_id: str) -> None:
+    """Deletes models whose logging a kill has cut short."""
+    client = MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):
+        if str(model.status) == "PENDING":
+            client.delete_logged_model(model.model_id)
+
+
+def describe_version(name: str, number: str, captioner: Captioner, description: str, tags: Mapping[str, str]) -> None:
     """Writes a version's card: a description in Markdown, and tags."""
     client = MlflowClient()
     client.update_model_version(name, number, description)
-    for key, value in tags.items():
+    for key, value in {**tags, _DIGEST: captioner.digest()}.items():
         client.set_model_version_tag(name, number, key, value)
 
 
 def crown(name: str, number: str, score: Score, force: bool) -> Version:
     """Moves the alias ``champion`` to a version if it earns it, or if forced."""
     client = MlflowClient()
-    holder = champion_of(name)
-    if holder == number:
-        return Version(name, number, True, "it is champion already")
-    if holder is None:
-        earned, reason = True, "the first version"
-    else:
-        earned, reason = compare(score, dict(client.get_model_version(name, holder).tags), holder)
-    if force and not earned:
-        earned, reason = True, f"forced, though {reason}"
-    if earned:
-        client.set_registered_model_alias(name, CHAMPION, number)
+    with store_lock():  # of two that finish at once, the second must see the first
+        holder = champion_of(name)
+        if holder == number:
+            return Version(name, number, True, "it is champion already")
+        if holder is None:
+            earned, reason = True, "the first champion"
+        else:
+            earned, reason = compare(score, dict(client.get_model_version(name, holder).tags), holder)
+        if force and not earned:
+            earned, reason = True, f"forced, though {reason}"
+        if earned:
+            client.set_registered_model_alias(name, CHAMPION, number)
     return Version(name, number, earned, reason)
 
 
@@ -149,8 +163,10 @@ def champion_of(name: str) -> str | None:
     """The version that the alias points at."""
     try:
         return str(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
-    except MlflowException:
-        return None
+    except MlflowException as error:
+        if is_missing(error):
+            return None
+        raise
 
 
 def find_bundle(model: str) -> Path:
@@ -166,6 +182,7 @@ def find_bundle(model: str) -> Path:
                 f"--model {model}: neither a bundle's folder nor runs:/ID/captioner nor models:/NAME@champion"
             )
         return folder
+    require_store()
     try:
         local = Path(mlflow.artifacts.download_artifacts(model))
     except (MlflowException, OSError) as error:

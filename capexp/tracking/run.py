@@ -9,14 +9,14 @@ from dataclasses import dataclass
 from pathlib import Path
 
 import mlflow
-from filelock import FileLock
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
-from mlflow.entities import Metric, Param, RunStatus, RunTag
+from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from capexp.data.errors import InputError
+from capexp.tracking.store import is_missing, require_store, store_faults
 
 log = logging.getLogger(__name__)
 
@@ -70,43 +70,40 @@ class TrackedRun:
         self._client.log_artifact(self.run_id, str(path))
 
 
-def prepare_store() -> None:
-    """Makes MLflow's database where it is missing: two processes that do so at once would break it.
-
-    Raises:
-        InputError: the tracking server or the store cannot be used.
-    """
-    uri = mlflow.get_tracking_uri()
-    try:
-        if uri.startswith("sqlite:"):
-            with FileLock(".mlflow.lock"):
-                MlflowClient().search_experiments(max_results=1)
-        else:
-            MlflowClient().search_experiments(max_results=1)
-    except (MlflowException, OSError) as error:
-        raise InputError(
-            f"MLflow's store cannot be used ({str(error).splitlines()[0]}); check MLFLOW_TRACKING_URI"
-        ) from None
-
-
 def run_status(run_id: str) -> str:
     """The state of a run, such as ``FINISHED``.
 
     Raises:
-        InputError: there is no such run.
+        InputError: there is no such run, or it was deleted.
     """
-    try:
-        return str(MlflowClient().get_run(run_id).info.status)
-    except MlflowException:
-        raise InputError(f"--resume {run_id}: no such run in {mlflow.get_tracking_uri()}") from None
+    run = _find(run_id)
+    if run is None:
+        raise InputError(f"run {run_id}: no such run in {mlflow.get_tracking_uri()}; `mlflow ui` lists them")
+    return str(run.info.status)
 
 
-def run_exists(run_id: str) -> bool:
-    """Whether the store holds a run, not deleted."""
-    try:
-        return str(MlflowClient().get_run(run_id).info.lifecycle_stage) == "active"
-    except MlflowException:
-        return False
+def run_tags(run_id: str) -> dict[str, str]:
+    """The tags of a run; none where there is no such run."""
+    run = _find(run_id)
+    return {} if run is None else dict(run.data.tags)
+
+
+def adopted_run() -> str | None:
+    """The run that ``mlflow run`` has made for this process, if any."""
+    return os.environ.get("MLFLOW_RUN_ID")
+
+
+def _find(run_id: str) -> Run | None:
+    """A run that is there and not deleted."""
+    require_store()
+    with store_faults():
+        try:
+            run = MlflowClient().get_run(run_id)
+        except MlflowException as error:
+            if is_missing(error):
+                return None
+            raise
+    return run if run.info.lifecycle_stage == "active" else None
 
 
 @contextmanager
@@ -118,15 +115,21 @@ def tracked_run(
     Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED, tagged
     ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
     """
-    if "MLFLOW_RUN_ID" not in os.environ and resume is None and parent is None:
-        mlflow.set_experiment(experiment)
     if "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL" not in os.environ:
         mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
     mlflow.set_system_metrics_samples_before_logging(1)
-    run = mlflow.start_run(
-        run_id=resume, run_name=name, nested=parent is not None, parent_run_id=parent, log_system_metrics=True
-    )
-    tracked = TrackedRun(run.info.run_id, MlflowClient())
+    client = MlflowClient()
+    with store_faults():
+        if adopted_run() is None and resume is None and parent is None:
+            mlflow.set_experiment(experiment)
+        run = mlflow.start_run(
+            run_id=resume, run_name=name, nested=parent is not None, parent_run_id=parent, log_system_metrics=True
+        )
+        # The web page opens on what fits the training of models, instead of asking.
+        client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
+        for stale in {"stopped", "error"} & run.data.tags.keys():
+            client.delete_tag(run.info.run_id, stale)
+    tracked = TrackedRun(run.info.run_id, client)
     status = RunStatus.to_string(RunStatus.FAILED)
     try:
         yield tracked

@@ -39,7 +39,7 @@ def _decode(value: object) -> bytes | InputError:
     if isinstance(value, bytes):
         return value
     try:
-        return base64.b64decode(str(value), validate=True)
+        return base64.b64decode("".join(str(value).split()), validate=True)  # line breaks, as base64 tools make
     except (binascii.Error, ValueError):
         return InputError("the photo is not base64; send the file's bytes in base64")
 

@@ -71,6 +71,14 @@ class Checkpoints:
         finally:
             beside.unlink(missing_ok=True)
 
+    def clear_parts(self) -> None:
+        """Deletes what a killed process has left half-written; only the process that owns the run may."""
+        for part in self.folder.glob(".*.part"):
+            if part.is_dir():
+                shutil.rmtree(part)
+            else:
+                part.unlink()
+
     def latest(self) -> TrainingState | None:
         """The newest state that is whole, or None where nothing was saved yet.
 
@@ -83,6 +91,7 @@ class Checkpoints:
                 return _read_state(path)
             except InputError as error:
                 log.warning("%s; passed over", error)
+                path.unlink()  # so that it does not take the place of a whole one at the next save
         if there:
             raise InputError(f"{self.folder}: no state in it is whole; train anew")
         return None

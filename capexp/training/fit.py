@@ -4,6 +4,7 @@ Shapes: B batch, T steps, V vocabulary.
 """
 
 import math
+import re
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
@@ -28,10 +29,10 @@ class TrainingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epochs: int = Field(default=20, ge=1)
-    patience: int = Field(default=3, ge=1)
+    epochs: int = Field(default=20, ge=1, le=1_000_000)
+    patience: int = Field(default=3, ge=1, le=1_000_000)
     """Epochs without a better dev loss after which training stops."""
-    batch_size: int = Field(default=64, ge=1)
+    batch_size: int = Field(default=64, ge=1, le=1_000_000)
     """Captions a batch."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "cosine"] = "constant"
@@ -40,7 +41,7 @@ class TrainingConfig(BaseModel):
     """The gradient's norm is cut to this."""
     precision: Precision = "auto"
     device: str = "auto"
-    keep: int = Field(default=1, ge=1)
+    keep: int = Field(default=1, ge=1, le=1_000_000)
     """How many of the last improvements stay on disk."""
 
 
@@ -73,12 +74,12 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    try:
-        device = torch.device(name)
-        torch.empty(1, device=device)
-    except (RuntimeError, AssertionError, NotImplementedError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(f"training.device = '{name}': not usable here ({reason}); use 'auto' or 'cpu'") from None
+    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+        raise InputError(f"training.device = '{name}': use 'auto', 'cpu', 'cuda' or 'cuda:0'")
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"training.device = '{name}': {count} CUDA devices are here; use 'auto' or 'cpu'")
     return device
 
 
@@ -130,6 +131,11 @@ def fit(
                 f"{device} has too little memory for training.batch_size = {config.batch_size}; "
                 "lower training.batch_size, or set training.device = 'cpu'"
             ) from None
+        if not math.isfinite(dev_loss):
+            raise InputError(
+                f"the dev loss is {dev_loss} after epoch {number}; the best captioner before it is kept: "
+                f"lower training.learning_rate = {config.learning_rate}"
+            )
         epoch = Epoch(
             number=number,
             train_loss=train_loss.per_token,

@@ -115,11 +115,3 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(decoder: MergeDecod
 def test_a_grid_is_refused_with_the_remedy() -> None:
     with pytest.raises(InputError, match=r"grid of 49; set features\.pool = 'mean'"):
         build_decoder(ModelConfig(), (49, 512), V)
-
-
-def test_selecting_rows_of_a_state_equals_starting_from_those_rows(decoder: MergeDecoder) -> None:
-    features, inputs = some_inputs()
-    rows = torch.tensor([2, 0, 2])
-    _, state = decoder.advance(decoder.start(features), inputs[:, :4])
-    logits, _ = decoder.step(state.select(rows), inputs[rows, 4])
-    torch.testing.assert_close(logits, decoder(features[rows], inputs[rows, :5])[:, -1], rtol=1e-5, atol=1e-6)

@@ -1,0 +1,129 @@
+"""From a trained captioner to a registered version: its bundle, its card, its claim to be champion."""
+
+import logging
+import signal
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+
+from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.data.errors import InputError
+from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
+from capexp.experiment import Experiment
+from capexp.preparation import Prepared
+from capexp.scoring.evaluation import Loss, perplexity
+from capexp.tracking import registry
+from capexp.tracking.registry import Score, Version
+from capexp.tracking.run import TrackedRun, git_commit
+
+log = logging.getLogger(__name__)
+
+
+def register(
+    tracked: TrackedRun,
+    experiment: Experiment,
+    prepared: Prepared,
+    captioner: Captioner,
+    blind: Loss,
+    promote: bool,
+    encoder: State | None,
+) -> Version:
+    """Registers a captioner under its run, with its card and score, and moves ``champion`` if it earns it.
+
+    The encoder's weights travel with it where they are given. An interrupt waits until all is done.
+    """
+    assert captioner.training is not None
+    name = experiment.registry.model
+    with _undisturbed():
+        number = registry.registered_version(name, tracked.run_id, captioner)
+        if number is None:
+            number = registry.log_captioner(captioner, encoder, register_as=name)
+            assert number is not None
+        return _present(tracked, experiment, prepared, captioner, blind, promote, number)
+
+
+def _present(
+    tracked: TrackedRun,
+    experiment: Experiment,
+    prepared: Prepared,
+    captioner: Captioner,
+    blind: Loss,
+    promote: bool,
+    number: str,
+) -> Version:
+    """A version's card, its score, and its claim to be champion."""
+    assert captioner.training is not None
+    name = experiment.registry.model
+    score = Score(
+        experiment.registry.metric,
+        captioner.training.dev_loss,
+        prepared.splits["dev"].digest(),
+        prepared.vocabulary.digest(),
+    )
+    card = _card(experiment, prepared, captioner.training, blind.per_token)
+    tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
+    registry.describe_version(name, number, captioner, card, tags)
+    version = registry.crown(name, number, score, force=promote)
+    log.debug("registered %s", version.describe())
+    tracked.set_tags({"registered_version": f"{name}/{number}", "champion": f"{version.champion}: {version.reason}"})
+    return version
+
+
+def encoder_weights(experiment: Experiment) -> State | None:
+    """The layers of VGG16 that the captioner needs, where they are at hand: nothing is fetched for this.
+
+    Raises:
+        InputError: a weights file that the settings name cannot be read.
+    """
+    config = experiment.features
+    if not encoder_at_hand(config):
+        return None
+    try:
+        return load_encoder(config).weights()
+    except InputError as error:
+        if config.weights not in NETS:
+            raise
+        log.warning("%s; the model will be registered without VGG16's weights", error)
+        return None
+
+
+def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, blind: float) -> str:
+    train, dev = prepared.splits["train"], prepared.splits["dev"]
+    captions = sum(map(len, train.references))
+    nats = best.dev_loss
+    rows = {
+        "dev loss": f"{nats:.4f} nats per token (perplexity {perplexity(nats):.2f}), epoch {best.epoch}",
+        "dev loss, photos shuffled": f"{blind:.4f}",
+        "train loss": f"{best.train_loss:.4f} (dropout on)",
+        "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
+        "measured on": f"{len(dev.photos)} dev photos; the test split was not read",
+        "vocabulary": f"{len(prepared.vocabulary)} entries, cleaning `{experiment.vocabulary.cleaning}`",
+        "parameters": f"{prepared.decoder_parameters:,} trainable",
+    }
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    return f"""**{experiment.name}**: {experiment.model.decoder} decoder on {prepared.encoder}.
+
+| | |
+| --- | --- |
+{table}
+
+All settings are the params of the run, and `experiment.toml` among its artifacts.
+Load it with `mlflow.pyfunc.load_model("models:/{experiment.registry.model}@champion")`.
+"""
+
+
+@contextmanager
+def _undisturbed() -> Iterator[None]:
+    """Puts off an interrupt until the block is done: a version without its card would be a riddle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    late: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: late.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if late:
+        signal.raise_signal(signal.Signals(late[0]))

@@ -1,0 +1,98 @@
+"""MLflow's store: made once, told of in one line when it fails, locked while a decision is taken."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, nullcontext
+from pathlib import Path
+
+import mlflow
+from filelock import FileLock
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
+
+from capexp.data.errors import InputError
+
+_LOCK = ".mlflow.lock"
+_SQLITE = "sqlite:///"
+_QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+
+
+def prepare_store() -> None:
+    """Makes MLflow's database where it is missing: two processes that do so at once would break it.
+
+    Raises:
+        InputError: the tracking server or the store cannot be used.
+    """
+    with store_lock(), store_faults():
+        MlflowClient().search_experiments(max_results=1)
+
+
+def check_store() -> None:
+    """Asks the store whether it can be used, before any work is done; makes none.
+
+    Raises:
+        InputError: it cannot.
+    """
+    if store_exists():
+        before = {name: os.environ.get(name) for name in _QUICK}
+        os.environ.update({name: value for name, value in _QUICK.items() if before[name] is None})
+        try:
+            prepare_store()
+        finally:
+            for name, value in before.items():
+                if value is None:
+                    del os.environ[name]
+
+
+def require_store() -> None:
+    """Refuses to look something up where nothing was ever tracked.
+
+    Raises:
+        InputError: there is no store here.
+    """
+    if not store_exists():
+        uri = mlflow.get_tracking_uri()
+        raise InputError(f"{uri}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI")
+
+
+def store_exists() -> bool:
+    """Whether there is a store; a server is taken to be there."""
+    uri = mlflow.get_tracking_uri()
+    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).is_file()
+
+
+@contextmanager
+def store_lock() -> Iterator[None]:
+    """Keeps other processes on this machine from changing the same local store meanwhile."""
+    uri = mlflow.get_tracking_uri()
+    local = uri.startswith(_SQLITE)
+    with FileLock(Path(uri.removeprefix(_SQLITE)).parent / _LOCK) if local else nullcontext():
+        yield
+
+
+@contextmanager
+def store_faults() -> Iterator[None]:
+    """Tells a fault of the store or the server in one line.
+
+    Raises:
+        InputError: in place of MLflow's and SQLAlchemy's errors.
+    """
+    try:
+        yield
+    except (MlflowException, SQLAlchemyError) as error:
+        reason = str(error).strip().splitlines()[0][:200]
+        raise InputError(
+            f"MLflow's store {_without_password(mlflow.get_tracking_uri())}: {reason}; "
+            "mend it, or name another with MLFLOW_TRACKING_URI"
+        ) from None
+
+
+def is_missing(error: MlflowException) -> bool:
+    """Whether MLflow says that something is not there, rather than that it cannot answer."""
+    return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
+
+
+def _without_password(uri: str) -> str:
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
