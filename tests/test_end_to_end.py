@@ -5,9 +5,12 @@ import json
 import os
 import shutil
 import signal
+import socket
 import subprocess
 import sys
 import time
+import urllib.error
+import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -315,7 +318,8 @@ def test_a_finished_run_trained_on_registers_what_it_has_now(tmp_path: Path) -> 
     assert len(versions) == 2
     for version in versions:
         assert_tells_the_truth(folder, version)
-    assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version == "2"
+    champion = max(versions, key=lambda version: int(version.version))  # the later one is the better one
+    assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version == champion.version
 
 
 @pytest.mark.slow
@@ -402,6 +406,68 @@ def test_a_study_goes_on_where_it_stopped_and_registers_its_best_once(tmp_path: 
 
 
 @pytest.mark.slow
+def test_ctrl_c_under_mlflow_run_tags_the_run_and_keeps_the_model(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    project = tmp_path / "project"  # checkpoints go where the project is: a copy, to look into it
+    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "mlruns", "checkpoints", "*.db"))
+    given = ["-P", "training.epochs=500", "-P", "training.patience=500", "-P", "model.lstm_units=32"]
+    process = folder.start("mlflow", "run", str(project), "--env-manager", "local", *given)
+    wait_for(lambda: any(project.glob("checkpoints/*/ep002-*")))
+    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
+    process.communicate(timeout=60)
+    wait_for(lambda: "stopped" in folder.runs()[0].data.tags)
+    (run,) = folder.runs()
+    assert run.data.tags["stopped"] == "interrupt"
+    assert run.info.status in ("FAILED", "KILLED")
+    assert (folder.artifact(run, "captioner") / "artifacts/bundle/manifest.json").is_file()
+
+
+@pytest.mark.slow
+def test_the_champion_is_served_over_http(vgg16: Path, scenes: Path, tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    folder.run("train", *SMALL, "--training.epochs", "1", "--features.weights", str(vgg16))
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    model = "models:/capexp-scenes@champion"
+    server = folder.start("mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port))
+    try:
+        photo = base64.b64encode(min((scenes / "Scenes_Dataset").iterdir()).read_bytes()).decode()
+
+        def ask(body: bytes) -> tuple[int, Any]:
+            address = f"http://127.0.0.1:{port}/invocations"
+            request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
+            try:
+                with urllib.request.urlopen(request, timeout=60) as answer:
+                    return answer.status, json.loads(answer.read())
+            except urllib.error.HTTPError as error:
+                return error.code, None
+
+        def up() -> bool:
+            try:
+                return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).status == 200)
+            except OSError:
+                return False
+
+        wait_for(up)
+        rows = {"dataframe_split": {"columns": ["photo"], "data": [[photo], ["bm8gcGljdHVyZQ=="], [photo]]}}
+        status, answer = ask(json.dumps(rows).encode())
+        assert status == 200
+        first, bad, last = answer["predictions"]
+        assert first["caption"]
+        assert first == last
+        assert first["error"] is None
+        assert bad["caption"] is None
+        assert "not a picture" in bad["error"]
+        assert ask(b"garbage")[0] == 400
+        assert ask(json.dumps(rows).encode())[0] == 200
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.communicate(timeout=30)
+
+
+@pytest.mark.slow
 def test_mlflow_run_trains_in_the_run_that_mlflow_made(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     folder.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
@@ -413,5 +479,5 @@ def test_mlflow_run_trains_in_the_run_that_mlflow_made(tmp_path: Path) -> None:
     (run,) = folder.runs()
     assert run.info.status == "FINISHED"
     assert run.data.params["training.learning_rate"] == "5e-3"
-    assert run.data.params["model.dropout"] == "0.5"
+    assert run.data.params["model.dropout"] == "0.2"
     assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run.info.run_id
