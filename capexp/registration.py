@@ -39,33 +39,19 @@ def register(
         if number is None:
             number = registry.log_captioner(captioner, encoder, register_as=name)
             assert number is not None
-        return _present(tracked, experiment, prepared, captioner, blind, promote, number)
-
-
-def _present(
-    tracked: TrackedRun,
-    experiment: Experiment,
-    prepared: Prepared,
-    captioner: Captioner,
-    blind: Loss,
-    promote: bool,
-    number: str,
-) -> Version:
-    """A version's card, its score, and its claim to be champion."""
-    assert captioner.training is not None
-    name = experiment.registry.model
-    score = Score(
-        experiment.registry.metric,
-        captioner.training.dev_loss,
-        prepared.splits["dev"].digest(),
-        prepared.vocabulary.digest(),
-    )
-    card = _card(experiment, prepared, captioner.training, blind.per_token)
-    tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
-    registry.describe_version(name, number, captioner, card, tags)
-    version = registry.crown(name, number, score, force=promote)
+        score = Score(
+            experiment.registry.metric,
+            captioner.training.dev_loss,
+            prepared.splits["dev"].digest(),
+            prepared.vocabulary.digest(),
+        )
+        card = _card(experiment, prepared, captioner.training, blind.per_token)
+        tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
+        registry.describe_version(name, number, captioner, card, tags)
+        version = registry.crown(name, number, score, force=promote)
+        said = {"registered_version": f"{name}/{number}", "champion": f"{version.champion}: {version.reason}"}
+        tracked.set_tags(said)
     log.debug("registered %s", version.describe())
-    tracked.set_tags({"registered_version": f"{name}/{number}", "champion": f"{version.champion}: {version.reason}"})
     return version
 
 
