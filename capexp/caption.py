@@ -9,15 +9,13 @@ from capexp import command
 
 def caption(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 1 where some photo could not be captioned."""
-    parser = command.Parser("caption", __doc__)
+    parser = command.Parser("caption", __doc__, "Only --features.weights and --training.device decide something here.")
     command.add_model(parser)
     parser.add_argument("--json", action="store_true", help="one JSON object a line, with the log-probability")
     parser.add_argument("photos", metavar="PHOTO", nargs="+", type=Path)
     arguments, settings = parser.parse(argv)
-    weights = settings.pop("features.weights", None)
-    device = settings.pop("training.device", "auto")
-    if settings:
-        parser.error(f"--{next(iter(settings))} decides nothing here; --features.weights and --training.device do")
+    command.refuse_idle(parser, settings, ("features.weights", "training.device"))
+    weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
     from capexp.captioning.captioner import Caption, Captioner
     from capexp.tracking.registry import find_bundle

@@ -18,7 +18,7 @@ class Parser(argparse.ArgumentParser):
     """An argument parser that also takes any setting of an experiment, ``--section.key value``."""
 
     def __init__(self, command: str, description: str, epilog: str = "") -> None:
-        settings = "Any setting of the experiment is a flag by its dotted name: --training.epochs 5"
+        settings = "Settings of the experiment are flags by their dotted names: --training.epochs 5"
         self.command = command
         super().__init__(
             prog=f"python -m capexp.{command}",
@@ -68,7 +68,7 @@ def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scene
         "--experiment",
         metavar="NAME|FILE",
         default=default,
-        help=f"a TOML file, or a name under experiments/ (default: {default})",
+        help="a TOML file, or a name under experiments/ (default: scenes)",
     )
 
 
@@ -79,6 +79,13 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a bundle's folder, runs:/ID/captioner, models:/NAME/VERSION or models:/NAME@champion",
     )
+
+
+def refuse_idle(parser: Parser, settings: dict[str, str], used: tuple[str, ...]) -> None:
+    """Refuses settings that decide nothing in a command; ``used`` are names, or sections with their dot."""
+    for name in settings:
+        if not any(name == one or (one.endswith(".") and name.startswith(one)) for one in used):
+            parser.error(f"--{name} decides nothing here; settings that do: {', '.join(used)}")
 
 
 def main(name: str, command: Callable[[], int]) -> NoReturn:

@@ -9,7 +9,11 @@ from capexp import command
 def evaluate(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = command.Parser("evaluate", __doc__)
-    command.add_experiment(parser, default="scenes")
+    parser.add_argument(
+        "--experiment",
+        metavar="NAME|FILE",
+        help="whose data to measure on (default: scenes, for a captioner that was trained on them)",
+    )
     command.add_model(parser)
     parser.add_argument("--split", choices=("train", "dev", "test"), default="dev")
     parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write the scores there")
@@ -23,9 +27,12 @@ def evaluate(argv: list[str] | None = None) -> int:
     from capexp.tracking.registry import find_bundle
     from capexp.training.fit import choose_device
 
-    experiment = experiments.load(experiments.find(arguments.experiment), settings)
+    command.refuse_idle(parser, settings, ("captions.", "features.", "training.batch_size", "training.device", "seed"))
+    experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
     device = choose_device(experiment.training.device)
     captioner = Captioner.load(find_bundle(arguments.model), device)
+    if arguments.experiment is None:
+        preparation.refuse_other_data(experiment, captioner)
     scores = preparation.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
     text = json.dumps(scores, indent=2)
     print(text)

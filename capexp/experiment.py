@@ -210,8 +210,10 @@ def _explain(error: ValidationError) -> str:
 
 
 def _unknown(name: str) -> InputError:
-    close = difflib.get_close_matches(name, setting_names(), n=1, cutoff=0.5)
-    remedy = f"did you mean {close[0]}?" if close else f"settings are {', '.join(setting_names()[:3])}, ..."
+    names = setting_names()
+    close = difflib.get_close_matches(name, [*names, *SECTIONS], n=1, cutoff=0.75)
+    beside = [known for known in names if known.rpartition(".")[0] == name.rpartition(".")[0]]
+    remedy = f"did you mean {close[0]}?" if close else f"settings are {', '.join(beside or names)}"
     return InputError(f"unknown setting {name!r}; {remedy}")
 
 

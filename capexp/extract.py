@@ -19,9 +19,10 @@ def extract(argv: list[str] | None = None) -> int:
     from capexp import experiment as experiments
     from capexp.data.cache import FeatureCache
     from capexp.data.captions import SPLITS, read_splits
-    from capexp.data.features import identify
+    from capexp.data.features import identify, load_encoder
     from capexp.preparation import read_features
 
+    command.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
     experiment = experiments.load(experiments.find(arguments.experiment), settings)
     wanted = tuple(
         name for name in SPLITS if name in (arguments.split or SPLITS)
@@ -31,6 +32,7 @@ def extract(argv: list[str] | None = None) -> int:
     identity = identify(experiment.features)
     cache = FeatureCache(experiment.features.cache, identity)
     if arguments.clear:
+        load_encoder(experiment.features)  # what cannot be computed again is not deleted
         cache.path.unlink(missing_ok=True)
     start = time.perf_counter()
     features = read_features(experiment, splits, identity)

@@ -117,6 +117,19 @@ def comparable(experiment: Experiment, prepared: Prepared) -> str:
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
 
 
+def refuse_other_data(experiment: Experiment, captioner: Captioner) -> None:
+    """Keeps an experiment that nobody named from lending its data to another's captioner.
+
+    Raises:
+        InputError: the captioner was trained beside another dev split than the experiment's.
+    """
+    digest = read_splits(experiment.captions, ("dev",))["dev"].digest()
+    if captioner.training is None or captioner.training.dev_digest != digest:
+        raise InputError(
+            f"the captioner was not trained on the data of {experiment.name}; name its own with --experiment"
+        )
+
+
 def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> dict[str, float | str]:
     """The losses of a captioner on a split of an experiment's data.
 
@@ -135,6 +148,8 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> 
     loss = cross_entropy(captioner.decoder, batches.in_order())
     blind = blind_cross_entropy(captioner.decoder, batches, len(data.photos), experiment.seed)
     return {
+        "experiment": experiment.name,
+        "captions": str(experiment.captions.root.absolute()),
         "split": split,
         "split_digest": data.digest(),
         "vocabulary_digest": captioner.vocabulary.digest(),

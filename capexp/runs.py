@@ -59,7 +59,9 @@ def settings_of(run_id: str) -> Experiment:
     status = run_status(run_id)
     path = CHECKPOINTS / run_id / _SETTINGS
     if not path.is_file():
-        raise InputError(f"--resume {run_id}: the run is {status}, but {path} is missing; resume where it was started")
+        raise InputError(
+            f"--resume {run_id}: the run is {status}, but {path} is missing; resume where it was started, or train anew"
+        )
     return experiments.load(path, {})
 
 

@@ -31,7 +31,7 @@ def train(argv: list[str] | None = None) -> int:
         experiment = experiments.replace(before, settings)
         runs.refuse_other_settings(before, experiment)
         if runs.is_complete(arguments.resume, experiment):
-            parser.error(f"--resume {arguments.resume}: the run has finished; raise training.epochs to go on")
+            parser.error(f"--resume {arguments.resume}: the run has finished; go on with --training.epochs N")
     else:
         experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
     print(
@@ -40,6 +40,7 @@ def train(argv: list[str] | None = None) -> int:
         sep="\n",
     )
 
+    from capexp.data.features import encoder_at_hand
     from capexp.preparation import prepare, read
 
     data = read(experiment)
@@ -47,6 +48,8 @@ def train(argv: list[str] | None = None) -> int:
         lacking = data.lacking(experiment)
         count = sum(len(split.photos) for split in data.splits.values())
         print(f"dry run: settings and data are fine; {lacking:,} of {count:,} photos have no features yet")
+        if lacking and not encoder_at_hand(experiment.features):
+            print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
         return 0
     from capexp import runs
     from capexp.tracking.store import check_store
@@ -66,7 +69,7 @@ def train(argv: list[str] | None = None) -> int:
             try:
                 _print_epoch(next(epochs))
             except StopIteration as stop:
-                _print_result(stop.value)
+                _print_result(arguments.experiment or experiment.name, stop.value)
                 return 0
 
 
@@ -79,7 +82,7 @@ def _print_epoch(epoch: "Epoch") -> None:
     )
 
 
-def _print_result(result: "Result") -> None:
+def _print_result(name: str, result: "Result") -> None:
     best, version = result.best, result.version
     assert result.dev_loss_blind is not None and version is not None
     photo = os.path.relpath(result.samples[0].photo)
@@ -95,11 +98,18 @@ def _print_result(result: "Result") -> None:
     print(
         f"""
 next
-  mlflow ui                                                     the runs, their curves and captions
+  mlflow ui                                        the runs, their curves and captions
   python -m capexp.caption --model {version.uri} {photo}
-  python -m capexp.train --experiment flickr8k-merge-conv --captions.root FOLDER     the real thing: Flickr8k
-  python -m capexp.tune --trials 20                             search embedding size, LSTM units, dropout"""
+                                                   a new photo needs VGG16's weights: fetched once (528 MB),
+                                                   or --features.weights PATH
+  python -m capexp.tune --experiment {name} --trials 20
+                                                   search embedding size, LSTM units, dropout"""
     )
+    if name == "scenes":
+        print(
+            "  python -m capexp.train --experiment flickr8k-merge-conv --captions.root FOLDER\n"
+            "                                                   the real thing: Flickr8k"
+        )
 
 
 if __name__ == "__main__":

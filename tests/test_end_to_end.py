@@ -132,6 +132,9 @@ def test_evaluate_after_train_agrees(trained: Trained) -> None:
     assert scores["cross_entropy"] == pytest.approx(run.data.metrics["best_dev_loss"], rel=1e-6)
     assert scores["cross_entropy_blind"] == pytest.approx(run.data.metrics["dev_loss_blind"], rel=1e-6)
     assert scores["photos"] == 100
+    assert scores["experiment"] == "scenes"
+    idle = folder.run("evaluate", "--model", "models:/capexp-scenes@champion", "--model.dropout", "0.1", status=2)
+    assert "decides nothing here" in idle.stderr
 
 
 @pytest.mark.slow
@@ -351,6 +354,15 @@ def test_a_fault_during_the_run_is_one_line_and_fails_the_run_with_its_log(tmp_p
     assert run.info.status == "FAILED"
     assert "training.learning_rate" in run.data.tags["error"]
     assert "InputError" in folder.artifact(run, "log.txt").read_text()
+
+
+@pytest.mark.slow
+def test_clearing_features_that_cannot_be_computed_again_is_refused(tmp_path: Path, scenes: Path) -> None:
+    folder = Folder(tmp_path)
+    shutil.copytree(scenes / "features", tmp_path / "features")
+    refused = folder.run("extract", "--features.cache", "features", "--clear", status=2)
+    assert "IMAGENET1K_FEATURES" in refused.stderr
+    assert list((tmp_path / "features").glob("*.features"))
 
 
 @pytest.mark.slow

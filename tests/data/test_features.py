@@ -134,12 +134,12 @@ def test_missing_file_is_refused_with_the_names_there_are(tmp_path: Path) -> Non
 def test_truncated_copy_is_refused(vgg16: Path, tmp_path: Path, kept: float) -> None:
     content = vgg16.read_bytes()
     (tmp_path / "cut.pth").write_bytes(content[: int(kept * len(content))])
-    assert "not a file of weights" in refusal(tmp_path / "cut.pth")
+    assert "damaged, or holds more than tensors" in refusal(tmp_path / "cut.pth")
 
 
 def test_text_file_is_refused(tmp_path: Path) -> None:
     (tmp_path / "text.pth").write_text("<html>404</html>\n" * 50)
-    assert "not a file of weights" in refusal(tmp_path / "text.pth")
+    assert "damaged, or holds more than tensors" in refusal(tmp_path / "text.pth")
 
 
 class Trap:
@@ -160,7 +160,7 @@ def test_code_in_a_pickle_is_refused_and_never_run(tmp_path: Path, kind: str) ->
         torch.save(state, path)
     else:
         path.write_bytes(pickle.dumps(state, protocol=2))
-    assert "not a file of weights that can be loaded safely" in refusal(path)
+    assert "damaged, or holds more than tensors" in refusal(path)
     assert not made.exists()
     torch.load(path, weights_only=False) if kind == "torch" else pickle.loads(path.read_bytes())
     assert made.exists()  # the trap was armed
