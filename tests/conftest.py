@@ -8,9 +8,12 @@ import pytest
 _ROOT = Path(__file__).parents[1]
 
 
-def _beside(variable: str, default: str) -> Path | None:
+def _real(variable: str, default: str, what: str) -> Path:
+    """What a variable of the environment names, or what lies beside the project."""
     path = Path(os.environ.get(variable, _ROOT.parent / "shared" / default))
-    return path if path.exists() else None
+    if not path.exists():
+        pytest.skip(f"{what} not here; set {variable} to where it is")
+    return path
 
 
 @pytest.fixture(scope="session")
@@ -22,16 +25,10 @@ def scenes() -> Path:
 @pytest.fixture(scope="session")
 def flickr8k() -> Path:
     """The folder of the real Flickr8k."""
-    path = _beside("CAPEXP_FLICKR8K", "flickr8k")
-    if path is None:
-        pytest.skip("real Flickr8k is not here; set CAPEXP_FLICKR8K to its folder")
-    return path
+    return _real("CAPEXP_FLICKR8K", "flickr8k", "real Flickr8k is")
 
 
 @pytest.fixture(scope="session")
 def vgg16() -> Path:
     """The file of VGG16's real convolutional weights."""
-    path = _beside("CAPEXP_VGG16", "vgg16/vgg16_features_fp16.pth")
-    if path is None:
-        pytest.skip("VGG16's weights are not here; set CAPEXP_VGG16 to a file of its convolutional layers")
-    return path
+    return _real("CAPEXP_VGG16", "vgg16/vgg16_features_fp16.pth", "a file of VGG16's weights is")
