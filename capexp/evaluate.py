@@ -24,6 +24,7 @@ def evaluate(argv: list[str] | None = None) -> int:
 
     from capexp import experiment as experiments, preparation
     from capexp.captioning.captioner import Captioner
+    from capexp.data.files import write_whole
     from capexp.tracking.registry import find_bundle
     from capexp.training.fit import choose_device
 
@@ -37,7 +38,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     text = json.dumps(scores, indent=2)
     print(text)
     if arguments.output is not None:
-        arguments.output.write_text(text + "\n", encoding="utf-8")
+        write_whole(arguments.output, text + "\n")
     return 0
 
 

@@ -18,17 +18,13 @@ def extract(argv: list[str] | None = None) -> int:
 
     from capexp import experiment as experiments
     from capexp.data.cache import FeatureCache
-    from capexp.data.captions import SPLITS, read_splits
+    from capexp.data.captions import read_splits
     from capexp.data.features import identify, load_encoder
     from capexp.preparation import read_features
 
     command.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
     experiment = experiments.load(experiments.find(arguments.experiment), settings)
-    wanted = tuple(
-        name for name in SPLITS if name in (arguments.split or SPLITS)
-        and (arguments.split or experiment.captions.list_of(name).is_file())
-    )  # fmt: skip
-    splits = list(read_splits(experiment.captions, wanted).values())
+    splits = list(read_splits(experiment.captions, arguments.split).values())
     identity = identify(experiment.features)
     cache = FeatureCache(experiment.features.cache, identity)
     if arguments.clear:

@@ -37,7 +37,7 @@ def register(
     with _undisturbed():
         number = registry.registered_version(name, tracked.run_id, captioner)
         if number is None:
-            number = registry.log_captioner(captioner, encoder, register_as=name)
+            number = registry.log_captioner(tracked.run_id, captioner, encoder, register_as=name)
             assert number is not None
         score = Score(
             experiment.registry.metric,

@@ -16,6 +16,7 @@ from capexp.captioning.captioner import Captioner
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.errors import InputError
+from capexp.data.files import write_whole, writing
 from capexp.experiment import Experiment
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
@@ -26,7 +27,7 @@ from capexp.tracking.registry import Version
 from capexp.tracking.report import Sample, draw_curves, write_gallery
 from capexp.tracking.run import Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
 from capexp.tracking.store import prepare_store
-from capexp.training.checkpoints import Checkpoints
+from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
 
 log = logging.getLogger(__name__)
@@ -100,6 +101,7 @@ def run(
     device = choose_device(experiment.training.device)
     digest = prepared.splits["dev"].digest()
     encoder = encoder_weights(experiment) if register_model else None
+    refuse_cramped(folder, prepared.decoder_parameters, experiment.training.keep)
     prepare_store()
     with ExitStack() as stack:
         if resume is None:
@@ -114,7 +116,7 @@ def run(
         else:
             checkpoints.clear_parts()
             registry.discard_unfinished(resume)
-        settings = _write_settings(checkpoints.folder / _SETTINGS, experiment)
+        settings = write_whole(checkpoints.folder / _SETTINGS, experiment.to_toml())  # what a run is resumed by
         with _log_file(checkpoints.folder / "log.txt", tracked):
             log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, experiment.to_toml())
             _log_beginning(tracked, experiment, prepared, str(device), settings)
@@ -148,7 +150,7 @@ def run(
                 best = checkpoints.best()
                 if register_model and best is not None:
                     log.info("interrupted: logging the best captioner so far, %s", best.name)
-                    registry.log_captioner(Captioner.load(best), encoder, register_as=None)
+                    registry.log_captioner(tracked.run_id, Captioner.load(best), encoder, register_as=None)
                 raise
             bundle = _bundle(checkpoints)
             version = None
@@ -277,17 +279,19 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
         raise
     finally:
         root.removeHandler(handler)
-        handler.close()
+        with writing(path):
+            handler.close()
         tracked.log_artifact(path)
 
 
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Holds a run's checkpoints for one process; the system lets go of them however that ends."""
-    folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        lock.acquire(blocking=False)
+        with writing(folder):
+            folder.mkdir(parents=True, exist_ok=True)
+            lock.acquire(blocking=False)
     except Timeout:
         raise InputError(f"run {folder.name}: another process is training it; wait for it or stop it") from None
     try:
@@ -315,14 +319,6 @@ def _refuse_other_data(run_id: str, prepared: Prepared) -> None:
                 f"--resume {run_id}: {name} is {now[name][:12]}, the run was started with {held[name][:12]}; "
                 "photos, captions, lists or weights have changed: restore them, or start a new run"
             )
-
-
-def _write_settings(path: Path, experiment: Experiment) -> Path:
-    """Writes the experiment beside and renames it: what a run can be resumed by is never half there."""
-    beside = path.with_name(f".{path.name}.part")
-    beside.write_text(experiment.to_toml(), encoding="utf-8")
-    beside.replace(path)
-    return path
 
 
 def is_complete(run_id: str, experiment: Experiment) -> bool:

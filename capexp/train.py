@@ -53,8 +53,10 @@ def train(argv: list[str] | None = None) -> int:
         return 0
     from capexp import runs
     from capexp.tracking.store import check_store
+    from capexp.training.checkpoints import refuse_cramped
 
     check_store()
+    refuse_cramped(runs.CHECKPOINTS, data.decoder_parameters, experiment.training.keep)
     prepared = prepare(experiment, data)
     train_split, dev_split = prepared.splits["train"], prepared.splits["dev"]
     print(

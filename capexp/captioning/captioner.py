@@ -24,6 +24,7 @@ from capexp.captioning.decoding import DecodingConfig, decode
 from capexp.captioning.model import MergeDecoder, ModelConfig, build_decoder
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, Encoder, EncoderIdentity, FeaturesConfig, State, load_encoder
+from capexp.data.files import sync, writing
 from capexp.data.photos import read_photo, squash
 from capexp.data.vocabulary import Vocabulary
 
@@ -170,34 +171,42 @@ class Captioner:
         return results
 
     def save(self, folder: Path, encoder: State | None = None) -> Path:
-        """Writes the bundle, whole or not at all, with the encoder's weights where these are given."""
+        """Writes the bundle, whole or not at all, with the encoder's weights where these are given.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
         beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
         shutil.rmtree(beside, ignore_errors=True)
-        beside.mkdir(parents=True)
         try:
-            settings = _Settings(
-                model=self.model,
-                decoding=self.decoding,
-                encoder=self.encoder_identity,
-                training=self.training,
-            )
-            (beside / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
-            (beside / _VOCABULARY).write_text(self.vocabulary.to_json() + "\n", encoding="utf-8")
-            save_file(_contiguous(self.decoder.state_dict()), beside / _DECODER)
-            if encoder is not None:
-                save_file(_contiguous(encoder), beside / _ENCODER)
-            digests = {path.name: _sha256(path) for path in sorted(beside.iterdir())}
-            manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
-            (beside / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-            for path in beside.iterdir():
-                _sync(path)
-            shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
-            beside.rename(folder)
-            _sync(folder.parent)
+            with writing(folder):
+                self._write(beside, encoder)
+                shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
+                beside.rename(folder)
+                sync(folder.parent)
         except BaseException:
             shutil.rmtree(beside, ignore_errors=True)
             raise
         return folder
+
+    def _write(self, folder: Path, encoder: State | None) -> None:
+        folder.mkdir(parents=True)
+        settings = _Settings(
+            model=self.model,
+            decoding=self.decoding,
+            encoder=self.encoder_identity,
+            training=self.training,
+        )
+        (folder / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+        (folder / _VOCABULARY).write_text(self.vocabulary.to_json() + "\n", encoding="utf-8")
+        save_file(_contiguous(self.decoder.state_dict()), folder / _DECODER)
+        if encoder is not None:
+            save_file(_contiguous(encoder), folder / _ENCODER)
+        digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+        manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
+        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+        for path in folder.iterdir():
+            sync(path)
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | None = None) -> "Captioner":
@@ -282,12 +291,3 @@ def _contiguous(state: State) -> State:
 def _sha256(path: Path) -> str:
     with path.open("rb") as file:
         return hashlib.file_digest(file, "sha256").hexdigest()
-
-
-def _sync(path: Path) -> None:
-    """Makes what was written to a file or folder survive a power cut."""
-    handle = os.open(path, os.O_RDONLY)
-    try:
-        os.fsync(handle)
-    finally:
-        os.close(handle)

@@ -1,21 +1,29 @@
-"""Photos with captions, in predefined splits, from files in Flickr8k's format.
+"""Photos with captions, in predefined splits, from files in Flickr8k's or COCO's format.
 
-On disk (Hodosh, Young and Hockenmaier, JAIR 2013): a folder of photos; one captions file whose lines are
-``name.jpg#2<TAB>A dog runs .``; and one list of file names a split.
+On disk: a folder of photos, one captions file, and one list of file names a split. The captions file is
+
+* Flickr8k's (Hodosh, Young and Hockenmaier, JAIR 2013): lines ``name.jpg#2<TAB>A dog runs .``;
+* or, ending in ``.json``, COCO's (Lin et al., ECCV 2014; Chen et al., 2015): ``images`` with ``id`` and ``file_name``,
+  ``annotations`` with ``image_id`` and ``caption``; or Karpathy's form of it (Karpathy and Fei-Fei, CVPR 2015):
+  ``images`` with ``filename``, ``sentences`` and ``split``, which can take the place of the lists.
 """
 
+import codecs
 import hashlib
 import json
+from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 from typing import Literal
 
-from pydantic import BaseModel, ConfigDict
+from pydantic import BaseModel, ConfigDict, ValidationError
 
 from capexp.data.errors import InputError, listed
 
 SplitName = Literal["train", "dev", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
+
+_KARPATHY: dict[str, SplitName] = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
 
 
 class CaptionsConfig(BaseModel):
@@ -26,12 +34,17 @@ class CaptionsConfig(BaseModel):
     root: Path
     photos: Path = Path("Flicker8k_Dataset")
     captions: Path = Path("Flickr8k.token.txt")
+    """In Flickr8k's format, or JSON in COCO's or Karpathy's."""
+    splits: Literal["lists", "karpathy"] = "lists"
+    """``karpathy`` takes a photo's split from its ``split`` in the captions file: train and restval, val, test."""
     train: Path = Path("Flickr_8k.trainImages.txt")
     dev: Path = Path("Flickr_8k.devImages.txt")
     test: Path = Path("Flickr_8k.testImages.txt")
 
     def list_of(self, split: SplitName) -> Path:
-        """The file that lists a split's photos."""
+        """The file that tells a split's photos."""
+        if self.splits == "karpathy":
+            return self.root / self.captions
         lists = {"train": self.train, "dev": self.dev, "test": self.test}
         return self.root / lists[split]
 
@@ -55,15 +68,30 @@ class Split:
         return hashlib.sha256(record.encode()).hexdigest()
 
 
-def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
-    """All captions of a file in Flickr8k's format, by photo name, in the order of the file.
+@dataclass(frozen=True)
+class CaptionsFile:
+    """What a captions file holds."""
 
-    The photo's name is what stands before the last ``#`` of the key, taken literally: Flickr8k's odd key
+    captions: dict[str, tuple[str, ...]]
+    """By photo name, in the order of the file."""
+    splits: dict[SplitName, tuple[str, ...]]
+    """The photos of each split, where the file tells them."""
+
+
+def read_captions(path: Path) -> CaptionsFile:
+    """All captions of a file; JSON, told by its name's ending, is COCO's or Karpathy's, else it is Flickr8k's format.
+
+    In Flickr8k's, the photo's name is what stands before the last ``#`` of the key, taken literally: the odd key
     ``2258277193_586949ec62.jpg.1#0`` names a photo that no list names.
 
     Raises:
-        InputError: a line without ``key#number<TAB>caption``, an empty caption, or bytes that are not UTF-8.
+        InputError: a line without ``key#number<TAB>caption``, JSON of another form, an empty caption, bytes that are
+            not UTF-8.
     """
+    return _read_json(path) if path.suffix.lower() == ".json" else CaptionsFile(_read_lines(path), {})
+
+
+def _read_lines(path: Path) -> dict[str, tuple[str, ...]]:
     captions: dict[str, list[str]] = {}
     for number, line in _lines(path, "captions file"):
         key, tab, caption = line.partition("\t")
@@ -78,6 +106,77 @@ def read_captions(path: Path) -> dict[str, tuple[str, ...]]:
     return {photo: tuple(texts) for photo, texts in captions.items()}
 
 
+class _Sentence(BaseModel):
+    raw: str
+
+
+class _Image(BaseModel):
+    id: int | str | None = None
+    file_name: str | None = None  # COCO
+    filename: str | None = None  # Karpathy
+    filepath: str = ""
+    split: str | None = None
+    sentences: list[_Sentence] = []
+
+    @property
+    def name(self) -> str:
+        return self.file_name or f"{self.filepath}/{self.filename or ''}".lstrip("/")
+
+
+class _Annotation(BaseModel):
+    image_id: int | str
+    caption: str
+
+
+class _Coco(BaseModel):
+    images: list[_Image]
+    annotations: list[_Annotation] = []
+
+
+def _read_json(path: Path) -> CaptionsFile:
+    try:
+        coco = _Coco.model_validate_json(_content(path, "captions file").removeprefix(codecs.BOM_UTF8))
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"]) or "the file"
+        raise InputError(
+            f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}; captions in JSON are COCO's (images, "
+            "annotations) or Karpathy's (images with sentences)"
+        ) from None
+    captions: dict[str, list[str]] = {}
+    splits: dict[SplitName, list[str]] = {}
+    by_id: dict[int | str, str] = {}
+    for number, image in enumerate(coco.images):
+        name, where = image.name, f"{path}, images.{number}"
+        _refuse_outside(name, where)
+        if name in captions:
+            raise InputError(f"{where}: {name!r} stands there already; delete one")
+        captions[name] = [sentence.raw for sentence in image.sentences]
+        if image.id is not None:
+            by_id[image.id] = name
+        if image.split is not None:
+            if image.split not in _KARPATHY:
+                raise InputError(f"{where}: split = {image.split!r} of {name} is none of {', '.join(_KARPATHY)}")
+            splits.setdefault(_KARPATHY[image.split], []).append(name)
+    for number, annotation in enumerate(coco.annotations):
+        if annotation.image_id not in by_id:
+            raise InputError(f"{path}, annotations.{number}: image_id {annotation.image_id!r} is none of the images'")
+        captions[by_id[annotation.image_id]].append(annotation.caption)
+    for name, texts in captions.items():
+        if not all(text.strip() for text in texts):
+            raise InputError(f"{path}: {name} has an empty caption; delete it")
+    if not any(captions.values()):
+        raise InputError(f"{path}: no captions in it; give annotations, or images with sentences")
+    if splits and sum(map(len, splits.values())) < len(captions):
+        known = {name for names in splits.values() for name in names}
+        bare = [name for name in captions if name not in known]
+        raise InputError(f"{path}: {len(bare)} images have no split while others have: {listed(bare)}")
+    return CaptionsFile(
+        {name: tuple(" ".join(text.split()) for text in texts) for name, texts in captions.items() if texts},
+        {split: tuple(names) for split, names in splits.items()},
+    )
+
+
 def read_list(path: Path) -> tuple[str, ...]:
     """The photo names that a split's list names, one a line.
 
@@ -87,9 +186,7 @@ def read_list(path: Path) -> tuple[str, ...]:
     names: dict[str, int] = {}
     for number, line in _lines(path, "list of photos"):
         name = line.strip()
-        pure = PurePosixPath(name)
-        if pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-            raise InputError(f"{path}, line {number}: {name!r} leaves the photo folder; name a file inside it")
+        _refuse_outside(name, f"{path}, line {number}")
         if name in names:
             raise InputError(f"{path}, line {number}: {name!r} stands on line {names[name]} already; delete one")
         names[name] = number
@@ -98,8 +195,8 @@ def read_list(path: Path) -> tuple[str, ...]:
     return tuple(names)
 
 
-def read_splits(config: CaptionsConfig, wanted: tuple[SplitName, ...]) -> dict[SplitName, Split]:
-    """Reads the splits asked for, and of the others only their lists, where these exist.
+def read_splits(config: CaptionsConfig, wanted: Iterable[SplitName] | None = None) -> dict[SplitName, Split]:
+    """Reads the splits asked for, and of the others only their lists, where these exist; by default all there are.
 
     Raises:
         InputError: a photo in two splits, listed photos without captions or without a file (all are counted),
@@ -110,24 +207,46 @@ def read_splits(config: CaptionsConfig, wanted: tuple[SplitName, ...]) -> dict[S
     folder = config.root / config.photos
     if not folder.is_dir():
         raise InputError(f"{folder}: no such folder of photos; set captions.root or captions.photos")
-    captions = read_captions(config.root / config.captions)
-    lists = {name: read_list(config.list_of(name)) for name in wanted}
-    for name in SPLITS:
-        if name not in lists and config.list_of(name).is_file():
-            lists[name] = read_list(config.list_of(name))
+    file = read_captions(config.root / config.captions)
+    lists = _split_photos(config, file, wanted)
     _refuse_overlap(config, lists)
     splits: dict[SplitName, Split] = {}
-    for name in wanted:
+    for name in lists if wanted is None else wanted:
         photos, source = lists[name], config.list_of(name)
-        bare = [photo for photo in photos if photo not in captions]
+        bare = [photo for photo in photos if photo not in file.captions]
         if bare:
             where = config.root / config.captions
-            raise InputError(f"{source}: {len(bare)} of its photos have no captions in {where}: {listed(bare)}")
+            raise InputError(
+                f"{source}: {len(bare)} of its {name} photos have no captions in {where}: {listed(bare)}; "
+                "caption them, or take them out"
+            )
         missing = [photo for photo in photos if not (folder / photo).is_file()]
         if missing:
-            raise InputError(f"{source}: {len(missing)} of its photos are not in {folder}: {listed(missing)}")
-        splits[name] = Split(name, folder, photos, tuple(captions[photo] for photo in photos))
+            raise InputError(
+                f"{source}: {len(missing)} of its {name} photos are not in {folder}: {listed(missing)}; "
+                "put them there, or take them out"
+            )
+        splits[name] = Split(name, folder, photos, tuple(file.captions[photo] for photo in photos))
     return splits
+
+
+def _split_photos(
+    config: CaptionsConfig, file: CaptionsFile, wanted: Iterable[SplitName] | None
+) -> dict[SplitName, tuple[str, ...]]:
+    """The photos of the splits asked for, which must be there, and of the others that are."""
+    asked = () if wanted is None else tuple(wanted)
+    if config.splits == "lists":
+        there = [name for name in SPLITS if name in asked or config.list_of(name).is_file()]
+        if not there:
+            raise InputError(f"{config.list_of('train')}: no such list of photos, nor one for dev or test; make them")
+        return {name: read_list(config.list_of(name)) for name in there}
+    lacking = [name for name in asked if name not in file.splits]
+    if lacking:
+        raise InputError(
+            f"{config.root / config.captions}: no photo of it has the split {lacking[0]}; give its images a split "
+            "(train, val, test), or set captions.splits = 'lists' and name lists"
+        )
+    return file.splits
 
 
 def _refuse_overlap(config: CaptionsConfig, lists: dict[SplitName, tuple[str, ...]]) -> None:
@@ -142,16 +261,25 @@ def _refuse_overlap(config: CaptionsConfig, lists: dict[SplitName, tuple[str, ..
                 )
 
 
-def _lines(path: Path, what: str) -> list[tuple[int, str]]:
-    """The non-empty lines of a UTF-8 file, numbered from 1."""
+def _refuse_outside(name: str, where: str) -> None:
+    pure = PurePosixPath(name)
+    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
+        raise InputError(f"{where}: {name!r} leaves the photo folder; name a file inside it")
+
+
+def _content(path: Path, what: str) -> bytes:
     try:
-        content = path.read_bytes()
+        return path.read_bytes()
     except FileNotFoundError:
         raise InputError(f"{path}: no such {what}; check captions.root and the paths beside it") from None
     except OSError as error:
         raise InputError(f"{path}: the {what} cannot be read ({error.strerror})") from None
+
+
+def _lines(path: Path, what: str) -> list[tuple[int, str]]:
+    """The non-empty lines of a UTF-8 file, numbered from 1."""
     lines = []
-    for number, line in enumerate(content.splitlines(), start=1):
+    for number, line in enumerate(_content(path, what).splitlines(), start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

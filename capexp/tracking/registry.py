@@ -21,7 +21,7 @@ from PIL import Image
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.data.features import State
-from capexp.tracking.store import is_missing, require_store, store_lock
+from capexp.tracking.store import artifact_faults, is_missing, require_store, store_lock
 
 ARTIFACT = "captioner"
 CHAMPION = "champion"
@@ -80,13 +80,13 @@ class Version:
         return f"{self.name} version {self.number} {alias}"
 
 
-def log_captioner(captioner: Captioner, encoder: State | None, register_as: str | None) -> str | None:
-    """Logs a captioner to the active run as the pyfunc model ``captioner``, its bundle inside.
+def log_captioner(run_id: str, captioner: Captioner, encoder: State | None, register_as: str | None) -> str | None:
+    """Logs a captioner to a run, which is the active one, as the pyfunc model ``captioner``, its bundle inside.
 
     With ``register_as``, registers it under that name and returns the version's number. The encoder's
     weights travel with it where they are given; nothing is fetched.
     """
-    with tempfile.TemporaryDirectory() as folder, _offline():
+    with tempfile.TemporaryDirectory() as folder, _offline(), artifact_faults(run_id):
         bundle = captioner.save(Path(folder) / "bundle", encoder)
         info = mlflow.pyfunc.log_model(
             name=ARTIFACT,
@@ -187,7 +187,9 @@ def find_bundle(model: str) -> Path:
         local = Path(mlflow.artifacts.download_artifacts(model))
     except (MlflowException, OSError) as error:
         reason = str(error).splitlines()[0]
-        raise InputError(f"--model {model}: not found in {mlflow.get_registry_uri()} ({reason})") from None
+        raise InputError(
+            f"--model {model}: not found in {mlflow.get_registry_uri()} ({reason}); `mlflow ui` lists them"
+        ) from None
     bundle = local / "artifacts" / "bundle"
     if not bundle.is_dir():
         raise InputError(f"--model {model}: not a captioner of this project (artifacts/bundle is missing)")

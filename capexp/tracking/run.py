@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from capexp.data.errors import InputError
-from capexp.tracking.store import is_missing, require_store, store_faults
+from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults
 
 log = logging.getLogger(__name__)
 
@@ -67,7 +67,8 @@ class TrackedRun:
 
     def log_artifact(self, path: Path) -> None:
         """Copies a file to the run's artifacts."""
-        self._client.log_artifact(self.run_id, str(path))
+        with artifact_faults(self.run_id):
+            self._client.log_artifact(self.run_id, str(path))
 
 
 def run_status(run_id: str) -> str:

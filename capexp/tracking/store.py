@@ -2,7 +2,7 @@
 
 import os
 from collections.abc import Iterator
-from contextlib import contextmanager, nullcontext
+from contextlib import contextmanager
 from pathlib import Path
 
 import mlflow
@@ -34,6 +34,8 @@ def check_store() -> None:
     Raises:
         InputError: it cannot.
     """
+    if mlflow.get_tracking_uri().startswith(_SQLITE) and Path("mlruns").is_dir() and not os.access("mlruns", os.W_OK):
+        raise InputError(f"{Path('mlruns').absolute()}: MLflow's artifacts cannot be written; mend its permissions")
     if store_exists():
         before = {name: os.environ.get(name) for name in _QUICK}
         os.environ.update({name: value for name, value in _QUICK.items() if before[name] is None})
@@ -66,9 +68,38 @@ def store_exists() -> bool:
 def store_lock() -> Iterator[None]:
     """Keeps other processes on this machine from changing the same local store meanwhile."""
     uri = mlflow.get_tracking_uri()
-    local = uri.startswith(_SQLITE)
-    with FileLock(Path(uri.removeprefix(_SQLITE)).parent / _LOCK) if local else nullcontext():
+    if not uri.startswith(_SQLITE):
         yield
+        return
+    lock = FileLock(Path(uri.removeprefix(_SQLITE)).parent / _LOCK)
+    try:
+        lock.acquire()
+    except OSError as error:
+        raise InputError(
+            f"{lock.lock_file}: cannot be written ({error.strerror}); start in a folder that can be, or name another "
+            "store with MLFLOW_TRACKING_URI"
+        ) from None
+    try:
+        yield
+    finally:
+        lock.release()
+
+
+@contextmanager
+def artifact_faults(run_id: str) -> Iterator[None]:
+    """Tells a fault of the place where artifacts are kept in one line.
+
+    Raises:
+        InputError: in place of the system's error.
+    """
+    try:
+        yield
+    except OSError as error:
+        where = error.filename or mlflow.get_artifact_uri()
+        raise InputError(
+            f"{where}: MLflow's artifacts cannot be written ({error.strerror or error}); make room or mend it, then "
+            f"python -m capexp.train --resume {run_id}"
+        ) from error
 
 
 @contextmanager

@@ -1,9 +1,11 @@
 """What training leaves on disk: the best captioners, and the state to go on from."""
 
+import io
 import logging
 import os
 import re
 import shutil
+import tempfile
 import zipfile
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -13,6 +15,7 @@ import torch
 
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
+from capexp.data.files import sync, writing
 
 log = logging.getLogger(__name__)
 
@@ -57,17 +60,25 @@ class Checkpoints:
         return bundle
 
     def save_state(self, state: TrainingState) -> None:
-        """Makes this the state to go on from, and keeps the one before it."""
+        """Makes this the state to go on from, and keeps the one before it.
+
+        Raises:
+            InputError: the disk is full, or the folder cannot be written.
+        """
         beside = self.folder / f".{_LAST}.{os.getpid()}.part"
+        content = io.BytesIO()
+        torch.save(asdict(state), content)  # to memory first: torch hides what a disk has against it
         try:
-            with beside.open("wb") as file:
-                torch.save(asdict(state), file)
-                file.flush()
-                os.fsync(file.fileno())
-            last = self.folder / _LAST
-            if last.exists():
-                last.replace(self.folder / _PREVIOUS)
-            beside.replace(last)
+            with writing(self.folder / _LAST):
+                with beside.open("wb") as file:
+                    file.write(content.getbuffer())
+                    file.flush()
+                    os.fsync(file.fileno())
+                last = self.folder / _LAST
+                if last.exists():
+                    last.replace(self.folder / _PREVIOUS)
+                beside.replace(last)
+                sync(self.folder)
         finally:
             beside.unlink(missing_ok=True)
 
@@ -100,6 +111,25 @@ class Checkpoints:
         """Bundles by epoch."""
         numbered = [(int(match[1]), path) for path in self.folder.glob("ep*") if (match := _NAME.fullmatch(path.name))]
         return [path for _, path in sorted(numbered)]
+
+
+def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
+    """Makes the folder of all runs, and refuses a disk that a run of so many parameters would fill.
+
+    Raises:
+        InputError: too little room, or the folder cannot be written.
+    """
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
+        with tempfile.TemporaryFile(dir=folder):
+            pass
+    # In float32: bundles kept, the next and the one logged; states with Adam's two moments, two kept and the next.
+    need = 4 * parameters * (keep + 2 + 3 * 3) + 2**20
+    free = shutil.disk_usage(folder).free
+    if free < need:
+        raise InputError(
+            f"{folder.absolute()}: {free / 2**20:,.0f} MiB are free, a run needs about {need / 2**20:,.0f}; make room"
+        )
 
 
 def _read_state(path: Path) -> TrainingState:

@@ -10,8 +10,9 @@ import numpy as np
 import pytest
 import torch
 from PIL import Image
+from safetensors.numpy import load_file
 
-from capexp.captioning.captioner import Caption, Captioner, TrainingRecord
+from capexp.captioning.captioner import FORMAT_VERSION, Caption, Captioner, TrainingRecord
 from capexp.captioning.decoding import DecodingConfig
 from capexp.captioning.model import ModelConfig
 from capexp.data.errors import InputError
@@ -98,7 +99,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_bundle(bundle: Path, mon
         raise OSError(28, "No space left on device")
 
     monkeypatch.setattr("capexp.captioning.captioner.save_file", full)
-    with pytest.raises(OSError, match="No space"):
+    with pytest.raises(InputError, match=r"bundle: cannot be written \(No space"):
         fresh(seed=2).save(bundle)
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]
     Captioner.load(bundle)
@@ -147,3 +148,18 @@ def test_without_weights_at_hand_the_remedy_is_told(
     assert base64.b64encode(buffer.getvalue())
     with pytest.raises(InputError, match="CAPEXP_OFFLINE"):
         Captioner.load(bundle).caption_photos([buffer.getvalue()])
+
+
+@pytest.mark.parametrize("golden", sorted(Path(__file__).parent.glob("golden-*")), ids=lambda path: path.name)
+def test_bundles_of_every_format_ever_written_say_what_they_said(golden: Path) -> None:
+    features = load_file(golden / "features.safetensors")["features"]
+    said = json.loads((golden / "captions.json").read_text())
+    captions = Captioner.load(golden / "bundle").caption_features(features)
+    assert [caption.text for caption in captions] == [text for text, _ in said]
+    log_probabilities = [caption.log_probability for caption in captions]
+    assert log_probabilities == pytest.approx([value for _, value in said], abs=1e-3)
+    assert len({text for text, _ in said}) == len(said) > 9, "captions that differ from photo to photo"
+
+
+def test_the_present_format_has_its_golden_bundle() -> None:
+    assert (Path(__file__).with_name(f"golden-{FORMAT_VERSION}") / "captions.json").is_file()

@@ -1,5 +1,6 @@
 """Captions in Flickr8k's format: what is read, and what is refused in one line that says where to look."""
 
+import json
 import shutil
 from pathlib import Path
 
@@ -48,13 +49,13 @@ def test_byte_order_mark_line_ends_and_blank_lines_change_nothing(tmp_path: Path
     plain, dressed = tmp_path / "plain", tmp_path / "dressed"
     plain.write_bytes(b"a.jpg#0\tA caf\xc3\xa9 .\na.jpg#1\tTwo dogs .\n")
     dressed.write_bytes(b"\xef\xbb\xbfa.jpg#0\tA caf\xc3\xa9 .\r\n\r\na.jpg#1\tTwo dogs . ")
-    assert read_captions(plain) == read_captions(dressed) == {"a.jpg": ("A café .", "Two dogs .")}
+    assert read_captions(plain).captions == read_captions(dressed).captions == {"a.jpg": ("A café .", "Two dogs .")}
 
 
 def test_key_is_cut_at_its_last_sign_and_taken_literally(tmp_path: Path) -> None:
     path = tmp_path / "captions"
     path.write_text("x_1.jpg#0\tA dog .\nx_1.jpg.1#0\tA cat .\na#b.jpg#12\tA cow .\n")
-    assert read_captions(path) == {"x_1.jpg": ("A dog .",), "x_1.jpg.1": ("A cat .",), "a#b.jpg": ("A cow .",)}
+    assert read_captions(path).captions == {"x_1.jpg": ("A dog .",), "x_1.jpg.1": ("A cat .",), "a#b.jpg": ("A cow .",)}
 
 
 def test_names_may_lie_in_folders_below(tmp_path: Path) -> None:
@@ -128,8 +129,93 @@ def test_missing_photos_are_counted_and_the_first_few_named(data: CaptionsConfig
     with (data.root / TOKENS).open("a") as file:
         file.writelines(f"{name}#0\tA dog .\n" for name in names)
     (data.root / DEV).write_text("\n".join(names))
-    with pytest.raises(InputError, match=r"10 of its photos are not in .*: 0\.jpg, 1\.jpg, 2\.jpg and 7 more$"):
+    with pytest.raises(InputError, match=r"10 of its dev photos are not in .*: 0\.jpg, 1\.jpg, 2\.jpg and 7 more;"):
         read_splits(data, ("dev",))
+
+
+COCO = {
+    "images": [
+        {"id": 1, "file_name": "one.jpg"},
+        {"id": 2, "file_name": "two.jpg"},
+        {"id": 3, "file_name": "three.jpg"},
+    ],
+    "annotations": [{"image_id": number, "caption": f" A dog\nruns {number} ."} for number in (3, 1, 2, 1)],
+}
+KARPATHY = {
+    "dataset": "ours",
+    "images": [
+        {"filename": "one.jpg", "split": "train", "sentences": [{"raw": "A dog .", "tokens": ["a", "dog"]}]},
+        {"filepath": ".", "filename": "three.jpg", "split": "val", "sentences": [{"raw": "A cat ."}]},
+        {"filename": "two.jpg", "split": "restval", "sentences": [{"raw": "A cow ."}, {"raw": "Cows ."}]},
+    ],
+}
+
+
+def as_json(data: CaptionsConfig, content: object, splits: str) -> CaptionsConfig:
+    (data.root / "captions.json").write_text(json.dumps(content))
+    return CaptionsConfig.model_validate(data.model_dump() | {"captions": Path("captions.json"), "splits": splits})
+
+
+def test_cocos_annotations_go_with_lists(data: CaptionsConfig) -> None:
+    splits = read_splits(as_json(data, COCO, "lists"))
+    assert splits["train"].photos == ("two.jpg", "one.jpg")
+    assert splits["train"].references == (("A dog runs 2 .",), ("A dog runs 1 .", "A dog runs 1 ."))
+    assert splits["dev"].references == (("A dog runs 3 .",),)
+
+
+def test_karpathys_file_tells_the_splits_itself(data: CaptionsConfig) -> None:
+    for split in (TRAIN, DEV):
+        (data.root / split).unlink()
+    splits = read_splits(as_json(data, KARPATHY, "karpathy"), ("train", "dev"))
+    assert splits["train"].photos == ("one.jpg", "two.jpg")
+    assert splits["train"].references == (("A dog .",), ("A cow .", "Cows ."))
+    assert splits["dev"].paths()[0].samefile(data.root / PHOTOS / "three.jpg")
+
+
+def test_both_formats_of_the_same_captions_have_one_digest(data: CaptionsConfig) -> None:
+    plain = read_splits(data, ("dev",))["dev"]
+    sentences = [{"raw": caption} for caption in plain.references[0]]
+    images = [{"filename": "three.jpg", "split": "val", "sentences": sentences}]
+    assert read_splits(as_json(data, {"images": images}, "karpathy"), ("dev",))["dev"].digest() == plain.digest()
+
+
+def image(**changes: object) -> dict[str, object]:
+    return {"filename": "one.jpg", "split": "train", "sentences": [{"raw": "A dog ."}]} | changes
+
+
+@pytest.mark.parametrize(
+    ("content", "parts"),
+    [
+        ([], ("the file: ", "Karpathy")),
+        ({"images": [{"filename": "one.jpg", "sentences": [{}]}]}, ("images.0.sentences.0.raw: field required",)),
+        ({"images": [image(), image(filename="../x.jpg")]}, ("images.1: '../x.jpg' leaves",)),
+        ({"images": [image(filename=None)]}, ("images.0: '' leaves",)),
+        ({"images": [image(), image()]}, ("images.1: 'one.jpg' stands there already",)),
+        ({"images": [image(split="dev")]}, ("images.0: split = 'dev' of one.jpg", "train, restval, val, test")),
+        ({"images": [image(), image(filename="two.jpg", split=None)]}, ("1 images have no split", "two.jpg")),
+        ({"images": [image(sentences=[{"raw": " "}])]}, ("one.jpg has an empty caption",)),
+        ({"images": [image(sentences=[])]}, ("no captions in it",)),
+        ({"images": [image()]}, ("no photo of it has the split dev", "captions.splits")),
+        (COCO, ("no photo of it has the split train",)),
+        ({"images": [image(id=1)], "annotations": [{"image_id": 7, "caption": "A dog ."}]}, ("image_id 7 is none",)),
+    ],
+)
+def test_fault_in_json_is_refused_in_one_line(data: CaptionsConfig, content: object, parts: tuple[str, ...]) -> None:
+    with pytest.raises(InputError) as caught:
+        read_splits(as_json(data, content, "karpathy"), ("train", "dev"))
+    line = str(caught.value)
+    assert line.startswith(f"{data.root}/captions.json")
+    assert len(line.splitlines()) == 1
+    for part in parts:
+        assert part in line
+
+
+def test_json_that_is_cut_short_is_refused(data: CaptionsConfig) -> None:
+    config = as_json(data, COCO, "lists")
+    content = (data.root / "captions.json").read_bytes()
+    (data.root / "captions.json").write_bytes(content[: len(content) // 2])
+    with pytest.raises(InputError, match=r"captions\.json: the file: invalid JSON: EOF"):
+        read_splits(config, ("train",))
 
 
 def train_and_dev(root: Path) -> tuple[Split, Split]:
@@ -154,7 +240,7 @@ def test_flickr8k_has_6000_train_and_1000_dev_photos_and_none_in_both(flickr8k: 
 
 
 def test_flickr8k_odd_key_is_a_photo_of_its_own_in_no_split(flickr8k: Path) -> None:
-    captions = read_captions(flickr8k / TOKENS)
+    captions = read_captions(flickr8k / TOKENS).captions
     odd, plain = "2258277193_586949ec62.jpg.1", "2258277193_586949ec62.jpg"
     assert captions[odd] == ("people waiting for the subway",)
     assert len(captions[plain]) == 4 and captions[odd][0] not in captions[plain]

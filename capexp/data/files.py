@@ -1,0 +1,52 @@
+"""Files that are whole or not there, and a disk's faults in one line."""
+
+import os
+from collections.abc import Iterator
+from contextlib import contextmanager, suppress
+from pathlib import Path
+
+from safetensors import SafetensorError
+
+from capexp.data.errors import InputError
+
+
+@contextmanager
+def writing(path: Path) -> Iterator[None]:
+    """Tells a disk that is full, or a folder that may not be written, in one line.
+
+    Raises:
+        InputError: in place of the system's error, or a library's about it.
+    """
+    try:
+        yield
+    except (OSError, SafetensorError) as error:
+        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
+        raise InputError(
+            f"{path}: cannot be written ({reason}); make room or mend it, then start the same again"
+        ) from error
+
+
+def write_whole(path: Path, text: str) -> Path:
+    """Writes a text file beside and renames it, so that what it held before stays until all is there.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+    try:
+        with writing(path):
+            beside.write_text(text, encoding="utf-8")
+            beside.replace(path)
+    finally:
+        with suppress(OSError):
+            beside.unlink(missing_ok=True)
+    return path
+
+
+def sync(path: Path) -> None:
+    """Makes what was written to a file or folder survive a power cut."""
+    handle = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(handle)
+    finally:
+        os.close(handle)

@@ -1,0 +1,41 @@
+"""Writes the golden bundle of the present format, once for each ``format_version``, and what it says.
+
+    python tests/captioning/make_golden.py BUNDLE
+
+takes a captioner of the scenes and puts into ``golden-N/`` the bundle, features of dev pictures, and their captions.
+A bundle of an earlier format is never written again: it stands for those in users' hands.
+"""
+
+import json
+import shutil
+import sys
+from pathlib import Path
+
+import numpy as np
+from safetensors.numpy import save_file
+
+from capexp import experiment as experiments
+from capexp.captioning.captioner import FORMAT_VERSION, Captioner
+from capexp.preparation import prepare
+
+PHOTOS = 12
+
+
+def make(source: Path) -> Path:
+    """Writes ``golden-N`` beside this file."""
+    golden = Path(__file__).with_name(f"golden-{FORMAT_VERSION}")
+    if golden.exists():
+        sys.exit(f"{golden}: is there; the captions of a format in use must stay as they are")
+    golden.mkdir()
+    shutil.copytree(source, golden / "bundle")
+    captioner = Captioner.load(golden / "bundle")
+    prepared = prepare(experiments.load(experiments.find("scenes"), {}))
+    features = prepared.features["dev"].gather(np.arange(PHOTOS))
+    save_file({"features": features}, golden / "features.safetensors")
+    said = [[caption.text, caption.log_probability] for caption in captioner.caption_features(features)]
+    (golden / "captions.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")
+    return golden
+
+
+if __name__ == "__main__":
+    print(make(Path(sys.argv[1])))

@@ -1,0 +1,406 @@
+"""Everything a user can get wrong, row by row: one line that names the place, exit status 2, and nothing has changed.
+
+``pytest tests/test_bad_input.py -rP`` prints each line.
+"""
+
+import hashlib
+import os
+import pickle
+import shutil
+import signal
+import struct
+import subprocess
+import sys
+import zlib
+from collections.abc import Callable, Iterator
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+import pytest
+from mlflow.tracking import MlflowClient
+
+from capexp import command
+from capexp.caption import caption
+from capexp.evaluate import evaluate
+from capexp.extract import extract
+from capexp.train import train
+from capexp.tune import tune
+
+ROOT = Path(__file__).parents[1]
+COMMANDS = {"train": train, "tune": tune, "evaluate": evaluate, "caption": caption, "extract": extract}
+PHOTOS, TOKENS = "data/Scenes_Dataset", "data/Scenes.token.txt"
+LISTS = {split: f"data/Scenes.{split}Images.txt" for split in ("train", "dev", "test")}
+PHOTO, OTHER = f"{PHOTOS}/scene_0000.jpg", f"{PHOTOS}/scene_0002.jpg"  # of the train split
+
+
+@pytest.fixture(scope="module")
+def earlier(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+    """A user's folder with data, its features, and what an earlier run has left."""
+    folder = tmp_path_factory.mktemp("earlier")
+    shutil.copytree(scenes, folder / "data")
+    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+    subprocess.run(
+        [
+            *(sys.executable, "-m", "capexp.train", "--captions.root", "data", "--features.cache", "data/features"),
+            *("--training.epochs", "1", "--model.lstm_units", "16", "--model.embedding_size", "16"),
+        ],
+        cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
+    )  # fmt: skip
+    return folder
+
+
+@pytest.fixture
+def folder(earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
+    """A copy of it, to be damaged; commands run in it."""
+    there = tmp_path / "folder"
+    shutil.copytree(earlier, there, copy_function=os.link)  # replaced, never written through
+    for own in ("mlflow.db", *(str(path.relative_to(earlier)) for path in earlier.glob("data/features/*"))):
+        (there / own).unlink()
+        shutil.copy(earlier / own, there / own)
+    monkeypatch.chdir(there)
+    monkeypatch.setenv("CAPEXP_OFFLINE", "1")
+    monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    mlflow.set_tracking_uri(f"sqlite:///{there}/mlflow.db")
+    handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
+    environment = dict(os.environ)
+    yield there
+    os.environ.clear()
+    os.environ.update(environment)
+    for number, handler in handlers.items():
+        signal.signal(number, handler)
+
+
+def replace(path: str, content: bytes) -> None:
+    Path(path).unlink(missing_ok=True)
+    Path(path).write_bytes(content)
+
+
+def edit(path: str, change: Callable[[bytes], bytes]) -> Callable[[], None]:
+    return lambda: replace(path, change(Path(path).read_bytes()))
+
+
+def gone(path: str) -> Callable[[], None]:
+    return lambda: shutil.rmtree(path) if Path(path).is_dir() else Path(path).unlink()
+
+
+def both(*damages: Callable[[], None]) -> Callable[[], None]:
+    def damage() -> None:
+        for one in damages:
+            one()
+
+    return damage
+
+
+def add(path: str, line: str) -> Callable[[], None]:
+    return edit(path, lambda content: content + line.encode("utf-8", "surrogateescape"))
+
+
+def huge(content: bytes) -> bytes:
+    """A PNG that says it is 30,000 pixels wide and high, in a hundred bytes."""
+
+    def chunk(kind: bytes, body: bytes) -> bytes:
+        return struct.pack(">I", len(body)) + kind + body + struct.pack(">I", zlib.crc32(kind + body))
+
+    header = struct.pack(">IIBBBBB", 30_000, 30_000, 8, 2, 0, 0, 0)
+    return (
+        b"\x89PNG\r\n\x1a\n" + chunk(b"IHDR", header) + chunk(b"IDAT", zlib.compress(b"\0" * 99)) + chunk(b"IEND", b"")
+    )
+
+
+class Code:
+    """Pickled, it would make a file when it is loaded."""
+
+    def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
+        return os.mkdir, ("executed",)
+
+
+def bundle(name: str) -> str:
+    (found,) = Path().glob(f"checkpoints/*/ep*/{name}")
+    return str(found)
+
+
+def cache() -> str:
+    (found,) = Path().glob("data/features/*.features")
+    return str(found)
+
+
+@dataclass(frozen=True)
+class Row:
+    """What is done to the folder, what is typed, and what the line must hold."""
+
+    says: tuple[str, ...]
+    damage: Callable[[], None] = lambda: None
+    arguments: str = ""
+    command: str = "train"
+    weights: bool = False
+    """Whether the fault shows only with VGG16's weights at hand."""
+
+
+def first_line(content: bytes) -> bytes:
+    return content.splitlines()[0] + b"\n"
+
+
+ROWS = {
+    "captions file missing": Row((f"{TOKENS}: no such captions file",), gone(TOKENS)),
+    "list missing": Row((f"{LISTS['dev']}: no such list",), gone(LISTS["dev"])),
+    "photo folder missing": Row((f"{PHOTOS}: no such folder",), gone(PHOTOS)),
+    "root missing": Row(("elsewhere: no such folder", "captions.root"), arguments="--captions.root elsewhere"),
+    "photos without captions": Row(
+        (LISTS["train"], "599 of its train photos have no captions", "and 596 more"),
+        edit(TOKENS, lambda content: b"".join(content.splitlines(True)[: 2 * 5])),
+    ),
+    "captions of a listed id missing": Row(
+        (LISTS["dev"], "2 of its dev photos have no captions", "x.jpg, y.jpg"), add(LISTS["dev"], "x.jpg\ny.jpg\n")
+    ),
+    "photo missing": Row((LISTS["train"], "are not in", "scene_0000.jpg"), gone(PHOTO)),
+    "photos missing": Row(("2 of its", "scene_0000.jpg, scene_0002.jpg"), both(gone(PHOTO), gone(OTHER))),
+    "no key": Row((f"{TOKENS}, line 4001", "'a dog runs'"), add(TOKENS, "a dog runs\n")),
+    "no tab": Row((f"{TOKENS}, line 4001", "<TAB>"), add(TOKENS, "scene_0001.jpg#9 a dog\n")),
+    "empty caption": Row((f"{TOKENS}, line 4001",), add(TOKENS, "scene_0001.jpg#9\t \n")),
+    "captions not UTF-8": Row((f"{TOKENS}, line 4001", "0xe9"), add(TOKENS, "scene_0001.jpg#9\tcaf\udce9\n")),
+    "list not UTF-8": Row((f"{LISTS['train']}, line 601", "0xff"), add(LISTS["train"], "\udcff\n")),
+    "photo in two splits": Row(
+        ("share 1 photos", LISTS["train"], LISTS["dev"]),
+        lambda: add(LISTS["dev"], first_line(Path(LISTS["train"]).read_bytes()).decode())(),
+    ),
+    "photo in train and test": Row(
+        ("share 1 photos", LISTS["train"], LISTS["test"]),
+        lambda: add(LISTS["test"], first_line(Path(LISTS["train"]).read_bytes()).decode())(),
+    ),
+    "photo twice in a list": Row(
+        (f"{LISTS['dev']}, line 101", "on line 1 already"), edit(LISTS["dev"], lambda c: c + first_line(c))
+    ),
+    "empty split": Row((f"{LISTS['dev']}: the list is empty",), edit(LISTS["dev"], lambda content: b"\n")),
+    "path out of the folder": Row(("line 601", "'../x.jpg' leaves"), add(LISTS["train"], "../x.jpg\n")),
+    "absolute path": Row(("line 601", "'/etc/passwd' leaves"), add(LISTS["train"], "/etc/passwd\n")),
+    "captions are no JSON": Row(
+        ("broken.json: the file: invalid JSON",),
+        lambda: replace("data/broken.json", b'{"images": ['),
+        "--captions.captions broken.json",
+    ),
+    "picture cut short": Row(
+        (PHOTO, "cannot be read as a picture"), edit(PHOTO, lambda content: content[:2000]), weights=True
+    ),
+    "picture of other bytes": Row(
+        (PHOTO, "not a picture in a format"), edit(PHOTO, lambda content: b"?" * 5000), weights=True
+    ),
+    "picture of no bytes": Row((PHOTO, "cannot be read"), edit(PHOTO, lambda content: b""), weights=True),
+    "decompression bomb": Row((PHOTO, "pixels", "scale it down"), edit(PHOTO, huge), weights=True),
+    "several bad pictures": Row(
+        ("3 photos cannot be read as pictures", "scene_0000.jpg", "scene_0002.jpg", "scene_0003.jpg"),
+        both(edit(PHOTO, lambda content: b""), edit(OTHER, huge), edit(f"{PHOTOS}/scene_0003.jpg", lambda c: c[:99])),
+        weights=True,
+    ),
+    "weights missing": Row(("none.pth", "no such file"), arguments="--features.weights none.pth"),
+    "weights cut short": Row(
+        ("cut.pth: damaged",),
+        lambda: replace("cut.pth", Path(os.environ["WEIGHTS"]).read_bytes()[:9_000_000]),
+        "--features.weights cut.pth",
+        weights=True,
+    ),
+    "weights that are none": Row(
+        ("text.pth: damaged",), lambda: replace("text.pth", b"weights"), "--features.weights text.pth"
+    ),
+    "weights with code": Row(
+        ("evil.pth: damaged, or holds more than tensors",),
+        lambda: replace("evil.pth", pickle.dumps(Code())),
+        "--features.weights evil.pth",
+    ),
+    "weights not to be had": Row(
+        ("IMAGENET1K_FEATURES", "CAPEXP_OFFLINE"), edit(PHOTO, lambda content: Path(OTHER).read_bytes() + b"\0")
+    ),
+    "cache cut in its header": Row((".features: not a feature cache", "delete it"), lambda: os.truncate(cache(), 1000)),
+    "cache of another encoder": Row(
+        ("features of another encoder", "delete it"),
+        lambda: edit(cache(), lambda content: content.replace(b"bilinear", b"bicubic!"))(),
+    ),
+    "cache that is none": Row(("not a feature cache",), lambda: replace(cache(), b"x" * 9000)),
+    "unknown setting": Row(
+        ("unknown setting 'training.epoch'", "did you mean training.epochs?"), arguments="--training.epoch 3"
+    ),
+    "unknown section": Row(("unknown setting 'trainig.epochs'",), arguments="--trainig.epochs 3"),
+    "wrong type": Row(("training.epochs three",), arguments="--training.epochs three"),
+    "0 epochs": Row(("training.epochs",), arguments="--training.epochs 0"),
+    "dropout of 1.5": Row(("model.dropout",), arguments="--model.dropout 1.5"),
+    "negative size": Row(("model.lstm_units",), arguments="--model.lstm_units -4"),
+    "learning rate is no number": Row(("training.learning_rate",), arguments="--training.learning_rate nan"),
+    "flag without value": Row(("--training.epochs needs a value",), arguments="--training.epochs"),
+    "unknown experiment": Row(("--experiment nothing",), arguments="--experiment nothing"),
+    "experiment is no TOML": Row(
+        ("mine.toml: not TOML",), lambda: replace("mine.toml", b"name = "), "--experiment mine.toml"
+    ),
+    "device that is not there": Row(("training.device = 'cuda:99'",), arguments="--training.device cuda:99"),
+    "empty vocabulary": Row(("vocabulary.minimum_count",), arguments="--vocabulary.minimum_count 1000000"),
+    "unknown run to resume": Row(("run 0123: no such run", "mlflow ui"), arguments="--resume 0123"),
+    "resume where nothing was tracked": Row(
+        ("nothing was tracked here",), both(gone("mlflow.db"), gone("mlruns"), gone("checkpoints")), "--resume 0123"
+    ),
+    "search of what is no setting": Row(
+        ("unknown setting 'model.width'",),
+        arguments='--trials 1 --tune.search {"model.width":{"low":1,"high":2}}',
+        command="tune",
+    ),
+    "bundle with a file missing": Row(
+        ("decoder.safetensors: missing from the bundle",),
+        lambda: gone(bundle("decoder.safetensors"))(),
+        "--model {bundle}",
+        "evaluate",
+    ),
+    "bundle with a file altered": Row(
+        ("vocabulary.json: altered since it was saved",),
+        lambda: edit(bundle("vocabulary.json"), lambda content: content.replace(b"tree", b"bush"))(),
+        "--model {bundle} " + PHOTO,
+        "caption",
+    ),
+    "bundle without its manifest": Row(
+        ("not a captioner's bundle",), lambda: gone(bundle("manifest.json"))(), "--model {bundle} " + PHOTO, "caption"
+    ),
+    "no such model": Row(("--model nowhere",), arguments="--model nowhere", command="evaluate"),
+    "no such registered model": Row(
+        ("--model models:/none@champion", "not found"), arguments="--model models:/none@champion", command="evaluate"
+    ),
+    "no such version": Row(
+        ("models:/capexp-scenes/77", "not found"), arguments="--model models:/capexp-scenes/77", command="evaluate"
+    ),
+    "bundle without VGG16": Row(
+        ("IMAGENET1K_FEATURES", "CAPEXP_OFFLINE"), arguments="--model {bundle} " + PHOTO, command="caption"
+    ),
+    "split that has no list": Row(
+        (f"{LISTS['test']}: no such list",), gone(LISTS["test"]), "--model {bundle} --split test", "evaluate"
+    ),
+    "output into no folder": Row(
+        ("--output no/scores.json", "make it first"),
+        arguments="--model {bundle} --output no/scores.json",
+        command="evaluate",
+    ),
+}
+DATA = "--captions.root data --features.cache data/features"
+
+
+def snapshot(folder: Path) -> dict[str, str]:
+    """All files but MLflow's database and locks, by digest."""
+    return {
+        str(path.relative_to(folder)): hashlib.sha256(path.read_bytes()).hexdigest()
+        for path in sorted(folder.rglob("*"))
+        if path.is_file() and not path.name.startswith("mlflow.db") and path.suffix != ".lock"
+    }
+
+
+def runs() -> list[tuple[str, str]]:
+    if not Path("mlflow.db").exists():
+        return []
+    client = MlflowClient()
+    experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+    return sorted((run.info.run_id, run.info.status) for run in client.search_runs(experiments))
+
+
+@pytest.mark.parametrize("name", ROWS)
+def test_each_fault_is_one_line_and_changes_nothing(
+    folder: Path, name: str, request: pytest.FixtureRequest, capsys: pytest.CaptureFixture[str]
+) -> None:
+    row = ROWS[name]
+    arguments = row.arguments
+    if "{bundle}" in arguments:
+        arguments = arguments.format(bundle=Path(bundle("manifest.json")).parent)
+    if row.command != "caption" and "--captions.root" not in arguments and "--resume" not in arguments:
+        arguments = f"{DATA} {arguments}"
+    if row.weights:
+        weights = str(request.getfixturevalue("vgg16"))
+        os.environ["WEIGHTS"] = weights
+        arguments = arguments if "--features.weights" in arguments else f"{arguments} --features.weights {weights}"
+    row.damage()
+    before, tracked = snapshot(folder), runs()
+    with pytest.raises(SystemExit) as ended:
+        command.main(row.command, lambda: COMMANDS[row.command](arguments.split()))
+    err = capsys.readouterr().err
+    assert ended.value.code == 2, err
+    *above, line = err.splitlines()
+    assert line.startswith(f"capexp.{row.command}: ")
+    assert all("features" in other for other in above if other.strip()), (
+        "nothing but the progress of features stands above it"
+    )
+    for part in row.says:
+        assert part in line
+    assert snapshot(folder) == before
+    assert runs() == tracked
+    assert not Path("executed").exists(), "code in a pickle was run"
+    print(line.replace(str(folder), "."))
+
+
+def on_a_disk_of(size: str, where: Path, options: str, *arguments: str) -> subprocess.CompletedProcess[str]:
+    """Runs Python where ``where`` is a file system of its own, of so many bytes."""
+    own = ("unshare", "--user", "--map-root-user", "--mount")
+    if subprocess.run([*own, "mount", "-t", "tmpfs", "tmpfs", str(where)], capture_output=True).returncode:
+        pytest.skip("this system lets nobody mount a small disk of their own (unshare)")
+    mounted = f'mount -t tmpfs -o size={size} tmpfs "$0"; {options} cd "$1"; shift; exec "$@"'
+    folder = str(where if where.name == "all" else where.parent)
+    return subprocess.run(
+        [*own, "sh", "-c", mounted, str(where), folder, sys.executable, *arguments],
+        env={**os.environ, "PYTHONPATH": str(ROOT), "MLFLOW_TRACKING_URI": ""}, capture_output=True, text=True,
+    )  # fmt: skip
+
+
+TRAIN = ("-m", "capexp.train", "--training.epochs", "1", "--model.lstm_units", "64", "--model.embedding_size", "64")
+READ_ONLY = 'mount -o remount,ro "$0";'
+DISKS = {
+    "no room in the folder": ("200k", "all", "", ("MiB are free, a run needs about", "make room")),
+    "no room for checkpoints": ("1m", "checkpoints", "", ("checkpoints: 1 MiB are free", "make room")),
+    "no room for artifacts": ("64k", "mlruns", "", ("mlruns", "No space left on device", "--resume")),
+    "folder cannot be written": ("1m", "all", READ_ONLY, ("checkpoints: cannot be written (Read-only file system)",)),
+    "checkpoints cannot be written": ("1m", "checkpoints", READ_ONLY, ("checkpoints: cannot be written (Read-only",)),
+    "artifacts cannot be written": ("1m", "mlruns", READ_ONLY, ("mlruns: MLflow's artifacts cannot be written",)),
+}
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("name", DISKS)
+def test_a_disk_that_does_not_take_it_is_told_in_one_line(tmp_path: Path, name: str) -> None:
+    size, where, options, says = DISKS[name]
+    (tmp_path / where).mkdir()
+    printed = on_a_disk_of(size, tmp_path / where, options, *TRAIN)
+    assert printed.returncode == 2, printed.stderr
+    (line,) = printed.stderr.splitlines()
+    for part in says:
+        assert part in line
+    assert not list(tmp_path.glob("checkpoints/*/ep*")) or name == "no room for artifacts"
+    print(line.replace(str(tmp_path), "."))
+
+
+@pytest.mark.slow
+def test_features_that_find_no_room_are_told_in_one_line(tmp_path: Path, vgg16: Path) -> None:
+    (tmp_path / "cache").mkdir()
+    printed = on_a_disk_of(
+        "64k", tmp_path / "cache", "",
+        "-m", "capexp.extract", "--split", "dev", "--features.cache", "cache", "--features.weights", str(vgg16),
+    )  # fmt: skip
+    assert printed.returncode == 2, printed.stderr
+    line = printed.stderr.splitlines()[-1]
+    assert "No space left on device; make room or set features.cache" in line
+    print(line)
+
+
+FILLED = """
+import os, sys
+from pathlib import Path
+import torch
+from capexp.data.errors import InputError
+from capexp.training.checkpoints import Checkpoints, TrainingState
+
+checkpoints = Checkpoints(Path("."), 1)
+checkpoints.save_state(TrainingState({"weight": torch.ones(50_000)}, {}, []))
+try:
+    checkpoints.save_state(TrainingState({"weight": torch.zeros(500_000)}, {}, []))
+except InputError as error:
+    print(error)
+assert checkpoints.latest().decoder["weight"].sum() == 50_000
+assert os.listdir() == ["last.pt"], os.listdir()
+"""
+
+
+@pytest.mark.slow
+def test_the_last_good_state_stays_when_the_next_finds_no_room(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    printed = on_a_disk_of("1m", tmp_path / "all", "", "-c", FILLED)
+    assert printed.returncode == 0, printed.stderr
+    assert "last.pt: cannot be written (No space left on device)" in printed.stdout
