@@ -1,4 +1,4 @@
-"""Measures a captioner on a split: cross-entropy, perplexity, and the same with photos shuffled."""
+"""Measures a captioner on a split: losses, the scores of its captions, and both with photos shuffled."""
 
 import json
 from pathlib import Path
@@ -22,19 +22,22 @@ def evaluate(argv: list[str] | None = None) -> int:
     if arguments.output is not None and not arguments.output.parent.is_dir():
         parser.error(f"--output {arguments.output}: no folder {arguments.output.parent}; make it first")
 
-    from capexp import experiment as experiments, preparation
+    from capexp import experiment as experiments, measurement
     from capexp.captioning.captioner import Captioner
     from capexp.data.files import write_whole
     from capexp.tracking.registry import find_bundle
     from capexp.training.fit import choose_device
 
-    command.refuse_idle(parser, settings, ("captions.", "features.", "training.batch_size", "training.device", "seed"))
+    command.refuse_idle(
+        parser, settings, ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")
+    )
     experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
     device = choose_device(experiment.training.device)
     captioner = Captioner.load(find_bundle(arguments.model), device)
+    captioner.decoding = experiments.override_decoding(captioner.decoding, settings)
     if arguments.experiment is None:
-        preparation.refuse_other_data(experiment, captioner)
-    scores = preparation.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
+        measurement.refuse_other_data(experiment, captioner)
+    scores = measurement.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
     text = json.dumps(scores, indent=2)
     print(text)
     if arguments.output is not None:

@@ -117,6 +117,22 @@ def replace(experiment: Experiment, overrides: Mapping[str, object]) -> Experime
     return _validate(settings, experiment.name)
 
 
+def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object]) -> DecodingConfig:
+    """A captioner's own way of decoding, but for the settings ``decoding.*`` among the overrides.
+
+    Raises:
+        InputError: as :func:`load`.
+    """
+    settings: Settings = {"decoding": decoding.model_dump(mode="json")}
+    for name, value in overrides.items():
+        if name.startswith("decoding."):
+            _set(settings, name, value)
+    try:
+        return DecodingConfig.model_validate(settings["decoding"], strict=True)
+    except ValidationError as error:
+        raise InputError(f"decoding: {_explain(error)}") from None
+
+
 def setting_type(name: str) -> Any:
     """The type of a setting, with its bounds.
 

@@ -7,17 +7,15 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoding import refuse_wide
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.cache import FeatureCache, Features, cache_features
 from capexp.data.captions import Split, SplitName, read_splits
-from capexp.data.errors import InputError
 from capexp.data.features import Encoder, EncoderIdentity, identify, load_encoder
 from capexp.data.photos import digest_photos
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
-from capexp.scoring.evaluation import blind_cross_entropy, cross_entropy
 from capexp.search import Choices
 from capexp.training.fit import choose_device
 
@@ -69,6 +67,7 @@ def read(experiment: Experiment) -> Read:
     captions = (caption for captions in splits["train"].references for caption in captions)
     vocabulary = build_vocabulary(captions, experiment.vocabulary)
     choose_device(experiment.training.device)
+    refuse_wide(experiment.decoding, vocabulary)
     decoder = build_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
     identity = identify(experiment.features)
     return Read(splits, vocabulary, identity, decoder.parameter_count())
@@ -115,47 +114,3 @@ def comparable(experiment: Experiment, prepared: Prepared) -> str:
     choices = {name: space.choices for name, space in spaces if isinstance(space, Choices)}
     record = [settings, choices, prepared.encoder.key(), prepared.data_digest()]
     return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
-
-
-def refuse_other_data(experiment: Experiment, captioner: Captioner) -> None:
-    """Keeps an experiment that nobody named from lending its data to another's captioner.
-
-    Raises:
-        InputError: the captioner was trained beside another dev split than the experiment's.
-    """
-    digest = read_splits(experiment.captions, ("dev",))["dev"].digest()
-    if captioner.training is None or captioner.training.dev_digest != digest:
-        raise InputError(
-            f"the captioner was not trained on the data of {experiment.name}; name its own with --experiment"
-        )
-
-
-def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> dict[str, float | str]:
-    """The losses of a captioner on a split of an experiment's data.
-
-    Raises:
-        InputError: the captioner's encoder is not the one that the experiment's features come from.
-    """
-    identity = identify(experiment.features)
-    if identity.key() != captioner.encoder_identity.key():
-        raise InputError(
-            f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
-            f"of {identity}; name the experiment it was trained with, or set features.layer, pool and weights"
-        )
-    data = read_splits(experiment.captions, (split,))[split]
-    features = read_features(experiment, [data], identity)[split]
-    batches = CaptionBatches(data, captioner.vocabulary, features, experiment.training.batch_size)
-    loss = cross_entropy(captioner.decoder, batches.in_order())
-    blind = blind_cross_entropy(captioner.decoder, batches, len(data.photos), experiment.seed)
-    return {
-        "experiment": experiment.name,
-        "captions": str(experiment.captions.root.absolute()),
-        "split": split,
-        "split_digest": data.digest(),
-        "vocabulary_digest": captioner.vocabulary.digest(),
-        "photos": len(data.photos),
-        "targets": loss.targets,
-        "cross_entropy": loss.per_token,
-        "perplexity": loss.perplexity,
-        "cross_entropy_blind": blind.per_token,
-    }

@@ -10,8 +10,9 @@ from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment
+from capexp.measurement import Measured
 from capexp.preparation import Prepared
-from capexp.scoring.evaluation import Loss, perplexity
+from capexp.scoring.evaluation import perplexity
 from capexp.tracking import registry
 from capexp.tracking.registry import Score, Version
 from capexp.tracking.run import TrackedRun, git_commit
@@ -24,7 +25,7 @@ def register(
     experiment: Experiment,
     prepared: Prepared,
     captioner: Captioner,
-    blind: Loss,
+    measured: Measured,
     promote: bool,
     encoder: State | None,
 ) -> Version:
@@ -45,7 +46,7 @@ def register(
             prepared.splits["dev"].digest(),
             prepared.vocabulary.digest(),
         )
-        card = _card(experiment, prepared, captioner.training, blind.per_token)
+        card = _card(experiment, prepared, captioner.training, measured)
         tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
         registry.describe_version(name, number, captioner, card, tags)
         version = registry.crown(name, number, score, force=promote)
@@ -73,13 +74,21 @@ def encoder_weights(experiment: Experiment) -> State | None:
         return None
 
 
-def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, blind: float) -> str:
+def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, measured: Measured) -> str:
     train, dev = prepared.splits["train"], prepared.splits["dev"]
     captions = sum(map(len, train.references))
     nats = best.dev_loss
+    intervals = measured.scores.photos.intervals(seed=experiment.seed)
+
+    def told(key: str) -> str:
+        low, high = intervals[key]
+        return f"{measured.scores.summary[key]:.3f} (95% {low:.3f} to {high:.3f})"
+
     rows = {
         "dev loss": f"{nats:.4f} nats per token (perplexity {perplexity(nats):.2f}), epoch {best.epoch}",
-        "dev loss, photos shuffled": f"{blind:.4f}",
+        "dev loss, photos shuffled": f"{measured.blind.per_token:.4f}",
+        "dev captions": f"BLEU-4 {told('bleu_4')}, CIDEr {told('cider')}, by {_decoding(experiment)}",
+        "CIDEr, photos shuffled": f"{measured.scores.summary['cider_blind']:.3f}",
         "train loss": f"{best.train_loss:.4f} (dropout on)",
         "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
         "measured on": f"{len(dev.photos)} dev photos; the test split was not read",
@@ -96,6 +105,11 @@ def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, blin
 All settings are the params of the run, and `experiment.toml` among its artifacts.
 Load it with `mlflow.pyfunc.load_model("models:/{experiment.registry.model}@champion")`.
 """
+
+
+def _decoding(experiment: Experiment) -> str:
+    decoding = experiment.decoding
+    return f"beam search of width {decoding.beam_width}" if decoding.method == "beam" else decoding.method
 
 
 @contextmanager

@@ -8,19 +8,18 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-import numpy as np
 from filelock import FileLock, Timeout
 
 from capexp import __version__, experiment as experiments
-from capexp.captioning.captioner import Captioner
-from capexp.data.cache import Features
+from capexp.captioning.captioner import Caption, Captioner
 from capexp.data.captions import Split
 from capexp.data.errors import InputError
 from capexp.data.files import write_whole, writing
 from capexp.experiment import Experiment
+from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
-from capexp.scoring.evaluation import Loss, blind_cross_entropy, perplexity
+from capexp.scoring.evaluation import perplexity
 from capexp.search import Pruned
 from capexp.tracking import registry
 from capexp.tracking.registry import Version
@@ -142,7 +141,7 @@ def run(
                     log.debug("%s", epoch)
                     _log_epoch(tracked, epoch)
                     yield epoch
-                blind, samples = _report(tracked, experiment, prepared, checkpoints, epochs)
+                measured, samples = _report(tracked, experiment, prepared, checkpoints, epochs)
             except Pruned:
                 tracked.set_tags({"pruned": "true"})
                 return Result(tracked.run_id, _best(epochs), None, None, _bundle(checkpoints), ())
@@ -156,8 +155,8 @@ def run(
             version = None
             if register_model:
                 best_captioner = Captioner.load(bundle)
-                version = register(tracked, experiment, prepared, best_captioner, blind, promote, encoder)
-            return Result(tracked.run_id, _best(epochs), blind.per_token, version, bundle, samples)
+                version = register(tracked, experiment, prepared, best_captioner, measured, promote, encoder)
+            return Result(tracked.run_id, _best(epochs), measured.blind.per_token, version, bundle, samples)
 
 
 def _report(
@@ -166,23 +165,17 @@ def _report(
     prepared: Prepared,
     checkpoints: Checkpoints,
     epochs: list[Epoch],
-) -> tuple[Loss, tuple[Sample, ...]]:
+) -> tuple[Measured, tuple[Sample, ...]]:
     """What is measured and shown after the last epoch, of the best captioner."""
     captioner = Captioner.load(_bundle(checkpoints), choose_device(experiment.training.device))
-    blind = blind_loss(experiment, prepared, captioner)
+    measured = measure(experiment, prepared, captioner)
     best = _best(epochs)
-    measured = {"best_dev_loss": best.dev_loss, "best_epoch": best.number, "dev_loss_blind": blind.per_token}
-    tracked.log_metrics(measured, step=best.number, timestamp=time.time_ns() // 1_000_000)
-    samples = caption_samples(captioner, prepared.splits["dev"], prepared.features["dev"], experiment.seed)
+    metrics = {"best_dev_loss": best.dev_loss, "best_epoch": best.number, **measured.metrics()}
+    tracked.log_metrics(metrics, step=best.number, timestamp=time.time_ns() // 1_000_000)
+    samples = caption_samples(measured.captions, prepared.splits["dev"], experiment.seed)
     tracked.log_artifact(draw_curves(epochs, experiment.name, checkpoints.folder / "loss.png"))
     tracked.log_artifact(write_gallery(samples, experiment.name, checkpoints.folder / "captions.html"))
-    return blind, samples
-
-
-def blind_loss(experiment: Experiment, prepared: Prepared, captioner: Captioner) -> Loss:
-    """The dev loss on photos shuffled among captions: its distance to the dev loss is the photo's worth."""
-    dev = prepared.batches("dev", experiment.training.batch_size)
-    return blind_cross_entropy(captioner.decoder, dev, len(prepared.splits["dev"].photos), experiment.seed)
+    return measured, samples
 
 
 @contextmanager
@@ -201,18 +194,24 @@ def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promot
     """Registers the best captioner of a trial, from its checkpoints, under the study's run."""
     experiment = experiments.load(folder / _SETTINGS, {})
     captioner = Captioner.load(_bundle(Checkpoints(folder, experiment.training.keep)))
-    blind = blind_loss(experiment, prepared, captioner)
-    return register(tracked, experiment, prepared, captioner, blind, promote, encoder_weights(experiment))
+    measured = measure(experiment, prepared, captioner)
+    assert captioner.training is not None
+    tracked.log_metrics(measured.metrics(), captioner.training.epoch, time.time_ns() // 1_000_000)
+    return register(tracked, experiment, prepared, captioner, measured, promote, encoder_weights(experiment))
 
 
-def caption_samples(captioner: Captioner, split: Split, features: Features, seed: int) -> tuple[Sample, ...]:
-    """Some photos of a split drawn at random, captioned from their features."""
+def caption_samples(captions: list[Caption], split: Split, seed: int) -> tuple[Sample, ...]:
+    """Some photos of a split drawn at random, with their captions."""
     count = min(_SAMPLES, len(split.photos))
     chosen = random.Random(seed).sample(range(len(split.photos)), count)
-    captions = captioner.caption_features(features.gather(np.array(chosen)))
     return tuple(
-        Sample(split.folder / split.photos[photo], caption.text, caption.log_probability, split.references[photo])
-        for photo, caption in zip(chosen, captions, strict=True)
+        Sample(
+            split.folder / split.photos[photo],
+            captions[photo].text,
+            captions[photo].log_probability,
+            split.references[photo],
+        )
+        for photo in chosen
     )
 
 
@@ -287,11 +286,11 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
 @contextmanager
 def _alone(folder: Path) -> Iterator[None]:
     """Holds a run's checkpoints for one process; the system lets go of them however that ends."""
+    with writing(folder):
+        folder.mkdir(parents=True, exist_ok=True)
     lock = FileLock(folder / ".lock")
     try:
-        with writing(folder):
-            folder.mkdir(parents=True, exist_ok=True)
-            lock.acquire(blocking=False)
+        lock.acquire(blocking=False)
     except Timeout:
         raise InputError(f"run {folder.name}: another process is training it; wait for it or stop it") from None
     try:

@@ -232,6 +232,19 @@ ROWS = {
     ),
     "device that is not there": Row(("training.device = 'cuda:99'",), arguments="--training.device cuda:99"),
     "empty vocabulary": Row(("vocabulary.minimum_count",), arguments="--vocabulary.minimum_count 1000000"),
+    "beam of no width": Row(("decoding.beam_width",), arguments="--decoding.beam_width 0"),
+    "beam wider than the vocabulary": Row(
+        ("decoding.beam_width = 9000: only", "lower it"),
+        arguments="--model {bundle} --decoding.method beam --decoding.beam_width 9000",
+        command="evaluate",
+    ),
+    "beam wider than the vocabulary, in training": Row(
+        ("decoding.beam_width = 9000: only", "lower it"),
+        arguments="--decoding.method beam --decoding.beam_width 9000",
+    ),
+    "unknown way of decoding": Row(
+        ("decoding.method nucleus",), arguments="--model {bundle} --decoding.method nucleus", command="evaluate"
+    ),
     "unknown run to resume": Row(("run 0123: no such run", "mlflow ui"), arguments="--resume 0123"),
     "resume where nothing was tracked": Row(
         ("nothing was tracked here",), both(gone("mlflow.db"), gone("mlruns"), gone("checkpoints")), "--resume 0123"
@@ -262,6 +275,12 @@ ROWS = {
     ),
     "no such version": Row(
         ("models:/capexp-scenes/77", "not found"), arguments="--model models:/capexp-scenes/77", command="evaluate"
+    ),
+    "no such photos": Row(
+        ("nowhere.jpg, *.gif, checkpoints (a folder without pictures): no such photo",),
+        both(gone("checkpoints"), lambda: Path("checkpoints").mkdir()),
+        "--model models:/capexp-scenes@champion nowhere.jpg *.gif checkpoints",
+        "caption",
     ),
     "bundle without VGG16": Row(
         ("IMAGENET1K_FEATURES", "CAPEXP_OFFLINE"), arguments="--model {bundle} " + PHOTO, command="caption"

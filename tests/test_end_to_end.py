@@ -16,6 +16,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+import numpy as np
 import pandas as pd
 import pytest
 from mlflow.entities import Run
@@ -132,6 +133,17 @@ def test_evaluate_after_train_agrees(trained: Trained) -> None:
     assert scores["cross_entropy"] == pytest.approx(run.data.metrics["best_dev_loss"], rel=1e-6)
     assert scores["cross_entropy_blind"] == pytest.approx(run.data.metrics["dev_loss_blind"], rel=1e-6)
     assert scores["photos"] == 100
+    for key in ("bleu_4", "rouge_l", "cider", "cider_blind", "copied_from_train"):
+        assert scores[key] == pytest.approx(run.data.metrics[f"dev_{key}"], rel=1e-4)
+    assert scores["cider"] > 2 * scores["cider_blind"]
+    low, high = scores["intervals"]["cider"]
+    assert low < scores["cider"] < high
+    beam = ("--decoding.method", "beam", "--decoding.beam_width", "4")
+    folder.run("evaluate", "--model", "models:/capexp-scenes@champion", *beam, "--output", "beam.json")
+    wide = json.loads((folder.path / "beam.json").read_text())
+    assert wide["decoding"]["beam_width"] == 4
+    assert wide["cross_entropy"] == scores["cross_entropy"]
+    assert wide["cider"] != scores["cider"]
     assert scores["experiment"] == "scenes"
     idle = folder.run("evaluate", "--model", "models:/capexp-scenes@champion", "--model.dropout", "0.1", status=2)
     assert "decides nothing here" in idle.stderr
@@ -174,9 +186,21 @@ def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
     folder = Folder(tmp_path)
     folder.run("train", *SMALL, "--training.epochs", "1", "--features.weights", str(vgg16))
     photos = [str(path) for path in sorted((scenes / "Scenes_Dataset").iterdir())[:2]]
-    printed = folder.run("caption", "--model", "models:/capexp-scenes@champion", *photos, "missing.jpg", status=1)
-    assert [line.split("\t")[0] for line in printed.stdout.splitlines()] == photos
-    assert "missing.jpg: no such file" in printed.stderr
+    beam = ("--decoding.method", "beam", "--json")
+    (line,) = folder.run("caption", "--model", "models:/capexp-scenes@champion", photos[0], *beam).stdout.splitlines()
+    told = json.loads(line)
+    assert [len(told["alternatives"]), told["photo"]] == [2, photos[0]]
+    assert told["log_probability"] >= max(other["log_probability"] for other in told["alternatives"])
+    (tmp_path / "album").mkdir()
+    for photo in photos:
+        shutil.copy(photo, tmp_path / "album")
+    (tmp_path / "album/broken.png").write_bytes(b"no picture")
+    (tmp_path / "album/notes.txt").write_text("not looked at")
+    printed = folder.run("caption", "--model", "models:/capexp-scenes@champion", "album", "album/*_0*.jpg", status=1)
+    names = [f"album/{Path(photo).name}" for photo in photos]
+    assert [line.split("\t")[0] for line in printed.stdout.splitlines()] == names * 2
+    assert printed.stderr.startswith("capexp.caption: album/broken.png: cannot be read as a picture")
+    assert printed.stderr.count("\n") == 1
     (run,) = folder.runs()
     model = mlflow.pyfunc.load_model(str(folder.artifact(run, "captioner")))
     sent = [base64.b64encode(Path(photo).read_bytes()).decode() for photo in photos]
@@ -230,32 +254,81 @@ def test_an_interrupt_ends_the_run_killed_with_the_best_model_kept(tmp_path: Pat
     assert err.splitlines()[-1] == "capexp.train: interrupted"
 
 
+def losses(folder: Folder) -> dict[str, list[tuple[int, float]]]:
+    (run,) = folder.runs()
+    return {
+        metric: [(point.step, point.value) for point in folder.client.get_metric_history(run.info.run_id, metric)]
+        for metric in ("train_loss", "dev_loss")
+    }
+
+
 @pytest.mark.slow
-def test_killed_and_resumed_it_ends_with_the_losses_of_the_undisturbed_run(tmp_path: Path) -> None:
+def test_killed_again_and_again_it_ends_with_the_losses_of_the_undisturbed_run(tmp_path: Path) -> None:
     plain, broken = Folder(tmp_path / "plain"), Folder(tmp_path / "broken")
     for folder in (plain, broken):
         folder.path.mkdir()
-    settings = (*SMALL, "--training.precision", "float32", "--training.epochs", "4", "--training.patience", "9")
+    settings = (*SMALL, "--training.precision", "float32", "--training.epochs", "5", "--training.patience", "9")
     plain.run("train", *settings)
-    process = broken.start(sys.executable, "-m", "capexp.train", *settings)
-    wait_for(has_epoch(broken, 2))
-    process.kill()
-    process.communicate()
+
+    moments: dict[str, Callable[[], Any]] = {
+        "within the first epoch": lambda: any(broken.path.glob("checkpoints/*/experiment.toml")),
+        "while the first epoch's state is written": has_epoch(broken, 1),
+        "between epochs": has_epoch(broken, 3),
+        "while a resumed run reads its state": lambda: True,
+        "while the best model is reported and registered": lambda: any(broken.path.glob("checkpoints/*/loss.png")),
+    }
+    resume: tuple[str, ...] = settings
+    for moment, reached in moments.items():
+        process = broken.start(sys.executable, "-m", "capexp.train", *resume)
+        wait_for(reached)
+        time.sleep(3 if "reads" in moment else 0.05)
+        process.kill()
+        process.communicate()
+        assert process.returncode == -signal.SIGKILL, f"the run was over before it was killed {moment}"
+        (run,) = broken.runs()
+        assert run.info.status == "RUNNING", moment
+        resume = ("--resume", run.info.run_id)
+    printed = broken.run("train", *resume)
+    assert "epoch   5" in printed.stdout
+    assert losses(broken) == losses(plain)
     (run,) = broken.runs()
-    printed = broken.run("train", "--resume", run.info.run_id)
-    assert "epoch   4" in printed.stdout
-    (resumed,), (undisturbed,) = broken.runs(), plain.runs()
-    assert resumed.info.status == "FINISHED"
-    for metric in ("train_loss", "dev_loss"):
-        histories = [
-            [(point.step, point.value) for point in folder.client.get_metric_history(run.info.run_id, metric)]
-            for folder, run in ((broken, resumed), (plain, undisturbed))
-        ]
-        assert histories[0] == histories[1]
+    assert run.info.status == "FINISHED"
+    versions = broken.client.search_model_versions("name='capexp-scenes'")
+    assert len(versions) == 1
+    assert_tells_the_truth(broken, versions[0])
     refused = broken.run("train", "--resume", run.info.run_id, "--model.dropout", "0.1", status=2)
     assert "--model.dropout 0.1: the run was started with 0.2" in refused.stderr
     done = broken.run("train", "--resume", run.info.run_id, status=2)
     assert "has finished" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_killed_extraction_goes_on_and_two_at_once_share_the_work(tmp_path: Path, vgg16: Path) -> None:
+    folder = Folder(tmp_path)
+    words = (
+        *("--split", "dev", "--features.cache", "cache", "--features.weights", str(vgg16)),
+        *("--features.batch_size", "10"),
+    )
+    process = folder.start(sys.executable, "-m", "capexp.extract", *words)
+    record = 32 + 4 + 2 * 512
+
+    def size() -> int:
+        return sum(path.stat().st_size for path in tmp_path.glob("cache/*.features"))
+
+    wait_for(lambda: size() > 4096 + 20 * record)
+    process.kill()
+    process.communicate()
+    kept = (size() - 4096) // record
+    assert 20 <= kept < 100
+    both = [folder.start(sys.executable, "-m", "capexp.extract", *words) for _ in range(2)]
+    for process in both:
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == 0, err
+        assert "100 photos of dev" in out
+    assert size() == 4096 + 100 * record, "each photo once"
+    (file,) = tmp_path.glob("cache/*.features")
+    ours = np.frombuffer(file.read_bytes()[4096:], dtype=np.dtype([("photo", "S32"), ("rest", "V1028")]))
+    assert len(set(ours["photo"])) == 100
 
 
 BAD = {

@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 import shutil
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
 
@@ -35,7 +35,8 @@ _SETTINGS = "captioner.json"
 _VOCABULARY = "vocabulary.json"
 _DECODER = "decoder.safetensors"
 _ENCODER = "encoder.safetensors"
-_BATCH = 32  # photos at a time through the network
+_BATCH = 32  # photos at a time through the encoder
+_DECODED = 256  # photos at a time through the decoder
 
 
 M = TypeVar("M", bound=BaseModel)
@@ -48,6 +49,8 @@ class Caption:
     text: str
     log_probability: float
     """In nats, of the whole caption."""
+    alternatives: tuple["Caption", ...] = ()
+    """The other captions that beam search has kept, the best first."""
 
 
 class TrainingRecord(BaseModel):
@@ -145,14 +148,28 @@ class Captioner:
             self._encoder = encoder.prepare(self.device, "auto")
         return self._encoder
 
-    def caption_features(self, features: NDArray[np.float16]) -> list[Caption]:
-        """Captions of photos from their features ``(B, P, F)``."""
-        tensor = torch.from_numpy(features).float().to(self.device)
-        hypotheses = decode(self.decoder, tensor, self.vocabulary, self.decoding)
-        return [Caption(self.vocabulary.decode(h.tokens), h.log_probability) for h in hypotheses]
+    def caption_features(self, features: NDArray[np.float16], decoding: DecodingConfig | None = None) -> list[Caption]:
+        """Captions of photos from their features ``(B, P, F)``, decoded as the bundle says unless told otherwise.
 
-    def caption_photos(self, photos: list[Path | bytes]) -> list[Caption | InputError]:
-        """A caption of each photo, or what is wrong with it."""
+        Raises:
+            InputError: a beam wider than the vocabulary.
+        """
+        captions = []
+        for start in range(0, len(features), _DECODED):
+            part = torch.from_numpy(features[start : start + _DECODED]).float().to(self.device)
+            for hypotheses in decode(self.decoder, part, self.vocabulary, decoding or self.decoding):
+                best, *others = [Caption(self.vocabulary.decode(h.tokens), h.log_probability) for h in hypotheses]
+                captions.append(replace(best, alternatives=tuple(others)))
+        return captions
+
+    def caption_photos(
+        self, photos: list[Path | bytes], decoding: DecodingConfig | None = None
+    ) -> list[Caption | InputError]:
+        """A caption of each photo, or what is wrong with it.
+
+        Raises:
+            InputError: the encoder's weights cannot be had, or a beam wider than the vocabulary.
+        """
         results: list[Caption | InputError] = []
         for start in range(0, len(photos), _BATCH):
             batch = photos[start : start + _BATCH]
@@ -166,7 +183,7 @@ class Captioner:
             captions: dict[int, Caption] = {}
             if pixels:
                 features = self.use_encoder().encode(list(pixels.values()))
-                captions = dict(zip(pixels, self.caption_features(features), strict=True))
+                captions = dict(zip(pixels, self.caption_features(features, decoding), strict=True))
             results += [faults[i] if i in faults else captions[i] for i in range(len(batch))]
         return results
 

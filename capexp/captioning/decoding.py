@@ -1,16 +1,19 @@
-"""From a decoder's next-word logits to captions.
+"""From a decoder's next-word logits to captions: greedy, beam search, sampling, each over a batch of photos at once.
 
-Shapes: B batch, V vocabulary.
+Shapes: B photos, K hypotheses of each (the beam), N = B * K, V vocabulary, T words so far.
 """
 
+import zlib
 from dataclasses import dataclass
 from typing import Literal
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from capexp.captioning.model import MergeDecoder
+from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
 
@@ -19,7 +22,20 @@ class DecodingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["greedy"] = "greedy"
+    method: Literal["greedy", "beam", "sample"] = "greedy"
+    beam_width: int = Field(default=3, ge=1, le=10_000)
+    """Hypotheses that beam search keeps of each photo."""
+    length_penalty: float = Field(default=0.0, ge=0, le=10)
+    """Beam search ranks by log-probability divided by length to this power: 0 prefers short captions, 1 takes the
+    mean of the words."""
+    temperature: float = Field(default=1.0, gt=0, le=100)
+    """Of sampling: below 1 nearer to the most probable words."""
+    top_p: float = Field(default=1.0, gt=0, le=1)
+    """Sampling draws from the most probable words that hold this much probability together."""
+    seed: int = Field(default=1, ge=0, lt=2**31)
+    """Of sampling: the same photo gets the same caption, in whatever batch."""
+    repeat_trigrams: bool = True
+    """Whether a caption may hold three words in a row twice."""
     maximum_length: int = Field(default=30, ge=1, le=1000)
 
 
@@ -32,32 +48,134 @@ class Hypothesis:
     """Natural logarithm of the caption's probability, EOS included where the decoder chose to end."""
 
 
-@torch.inference_mode()
-def decode(decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig) -> list[Hypothesis]:
-    """The most probable next word again and again, for a batch of features ``(B, P, F)`` at once.
+def decode(
+    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+) -> list[tuple[Hypothesis, ...]]:
+    """Hypotheses of each photo, the best first, from features ``(B, P, F)``: beam search gives as many as it keeps.
 
     PAD, BOS and UNK are never emitted, and probabilities are those among the entries that may be; a caption
     ends with EOS or at ``maximum_length`` words.
+
+    Raises:
+        InputError: a beam wider than the vocabulary.
     """
+    refuse_wide(config, vocabulary)
     decoder.eval()
-    state = decoder.start(features)
-    words = torch.full((len(features),), BOS, device=features.device)
-    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
-    ended = torch.zeros(len(features), dtype=torch.bool, device=features.device)
-    total = torch.zeros(len(features), device=features.device)
-    chosen = []
+    if config.method == "sample":
+        return _sample(decoder, features, vocabulary, config)
+    width = config.beam_width if config.method == "beam" else 1
+    return _beam(decoder, features, vocabulary, config, width)
+
+
+def refuse_wide(config: DecodingConfig, vocabulary: Vocabulary) -> None:
+    """Refuses a beam that no vocabulary of this size can fill.
+
+    Raises:
+        InputError: it is wider than there are words.
+    """
+    words = len(vocabulary) - len(vocabulary.never_emitted)
+    if config.method == "beam" and config.beam_width > words:
+        raise InputError(f"decoding.beam_width = {config.beam_width}: only {words} words may follow; lower it")
+
+
+@torch.inference_mode()
+def _beam(
+    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, width: int
+) -> list[tuple[Hypothesis, ...]]:
+    """Beam search; of width 1 it is greedy. A hypothesis that has ended keeps its place until better ones take it."""
+    photos, device = len(features), features.device
+    each = torch.arange(photos, device=device)
+    first = each.unsqueeze(1) * width  # (B, 1) each photo's first row among N
+    state = decoder.start(features).select(each.repeat_interleave(width))
+    forbidden = torch.tensor(vocabulary.never_emitted, device=device)
+    sequences = torch.empty(photos, width, 0, dtype=torch.long, device=device)  # (B, K, T)
+    words = torch.full((photos, width), BOS, device=device)
+    # Before the first word the hypotheses of a photo are one.
+    total = torch.full((photos, width), -torch.inf, device=device)
+    total[:, 0] = 0
+    lengths = torch.zeros(photos, width, device=device)
+    ended = torch.zeros(photos, width, dtype=torch.bool, device=device)
+    stay = torch.full((width,), -torch.inf, device=device)
+    stay[0] = 0
     for _ in range(config.maximum_length):
-        logits, state = decoder.step(state, words)  # (B, V)
-        log_probabilities = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
-        best, words = log_probabilities.max(1)  # (B,)
-        words = torch.where(ended, EOS, words)
-        total += torch.where(ended, 0.0, best)
-        ended |= words == EOS
-        chosen.append(words)
+        logits, state = decoder.step(state, words.flatten())  # (N, V)
+        following = _log_probabilities(logits, forbidden, sequences.flatten(0, 1), config)
+        best, entries = following.topk(width)  # (N, K): no photo takes more of one hypothesis
+        best, entries = best.view(photos, width, width), entries.view(photos, width, width)
+        best = torch.where(ended.unsqueeze(2), stay, best)  # an ended one goes on as itself, once
+        entries = torch.where(ended.unsqueeze(2), EOS, entries).flatten(1)
+        candidates = total.unsqueeze(2) + best  # (B, K, K)
+        lengths = lengths + ~ended
+        ranks = candidates / lengths.unsqueeze(2) ** config.length_penalty
+        chosen = ranks.flatten(1).topk(width).indices  # (B, K), the best first
+        origin = chosen // width
+        words = entries.gather(1, chosen)
+        total = candidates.flatten(1).gather(1, chosen)
+        lengths = lengths.gather(1, origin)
+        ended = ended.gather(1, origin) | (words == EOS)
+        earlier = sequences.gather(1, origin.unsqueeze(2).expand(-1, -1, sequences.shape[2]))
+        sequences = torch.cat([earlier, words.unsqueeze(2)], 2)
         if bool(ended.all()):
             break
-    hypotheses = []
-    for entries, log_probability in zip(torch.stack(chosen, 1).tolist(), total.tolist(), strict=True):
-        length = entries.index(EOS) if EOS in entries else len(entries)
-        hypotheses.append(Hypothesis(tuple(entries[:length]), log_probability))
-    return hypotheses
+        state = state.select((first + origin).flatten())
+    return _hypotheses(sequences, total)
+
+
+@torch.inference_mode()
+def _sample(
+    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+) -> list[tuple[Hypothesis, ...]]:
+    """Words drawn at random (top-p: Holtzman et al., ICLR 2020), for each photo by a generator of its own."""
+    photos, device = len(features), features.device
+    drawn = torch.tensor(_uniform(features, config), dtype=torch.float32, device=device)  # (B, T)
+    state = decoder.start(features)
+    forbidden = torch.tensor(vocabulary.never_emitted, device=device)
+    sequences = torch.empty(photos, 0, dtype=torch.long, device=device)  # (B, T)
+    words = torch.full((photos,), BOS, device=device)
+    total = torch.zeros(photos, device=device)
+    ended = torch.zeros(photos, dtype=torch.bool, device=device)
+    for step in range(config.maximum_length):
+        logits, state = decoder.step(state, words)  # (B, V)
+        following = _log_probabilities(logits, forbidden, sequences, config)
+        probable, entries = (following / config.temperature).softmax(1).sort(1, descending=True)
+        mass = probable.cumsum(1)
+        kept = probable.where(mass - probable < config.top_p, 0.0)  # the most probable one always
+        mass = kept.cumsum(1)
+        place = (mass < drawn[:, step : step + 1] * mass[:, -1:]).sum(1, keepdim=True)
+        words = entries.gather(1, place.clamp(max=len(vocabulary) - 1)).squeeze(1)
+        words = torch.where(ended, EOS, words)
+        total += following.gather(1, words.unsqueeze(1)).squeeze(1).where(~ended, 0.0)
+        sequences = torch.cat([sequences, words.unsqueeze(1)], 1)
+        ended |= words == EOS
+        if bool(ended.all()):
+            break
+    return _hypotheses(sequences.unsqueeze(1), total.unsqueeze(1))
+
+
+def _uniform(features: Tensor, config: DecodingConfig) -> np.ndarray:
+    """Numbers in (0, 1], one a photo and step, that follow from the seed and the photo."""
+    contents = [zlib.crc32(row.tobytes()) for row in features.float().cpu().numpy()]
+    return np.stack([1 - np.random.default_rng([config.seed, one]).random(config.maximum_length) for one in contents])
+
+
+def _log_probabilities(logits: Tensor, forbidden: Tensor, sequences: Tensor, config: DecodingConfig) -> Tensor:
+    """Of the next word, among those that may follow the words so far ``(N, T)``: ``(N, V)``."""
+    values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
+    if config.repeat_trigrams or sequences.shape[1] < 3:
+        return values
+    # Where the last two words stood before, what followed them then.
+    again = (sequences[:, :-2] == sequences[:, -2:-1]) & (sequences[:, 1:-1] == sequences[:, -1:])  # (N, T - 2)
+    again &= sequences[:, 2:] != EOS
+    return values.scatter_add(1, sequences[:, 2:], torch.where(again, -torch.inf, 0.0))
+
+
+def _hypotheses(sequences: Tensor, total: Tensor) -> list[tuple[Hypothesis, ...]]:
+    """Each photo's hypotheses that are possible at all, from entries ``(B, K, T)`` up to the first EOS."""
+
+    def until_end(entries: list[int]) -> tuple[int, ...]:
+        return tuple(entries[: entries.index(EOS)] if EOS in entries else entries)
+
+    return [
+        tuple(Hypothesis(until_end(row), value) for row, value in zip(rows, values, strict=True) if value > -np.inf)
+        for rows, values in zip(sequences.tolist(), total.tolist(), strict=True)
+    ]

@@ -36,6 +36,10 @@ class DecoderState:
         self.hidden = hidden  # (1, B, H)
         self.cell = cell  # (1, B, H)
 
+    def select(self, rows: Tensor) -> "DecoderState":
+        """The state of some of the captions, each as often as ``rows`` ``(N,)`` names it."""
+        return DecoderState(self.photo[rows], self.hidden[:, rows], self.cell[:, rows])
+
 
 class MergeDecoder(nn.Module):
     """The merge model (Tanti, Gatt and Camilleri, 2018), with the layers of the Flickr8k tutorial.

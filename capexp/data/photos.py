@@ -1,5 +1,6 @@
 """Photo files as pixels: any picture that Pillow reads, as RGB, upright, first frame."""
 
+import glob
 import hashlib
 import io
 from concurrent.futures import ThreadPoolExecutor
@@ -54,6 +55,32 @@ def _rgb(image: Image.Image) -> Image.Image:
         image = image.convert("RGBA")
         image = Image.alpha_composite(Image.new("RGBA", image.size, "white"), image)
     return image.convert("RGB")
+
+
+def find_photos(names: list[str]) -> list[Path]:
+    """Photo files by path, by pattern (``holiday/*.jpg``), or all pictures in and below a folder, in order.
+
+    Raises:
+        InputError: paths that do not exist, patterns that match nothing, folders without pictures; all are counted.
+    """
+    found: list[Path] = []
+    missing: list[str] = []
+    for name in names:
+        path = Path(name)
+        if path.is_dir():
+            known = Image.registered_extensions()
+            photos = [one for one in sorted(path.rglob("*")) if one.suffix.lower() in known and one.is_file()]
+        elif path.exists():
+            photos = [path]
+        else:
+            matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (pathlib takes no absolute patterns)
+            photos = [Path(one) for one in matches if Path(one).is_file()]
+        found += photos
+        if not photos:
+            missing.append(f"{name} (a folder without pictures)" if path.is_dir() else name)
+    if missing:
+        raise InputError(f"{listed(missing)}: no such photo; give photos, folders or patterns that are there")
+    return found
 
 
 def squash(image: Image.Image, size: int) -> NDArray[np.uint8]:

@@ -1,4 +1,4 @@
-"""Losses of a captioner on a split: cross-entropy, perplexity, and the photo-blind baseline.
+"""A captioner on a split: cross-entropy, perplexity, scores of its captions, and the photo-blind baseline.
 
 Shapes: B batch, T steps, V vocabulary.
 """
@@ -9,11 +9,15 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
+from numpy.typing import NDArray
 from torch import nn
 
+from capexp.captioning.captioner import Caption
 from capexp.captioning.model import MergeDecoder
 from capexp.data.batches import Batch, CaptionBatches
+from capexp.data.captions import Split
 from capexp.data.vocabulary import PAD
+from capexp.scoring.metrics import PhotoScores, score, tokenize, tutorial_bleu
 
 
 @dataclass(frozen=True)
@@ -60,7 +64,48 @@ def blind_cross_entropy(decoder: MergeDecoder, batches: CaptionBatches, photos: 
 
     The photos are shuffled so that none stays in its place (a cycle in random order).
     """
+    return cross_entropy(decoder, batches.in_order(_shuffled(photos, seed)))
+
+
+@dataclass(frozen=True)
+class CaptionScores:
+    """What a captioner's captions of a split are worth."""
+
+    photos: PhotoScores
+    """Of each photo: for corpus scores, intervals and comparisons."""
+    summary: dict[str, float]
+    """By the names under which they are reported."""
+
+
+def score_captions(captions: list[Caption], split: Split, seed: int, train: Split | None = None) -> CaptionScores:
+    """Scores captions of a split's photos against its references, which no vocabulary has cut.
+
+    Beside BLEU, ROUGE-L and CIDEr: ``cider_blind``, where each caption is held against another photo's references;
+    ``distinct_captions``, the share of captions that are unlike all before them; ``words_used``, how many words occur
+    at all; ``mean_length`` in tokens; with the train split, ``copied_from_train``, the share of captions that stand
+    in it word for word; and the tutorial's own protocol, which compares with the tutorial only.
+
+    Raises:
+        InputError: no photos.
+    """
+    texts = [caption.text for caption in captions]
+    scores = score(texts, split.references)
+    tokens = [tokenize(text) for text in texts]
+    order = _shuffled(len(texts), seed)
+    summary = scores.corpus()
+    summary["cider_blind"] = score([texts[other] for other in order], split.references).corpus()["cider"]
+    summary["distinct_captions"] = len(set(tokens)) / len(tokens)
+    summary["words_used"] = len({token for caption in tokens for token in caption})
+    summary["mean_length"] = sum(map(len, tokens)) / len(tokens)
+    if train is not None:
+        known = {tokenize(caption) for references in train.references for caption in references}
+        summary["copied_from_train"] = sum(caption in known for caption in tokens) / len(tokens)
+    return CaptionScores(scores, summary | tutorial_bleu(texts, split.references))
+
+
+def _shuffled(photos: int, seed: int) -> NDArray[np.int64]:
+    """An order in which no photo stays in its place, as one alone must: a cycle through all of them."""
     order = np.random.default_rng(seed).permutation(photos)
     shuffled = np.empty_like(order)
     shuffled[order] = np.roll(order, 1)
-    return cross_entropy(decoder, batches.in_order(shuffled))
+    return shuffled

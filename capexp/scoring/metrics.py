@@ -4,7 +4,7 @@ Each photo is counted once, into ``PhotoScores``; a corpus score, its bootstrap 
 are sums over these counts. ``bleu_1`` to ``bleu_4``, ``rouge_l`` and ``cider`` are the numbers of the COCO
 scorer (pycocoevalcap) on the same tokens, its conventions included; each is named where it is followed.
 
-Shapes: N photos, S resamples, R references of a photo.
+Shapes: N photos, S resamples.
 """
 
 import math
@@ -274,9 +274,10 @@ def _cider(
         other, other_norms = weighed(reference)
         longer = max(1, len(hypothesis)) - max(1, len(reference))
         penalty = math.exp(-(longer**2) / (2 * _CIDER_SIGMA**2))
-        for ngram in vector.keys() & other.keys():
-            if norm := norms[len(ngram) - 1] * other_norms[len(ngram) - 1]:
-                clipped += penalty * min(vector[ngram], other[ngram]) * other[ngram] / norm
-                plain += vector[ngram] * other[ngram] / norm
+        for ngram, value in vector.items():  # in the caption's order: the sum's last digits are always the same
+            norm = norms[len(ngram) - 1] * other_norms[len(ngram) - 1]
+            if norm and ngram in other:
+                clipped += penalty * min(value, other[ngram]) * other[ngram] / norm
+                plain += value * other[ngram] / norm
     scale = 10 / (ORDERS * len(references))
     return scale * clipped, scale * plain

@@ -8,12 +8,13 @@ import pytest
 import torch
 from torch import nn
 
+from capexp.captioning.captioner import Caption
 from capexp.captioning.model import ModelConfig, build_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.vocabulary import Vocabulary, VocabularyConfig, build_vocabulary
-from capexp.scoring.evaluation import blind_cross_entropy, cross_entropy
+from capexp.scoring.evaluation import blind_cross_entropy, cross_entropy, score_captions
 
 PHOTOS = 12
 
@@ -56,3 +57,33 @@ def test_blind_is_another_loss_only_for_a_decoder_that_looks() -> None:
     assert abs(seeing.per_token - blind.per_token) > 1e-4
     nn.init.zeros_(decoder.photo.weight)
     assert cross_entropy(decoder, some.in_order()) == blind_cross_entropy(decoder, some, PHOTOS, seed=1)
+
+
+def captions_of(*texts: str) -> list[Caption]:
+    return [Caption(text, -1.0) for text in texts]
+
+
+SPLIT = Split(
+    "dev",
+    Path(),
+    ("a.jpg", "b.jpg", "c.jpg", "d.jpg"),
+    (("A dog runs fast .", "a dog ."), ("Two cats sleep on it .",), ("The red car .",), ("A man who climbs .",)),
+)
+
+
+def test_peoples_own_captions_score_best_and_on_other_photos_nothing() -> None:
+    said = captions_of("a dog runs fast", "two cats sleep on it", "the red car", "a man who climbs")
+    summary = score_captions(said, SPLIT, seed=1).summary
+    assert summary["bleu_1"] == pytest.approx(1)
+    assert summary["cider"] > 5 > 1 > summary["cider_blind"]
+    assert summary["distinct_captions"] == 1
+    assert summary["words_used"] == 15
+    assert summary["mean_length"] == 4
+    assert "copied_from_train" not in summary
+
+
+def test_one_caption_for_all_and_copies_of_train_are_told() -> None:
+    train = Split("train", Path(), ("x.jpg",), (("A dog RUNS .", "Nothing else ."),))
+    summary = score_captions(captions_of(*["a dog runs"] * 3, "new"), SPLIT, seed=1, train=train).summary
+    assert summary["distinct_captions"] == 0.5
+    assert summary["copied_from_train"] == 0.75
