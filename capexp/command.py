@@ -8,6 +8,7 @@ import signal
 import sys
 import warnings
 from collections.abc import Callable
+from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
@@ -72,6 +73,17 @@ def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scene
     )
 
 
+def add_measured(parser: argparse.ArgumentParser) -> None:
+    """The flags that name what a captioner is measured on."""
+    parser.add_argument(
+        "--experiment",
+        metavar="NAME|FILE",
+        help="whose data to measure on (default: scenes, for a captioner that was trained on them)",
+    )
+    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev")
+    parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write what comes out there")
+
+
 def add_model(parser: argparse.ArgumentParser) -> None:
     """The flag that names a captioner."""
     parser.add_argument(
@@ -79,6 +91,16 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a bundle's folder, runs:/ID/captioner, models:/NAME/VERSION or models:/NAME@champion",
     )
+
+
+def refuse_output(parser: Parser, output: Path | None) -> None:
+    """Refuses a file that could not be written, before any work is done."""
+    if output is None:
+        return
+    if not output.absolute().parent.is_dir():
+        parser.error(f"--output {output}: no folder {output.parent}; make it first")
+    if output.is_dir():
+        parser.error(f"--output {output}: a folder; name a file in it")
 
 
 def refuse_idle(parser: Parser, settings: dict[str, str], used: tuple[str, ...]) -> None:

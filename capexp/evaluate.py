@@ -1,7 +1,6 @@
 """Measures a captioner on a split: losses, the scores of its captions, and both with photos shuffled."""
 
 import json
-from pathlib import Path
 
 from capexp import command
 
@@ -9,18 +8,10 @@ from capexp import command
 def evaluate(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
     parser = command.Parser("evaluate", __doc__)
-    parser.add_argument(
-        "--experiment",
-        metavar="NAME|FILE",
-        help="whose data to measure on (default: scenes, for a captioner that was trained on them)",
-    )
+    command.add_measured(parser)
     command.add_model(parser)
-    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev")
-    parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write the scores there")
     arguments, settings = parser.parse(argv)
-
-    if arguments.output is not None and not arguments.output.parent.is_dir():
-        parser.error(f"--output {arguments.output}: no folder {arguments.output.parent}; make it first")
+    command.refuse_output(parser, arguments.output)
 
     from capexp import experiment as experiments, measurement
     from capexp.captioning.captioner import Captioner

@@ -7,12 +7,13 @@ import numpy as np
 
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.data.batches import CaptionBatches
-from capexp.data.captions import SplitName, read_splits
+from capexp.data.captions import SplitName, read_splits, read_texts
 from capexp.data.errors import InputError
 from capexp.data.features import identify
-from capexp.experiment import Experiment
+from capexp.experiment import Experiment, replace
 from capexp.preparation import Prepared, read_features
 from capexp.scoring.evaluation import CaptionScores, Loss, blind_cross_entropy, cross_entropy, score_captions
+from capexp.scoring.metrics import Difference, paired_difference, score
 
 
 @dataclass(frozen=True)
@@ -37,7 +38,8 @@ def measure(experiment: Experiment, prepared: Prepared, captioner: Captioner) ->
     batches = prepared.batches("dev", experiment.training.batch_size)
     blind = blind_cross_entropy(captioner.decoder, batches, len(dev.photos), experiment.seed)
     captions = captioner.caption_features(features.gather(np.arange(len(features))))
-    return Measured(blind, captions, score_captions(captions, dev, experiment.seed, prepared.splits["train"]))
+    train = [text for references in prepared.splits["train"].references for text in references]
+    return Measured(blind, captions, score_captions(captions, dev, experiment.seed, train))
 
 
 def refuse_other_data(experiment: Experiment, captioner: Captioner) -> None:
@@ -65,8 +67,7 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> 
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
             f"of {identity}; name the experiment it was trained with, or set features.layer, pool and weights"
         )
-    splits = read_splits(experiment.captions, {split, "train"} if _has_train(experiment) else {split})
-    data = splits[split]
+    data = read_splits(experiment.captions, (split,))[split]
     features = read_features(experiment, [data], identity)[split]
     batches = CaptionBatches(data, captioner.vocabulary, features, experiment.training.batch_size)
     loss = cross_entropy(captioner.decoder, batches.in_order())
@@ -74,8 +75,7 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> 
     start = time.perf_counter()
     captions = captioner.caption_features(features.gather(np.arange(len(features))))
     seconds = time.perf_counter() - start
-    scores = score_captions(captions, data, experiment.seed, splits.get("train"))
-    intervals = scores.photos.intervals(seed=experiment.seed)
+    scores = score_captions(captions, data, experiment.seed, read_texts(experiment.captions, "train"))
     return {
         "experiment": experiment.name,
         "captions": str(experiment.captions.root.absolute()),
@@ -88,12 +88,61 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> 
         "perplexity": loss.perplexity,
         "cross_entropy_blind": blind.per_token,
         **scores.summary,
-        "intervals": intervals,
+        "intervals": scores.photos.intervals(seed=experiment.seed),
         "decoding": captioner.decoding.model_dump(),
         "captions_per_second": len(captions) / seconds,
     }
 
 
-def _has_train(experiment: Experiment) -> bool:
-    """Whether the train captions are here too, to tell copies of them."""
-    return experiment.captions.list_of("train").is_file()
+@dataclass(frozen=True)
+class PhotoDifference:
+    """A photo of which two captioners say things of different worth."""
+
+    photo: str
+    captions: tuple[str, str]
+    cider: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two captioners on the same photos."""
+
+    photos: int
+    scores: tuple[dict[str, float], dict[str, float]]
+    differences: dict[str, Difference]
+    """By score: that of the second minus that of the first, with interval and p."""
+    most: tuple[PhotoDifference, ...]
+    """Photos from the one where the second is most ahead in CIDEr to the one where the first is."""
+
+
+def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:
+    """Two captioners on the same split of an experiment's data, each as it decodes, with a paired bootstrap.
+
+    Each gets the features of its own layer and pool.
+
+    Raises:
+        InputError: a captioner's encoder has other weights than the experiment's features.
+    """
+    data = read_splits(experiment.captions, (split,))[split]
+    said = []
+    for captioner in captioners:
+        encoder = captioner.encoder_identity
+        own = replace(experiment, {"features.layer": encoder.layer, "features.pool": encoder.pool})
+        identity = identify(own.features)
+        if identity.key() != encoder.key():
+            raise InputError(f"a captioner takes features of {encoder}, not of {identity}; set features.weights")
+        features = read_features(own, [data], identity)[split]
+        said.append(captioner.caption_features(features.gather(np.arange(len(features)))))
+    first, second = (score([caption.text for caption in captions], data.references) for captions in said)
+    order = np.argsort(first.cider - second.cider, kind="stable")
+    most = tuple(
+        PhotoDifference(
+            data.photos[photo],
+            (said[0][photo].text, said[1][photo].text),
+            (float(first.cider[photo]), float(second.cider[photo])),
+        )
+        for photo in order
+        if said[0][photo].text != said[1][photo].text
+    )
+    differences = paired_difference(second, first, seed=experiment.seed)
+    return Comparison(len(data.photos), (first.corpus(), second.corpus()), differences, most)

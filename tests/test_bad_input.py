@@ -22,13 +22,21 @@ from mlflow.tracking import MlflowClient
 
 from capexp import command
 from capexp.caption import caption
+from capexp.compare import compare
 from capexp.evaluate import evaluate
 from capexp.extract import extract
 from capexp.train import train
 from capexp.tune import tune
 
 ROOT = Path(__file__).parents[1]
-COMMANDS = {"train": train, "tune": tune, "evaluate": evaluate, "caption": caption, "extract": extract}
+COMMANDS = {
+    "train": train,
+    "tune": tune,
+    "evaluate": evaluate,
+    "caption": caption,
+    "compare": compare,
+    "extract": extract,
+}
 PHOTOS, TOKENS = "data/Scenes_Dataset", "data/Scenes.token.txt"
 LISTS = {split: f"data/Scenes.{split}Images.txt" for split in ("train", "dev", "test")}
 PHOTO, OTHER = f"{PHOTOS}/scene_0000.jpg", f"{PHOTOS}/scene_0002.jpg"  # of the train split
@@ -288,6 +296,10 @@ ROWS = {
     "split that has no list": Row(
         (f"{LISTS['test']}: no such list",), gone(LISTS["test"]), "--model {bundle} --split test", "evaluate"
     ),
+    "output is a folder": Row(
+        ("--output data: a folder",), arguments="--model {bundle} --output data", command="evaluate"
+    ),
+    "comparison with nothing": Row(("--model nowhere",), arguments="{bundle} nowhere", command="compare"),
     "output into no folder": Row(
         ("--output no/scores.json", "make it first"),
         arguments="--model {bundle} --output no/scores.json",

@@ -150,6 +150,42 @@ def test_evaluate_after_train_agrees(trained: Trained) -> None:
 
 
 @pytest.mark.slow
+def test_two_captioners_are_compared_on_the_same_photos(trained: Trained, tmp_path: Path) -> None:
+    folder, _ = trained
+    (bundle,) = folder.path.glob("checkpoints/*/ep*")
+    other = Folder(tmp_path)
+    other.run("train", "--model.lstm_units", "16", "--model.embedding_size", "16", "--training.epochs", "1")
+    (worse,) = tmp_path.glob("checkpoints/*/ep*")
+    printed = other.run("compare", str(worse), str(bundle), "--output", "compared.json")
+    record = json.loads((tmp_path / "compared.json").read_text())
+    cider = record["differences"]["cider"]
+    assert 0 < cider["low"] < cider["value"] < cider["high"]
+    assert cider["p"] < 0.01
+    assert f"{cider['value']:+9.3f}" in printed.stdout
+    gains = [photo["cider"][1] - photo["cider"][0] for photo in record["most"]]
+    assert gains == sorted(gains, reverse=True) and gains[0] > 0
+    other.run("compare", str(bundle), str(bundle), "--output", "same.json")
+    same = json.loads((tmp_path / "same.json").read_text())
+    assert [same["differences"]["cider"]["value"], same["differences"]["cider"]["p"]] == [0, 1]
+    assert not same["most"]
+
+
+@pytest.mark.slow
+def test_test_scores_need_no_photos_of_other_splits(trained: Trained, tmp_path: Path, scenes: Path) -> None:
+    folder, _ = trained
+    data = tmp_path / "data"
+    shutil.copytree(scenes, data, ignore=shutil.ignore_patterns("Scenes_Dataset"))
+    (data / "Scenes_Dataset").mkdir()
+    for name in (scenes / "Scenes.testImages.txt").read_text().split():
+        shutil.copy(scenes / "Scenes_Dataset" / name, data / "Scenes_Dataset")
+    words = ("--experiment", "scenes", "--model", "models:/capexp-scenes@champion", "--split", "test")
+    folder.run("evaluate", *words, "--captions.root", str(data), "--output", "test.json")
+    scores = json.loads((folder.path / "test.json").read_text())
+    assert scores["photos"] == 100
+    assert 0 <= scores["copied_from_train"] <= 1
+
+
+@pytest.mark.slow
 def test_the_experiment_artifact_gives_the_same_losses_again(trained: Trained, tmp_path: Path) -> None:
     folder, _ = trained
     (run,) = folder.runs()

@@ -230,6 +230,20 @@ def read_splits(config: CaptionsConfig, wanted: Iterable[SplitName] | None = Non
     return splits
 
 
+def read_texts(config: CaptionsConfig, split: SplitName) -> list[str] | None:
+    """All captions of a split, whose photos need not be there; None where nothing tells its photos.
+
+    Raises:
+        InputError: any fault of the files.
+    """
+    file = read_captions(config.root / config.captions)
+    if config.splits == "karpathy":
+        photos = file.splits.get(split)
+    else:
+        photos = read_list(config.list_of(split)) if config.list_of(split).is_file() else None
+    return None if photos is None else [text for photo in photos for text in file.captions.get(photo, ())]
+
+
 def _split_photos(
     config: CaptionsConfig, file: CaptionsFile, wanted: Iterable[SplitName] | None
 ) -> dict[SplitName, tuple[str, ...]]:

@@ -77,12 +77,14 @@ class CaptionScores:
     """By the names under which they are reported."""
 
 
-def score_captions(captions: list[Caption], split: Split, seed: int, train: Split | None = None) -> CaptionScores:
+def score_captions(
+    captions: list[Caption], split: Split, seed: int, train: Iterable[str] | None = None
+) -> CaptionScores:
     """Scores captions of a split's photos against its references, which no vocabulary has cut.
 
     Beside BLEU, ROUGE-L and CIDEr: ``cider_blind``, where each caption is held against another photo's references;
     ``distinct_captions``, the share of captions that are unlike all before them; ``words_used``, how many words occur
-    at all; ``mean_length`` in tokens; with the train split, ``copied_from_train``, the share of captions that stand
+    at all; ``mean_length`` in tokens; with the train captions, ``copied_from_train``, the share of captions that stand
     in it word for word; and the tutorial's own protocol, which compares with the tutorial only.
 
     Raises:
@@ -98,7 +100,7 @@ def score_captions(captions: list[Caption], split: Split, seed: int, train: Spli
     summary["words_used"] = len({token for caption in tokens for token in caption})
     summary["mean_length"] = sum(map(len, tokens)) / len(tokens)
     if train is not None:
-        known = {tokenize(caption) for references in train.references for caption in references}
+        known = {tokenize(caption) for caption in train}
         summary["copied_from_train"] = sum(caption in known for caption in tokens) / len(tokens)
     return CaptionScores(scores, summary | tutorial_bleu(texts, split.references))
 

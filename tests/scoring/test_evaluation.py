@@ -83,7 +83,7 @@ def test_peoples_own_captions_score_best_and_on_other_photos_nothing() -> None:
 
 
 def test_one_caption_for_all_and_copies_of_train_are_told() -> None:
-    train = Split("train", Path(), ("x.jpg",), (("A dog RUNS .", "Nothing else ."),))
-    summary = score_captions(captions_of(*["a dog runs"] * 3, "new"), SPLIT, seed=1, train=train).summary
+    said, train = captions_of(*["a dog runs"] * 3, "new"), ["A dog RUNS .", "Nothing else ."]
+    summary = score_captions(said, SPLIT, seed=1, train=train).summary
     assert summary["distinct_captions"] == 0.5
     assert summary["copied_from_train"] == 0.75

@@ -1,0 +1,55 @@
+"""Compares two captioners on the same photos: is the difference real? A paired bootstrap tells."""
+
+import json
+from dataclasses import asdict
+
+from capexp import command
+
+_SHOWN = 5  # photos at either end
+
+
+def compare(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser("compare", __doc__)
+    command.add_measured(parser)
+    parser.add_argument("models", metavar="MODEL", nargs=2, help="as --model of evaluate; the first is the base")
+    arguments, settings = parser.parse(argv)
+    command.refuse_output(parser, arguments.output)
+
+    from capexp import experiment as experiments, measurement
+    from capexp.captioning.captioner import Captioner
+    from capexp.data.files import write_whole
+    from capexp.tracking.registry import find_bundle
+    from capexp.training.fit import choose_device
+
+    command.refuse_idle(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
+    experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
+    device = choose_device(experiment.training.device)
+    first, second = [Captioner.load(find_bundle(model), device) for model in arguments.models]
+    for captioner in (first, second):
+        captioner.decoding = experiments.override_decoding(captioner.decoding, settings)
+        if arguments.experiment is None:
+            measurement.refuse_other_data(experiment, captioner)
+    compared = measurement.compare(experiment, (first, second), arguments.split)
+    print(f"A  {arguments.models[0]}\nB  {arguments.models[1]}\n{compared.photos:,} photos of {arguments.split}\n")
+    print(f"{'':12}{'A':>8}{'B':>8}{'B - A':>9}   95% interval        p")
+    for name, difference in compared.differences.items():
+        before, after = (scores[name] for scores in compared.scores)
+        print(
+            f"{name:12}{before:8.3f}{after:8.3f}{difference.value:+9.3f}   "
+            f"{difference.low:+.3f} to {difference.high:+.3f}   {difference.p:.4f}"
+        )
+    print(f"\n{len(compared.most):,} photos have other captions; where they differ most in CIDEr:")
+    ends = compared.most if len(compared.most) <= 2 * _SHOWN else compared.most[:_SHOWN] + compared.most[-_SHOWN:]
+    for photo in ends:
+        print(photo.photo)
+        for letter, caption, cider in zip("AB", photo.captions, photo.cider, strict=True):
+            print(f"  {letter}  {cider:5.2f}  {caption}")
+    if arguments.output is not None:
+        record = {"models": arguments.models, "split": arguments.split, **asdict(compared)}
+        write_whole(arguments.output, json.dumps(record, indent=2, ensure_ascii=False) + "\n")
+    return 0
+
+
+if __name__ == "__main__":
+    command.main("compare", compare)
