@@ -19,6 +19,8 @@ def train(argv: list[str] | None = None) -> int:
     parser.add_argument("--promote", action="store_true", help="make the model champion whatever it scores")
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, then stop")
     arguments, settings = parser.parse(argv)
+    if arguments.resume == "":
+        parser.error("--resume needs the id of a run")
     if arguments.resume and arguments.experiment:
         parser.error("--resume takes the experiment from the run; leave --experiment out")
 

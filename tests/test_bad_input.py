@@ -253,6 +253,13 @@ ROWS = {
     "unknown way of decoding": Row(
         ("decoding.method nucleus",), arguments="--model {bundle} --decoding.method nucleus", command="evaluate"
     ),
+    "cache that is a file": Row(("a file; name a folder",), arguments=f"--features.cache {TOKENS}"),
+    "resume of no run": Row(("--resume needs the id of a run",), arguments="--resume="),
+    "resume without its captioner": Row(
+        ("no captioner (ep...) is left in it",),
+        lambda: gone(str(Path(bundle("manifest.json")).parent))(),
+        "--training.epochs 2 --resume {run}",
+    ),
     "unknown run to resume": Row(("run 0123: no such run", "mlflow ui"), arguments="--resume 0123"),
     "resume where nothing was tracked": Row(
         ("nothing was tracked here",), both(gone("mlflow.db"), gone("mlruns"), gone("checkpoints")), "--resume 0123"
@@ -334,6 +341,7 @@ def test_each_fault_is_one_line_and_changes_nothing(
     arguments = row.arguments
     if "{bundle}" in arguments:
         arguments = arguments.format(bundle=Path(bundle("manifest.json")).parent)
+    arguments = arguments.replace("{run}", next(Path("checkpoints").iterdir()).name if "{run}" in arguments else "")
     if row.command != "caption" and "--captions.root" not in arguments and "--resume" not in arguments:
         arguments = f"{DATA} {arguments}"
     if row.weights:
@@ -419,13 +427,14 @@ from capexp.data.errors import InputError
 from capexp.training.checkpoints import Checkpoints, TrainingState
 
 checkpoints = Checkpoints(Path("."), 1)
+Path("ep001-train1.000-dev1.000").mkdir()
 checkpoints.save_state(TrainingState({"weight": torch.ones(50_000)}, {}, []))
 try:
     checkpoints.save_state(TrainingState({"weight": torch.zeros(500_000)}, {}, []))
 except InputError as error:
     print(error)
 assert checkpoints.latest().decoder["weight"].sum() == 50_000
-assert os.listdir() == ["last.pt"], os.listdir()
+assert sorted(os.listdir()) == ["ep001-train1.000-dev1.000", "last.pt"], os.listdir()
 """
 
 

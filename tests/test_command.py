@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 import yaml
 
-COMMANDS = ("train", "tune", "evaluate", "caption", "extract")
+COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download")
 CODE = """
 import sys
 from capexp import {command}

@@ -124,6 +124,8 @@ class FeatureCache:
 
     def _records(self) -> NDArray[Any]:
         """The whole records of the file, memory-mapped."""
+        if self.path.parent.exists() and not self.path.parent.is_dir():
+            raise InputError(f"features.cache = '{self.path.parent}': a file; name a folder")
         if not self.path.is_file() or self.path.stat().st_size == 0:
             return np.empty(0, self._record)
         with self.path.open("rb") as file:

@@ -94,9 +94,11 @@ class Checkpoints:
         """The newest state that is whole, or None where nothing was saved yet.
 
         Raises:
-            InputError: states are there, and none is whole.
+            InputError: states are there, and none is whole, or the captioners that belong to them are gone.
         """
         there = [path for path in (self.folder / _LAST, self.folder / _PREVIOUS) if path.exists()]
+        if there and not self._bundles():
+            raise InputError(f"{self.folder}: no captioner (ep...) is left in it; restore the best one, or train anew")
         for path in there:
             try:
                 return _read_state(path)
