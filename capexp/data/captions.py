@@ -210,24 +210,22 @@ def read_splits(config: CaptionsConfig, wanted: Iterable[SplitName] | None = Non
     file = read_captions(config.root / config.captions)
     lists = _split_photos(config, file, wanted)
     _refuse_overlap(config, lists)
-    splits: dict[SplitName, Split] = {}
-    for name in lists if wanted is None else wanted:
-        photos, source = lists[name], config.list_of(name)
-        bare = [photo for photo in photos if photo not in file.captions]
+    chosen = list(lists if wanted is None else wanted)
+    faults = []
+    for name in chosen:
+        bare = [photo for photo in lists[name] if photo not in file.captions]
+        missing = [photo for photo in lists[name] if not (folder / photo).is_file()]
+        where = f"{config.list_of(name)}: {{}} of its {name} photos"
         if bare:
-            where = config.root / config.captions
-            raise InputError(
-                f"{source}: {len(bare)} of its {name} photos have no captions in {where}: {listed(bare)}; "
-                "caption them, or take them out"
-            )
-        missing = [photo for photo in photos if not (folder / photo).is_file()]
+            text = f"have no captions in {config.root / config.captions}: {listed(bare)}"
+            faults.append(f"{where.format(len(bare))} {text}")
         if missing:
-            raise InputError(
-                f"{source}: {len(missing)} of its {name} photos are not in {folder}: {listed(missing)}; "
-                "put them there, or take them out"
-            )
-        splits[name] = Split(name, folder, photos, tuple(file.captions[photo] for photo in photos))
-    return splits
+            faults.append(f"{where.format(len(missing))} are not in {folder}: {listed(missing)}")
+    if faults:
+        raise InputError(f"{'; '.join(faults)}; bring what is missing, or take the photos out of the list")
+    return {
+        name: Split(name, folder, lists[name], tuple(file.captions[photo] for photo in lists[name])) for name in chosen
+    }
 
 
 def read_texts(config: CaptionsConfig, split: SplitName) -> list[str] | None:

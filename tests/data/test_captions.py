@@ -124,6 +124,20 @@ def test_fault_is_refused_in_one_line_that_names_the_place(
         assert part.format(root=data.root) in line
 
 
+def test_all_that_is_missing_in_all_splits_is_told_at_once(data: CaptionsConfig) -> None:
+    (data.root / PHOTOS / "two.jpg").unlink()
+    with (data.root / DEV).open("a") as file:
+        file.write("new.jpg\n")
+    with pytest.raises(InputError) as caught:
+        read_splits(data, ("train", "dev"))
+    for part in (
+        f"{TRAIN}: 1 of its train photos are not in",
+        "two.jpg",
+        f"{DEV}: 1 of its dev photos have no captions",
+    ):
+        assert part in str(caught.value)
+
+
 def test_missing_photos_are_counted_and_the_first_few_named(data: CaptionsConfig) -> None:
     names = [f"{number}.jpg" for number in range(10)]
     with (data.root / TOKENS).open("a") as file:
