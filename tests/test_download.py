@@ -1,178 +1,395 @@
-"""Flickr8k from a mirror that breaks off, by the command that a user types; the mirror is as large in number."""
+"""Flickr8k from a mirror, by the command as a user runs it: all that is to be there, or one line that says why not."""
 
 import io
-import json
 import os
+import re
+import shutil
+import signal
 import subprocess
 import sys
+import threading
+import time
 import zipfile
-from collections.abc import Callable, Iterator
-from contextlib import contextmanager
-from functools import partial
-from http.server import SimpleHTTPRequestHandler, ThreadingHTTPServer
+from collections.abc import Iterator
+from dataclasses import replace
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
-from threading import Thread
 
 import pytest
 from PIL import Image
 
+from capexp import experiment as experiments
 from capexp.data.captions import CaptionsConfig, read_splits
 from capexp.data.errors import InputError
-from capexp.download import CAPTIONS, PHOTOS, Contents, bring, check
+from capexp.download import CAPTIONS, NOTICE, OUTPUT, PHOTOS, Contents, bring, check
 
 ROOT = Path(__file__).parents[1]
-ODD = "2258277193_586949ec62.jpg.1#0\tpeople waiting for the subway\n"
+ODD = "2258277193_586949ec62.jpg"
+TRAIN, DEV, TEST = (f"Flickr_8k.{split}Images.txt" for split in ("train", "dev", "test"))
+OTHERS = ("Flickr8k.lemma.token.txt", "ExpertAnnotations.txt", "CrowdFlowerAnnotations.txt", "readme.txt")
+PHOTO_ZIP, TEXT_ZIP = "Flickr8k_Dataset.zip", "Flickr8k_text.zip"
+SMALL = Contents(photos=12, captions=65, train=6, dev=2, test=2)
 
 
-def jpeg(number: int) -> bytes:
-    file = io.BytesIO()
-    Image.new("RGB", (8, 8), (number % 256, number // 256, 99)).save(file, "JPEG")
-    return file.getvalue()
+def pack(folder: Path, photos: dict[str, bytes], texts: dict[str, str]) -> None:
+    """The two archives in the layout of the real ones, what a Mac adds included."""
+    folder.mkdir(parents=True, exist_ok=True)
+    with zipfile.ZipFile(folder / PHOTO_ZIP, "w") as archive:
+        archive.writestr(f"{PHOTOS}/", "")
+        for name, content in photos.items():
+            archive.writestr(f"{PHOTOS}/{name}", content)
+        archive.writestr(f"__MACOSX/{PHOTOS}/._x.jpg", "x")
+    with zipfile.ZipFile(folder / TEXT_ZIP, "w", zipfile.ZIP_DEFLATED) as archive:
+        for name in OTHERS:
+            archive.writestr(name, "text\n")
+        for name, text in texts.items():
+            archive.writestr(name, text)
+        archive.writestr("__MACOSX/._readme.txt", "x")
 
 
-def mirror(folder: Path, contents: Contents, jpegs: Callable[[int], bytes] = jpeg) -> Path:
-    """The two archives, with pictures of one colour in place of Flickr8k's photos."""
-    names = [f"{number:05}.jpg" for number in range(contents.photos)]
-    lines = [f"{name}#{index}\tA dog runs .\n" for name in [*names, "absent.jpg"] for index in range(5)]
-    lines = [*lines[: contents.captions - 1], ODD]
-    folder.mkdir()
-    with zipfile.ZipFile(folder / "Flickr8k_Dataset.zip", "w") as archive:
-        for number, name in enumerate(names):
-            archive.writestr(f"{PHOTOS}/{name}", jpegs(number))
-            if number < 20:
-                archive.writestr(f"__MACOSX/{PHOTOS}/._{name}", b"?")
-    with zipfile.ZipFile(folder / "Flickr8k_text.zip", "w", zipfile.ZIP_DEFLATED) as archive:
-        archive.writestr(CAPTIONS, "".join(lines))
-        archive.writestr("readme.txt", "read")
-        start = 0
-        for name, count in contents.lists().items():
-            archive.writestr(name, "\n".join(names[start : start + count]))
-            start += count
-    return folder
+def texts_of(names: list[str], contents: Contents) -> dict[str, str]:
+    """Five captions a photo and five of one that is not there, as Flickr8k has them, and the lists."""
+    lines = [f"{name}#{index}\tA dog runs .\n" for name in names for index in range(5)]
+    lines += [f"{ODD}#{index}\tpeople wait\n" for index in range(1, 5)] + [f"{ODD}.1#0\tpeople waiting\n"]
+    texts, begin = {CAPTIONS: "".join(lines)}, 0
+    for name, count in contents.lists().items():
+        texts[name] = "".join(f"{photo}\n" for photo in names[begin : begin + count])
+        begin += count
+    return texts
 
 
-class Breaking(SimpleHTTPRequestHandler):
-    """Serves a folder, ranges too, and breaks off after a quarter of a large file, again and again."""
+@pytest.fixture
+def small(scenes: Path, tmp_path: Path) -> Path:
+    """A folder with a mirror of twelve drawn photos."""
+    drawn = sorted((scenes / "Scenes_Dataset").iterdir())[: SMALL.photos]
+    photos = {f"{number}_photo.jpg": path.read_bytes() for number, path in enumerate(drawn)}
+    pack(tmp_path / "mirror", photos, texts_of(list(photos), SMALL))
+    return tmp_path / "mirror"
 
-    requests: list[str]
 
-    def __init__(self, *arguments: object, requests: list[str], directory: str) -> None:
-        self.requests = requests
-        super().__init__(*arguments, directory=directory)  # type: ignore[arg-type]
+class Mirror(ThreadingHTTPServer):
+    """Serves a folder with ranges; breaks each answer of the photos off after ``most`` bytes, ``breaks`` times."""
+
+    daemon_threads = True
+
+    def __init__(self, folder: Path, breaks: int = 0, most: int = 0) -> None:
+        super().__init__(("127.0.0.1", 0), Answer)
+        self.folder, self.breaks, self.most = folder, breaks, most
+        self.hold = threading.Event()
+        self.hold.set()
+        self.sent: list[tuple[str, int, int]] = []
+        """Name, and from where to where, an answer each."""
+
+    @property
+    def url(self) -> str:
+        return f"http://127.0.0.1:{self.server_address[1]}/"
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """A client that was killed is no fault."""
+
+
+class Answer(BaseHTTPRequestHandler):
+    server: Mirror
 
     def do_GET(self) -> None:
-        path = Path(self.translate_path(self.path))
+        path = self.server.folder / Path(self.path).name
         if not path.is_file():
-            self.send_error(404)
-            return
-        content = path.read_bytes()
-        asked = self.headers.get("Range")
-        start = int(asked.removeprefix("bytes=").removesuffix("-")) if asked else 0
-        self.send_response(206 if asked else 200)
-        self.send_header("ETag", f'"{len(content)}"')
-        if asked:
-            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
+            return self.send_error(404)
+        content, start, status = path.read_bytes(), 0, 200
+        if asked := self.headers.get("Range"):
+            assert self.headers["If-Range"] == '"one"'
+            start, status = int(asked.removeprefix("bytes=").removesuffix("-")), 206
+        end = len(content)
+        if path.name == PHOTO_ZIP and self.server.breaks:
+            self.server.breaks -= 1
+            end = min(start + self.server.most, end)
+        self.send_response(status)
+        self.send_header("ETag", '"one"')
         self.send_header("Content-Length", str(len(content) - start))
+        if status == 206:
+            self.send_header("Content-Range", f"bytes {start}-{len(content) - 1}/{len(content)}")
         self.end_headers()
-        end = start + max(1_000_000, len(content) // 4)
-        self.requests.append(f"{path.name} {start}-{min(end, len(content))}")
+        self.server.sent.append((path.name, start, end))
         self.wfile.write(content[start:end])
+        self.server.hold.wait()
 
     def log_message(self, format: str, *arguments: object) -> None:
         """Silence."""
 
 
-@contextmanager
-def served(folder: Path) -> Iterator[tuple[str, list[str]]]:
-    requests: list[str] = []
-    handler = partial(Breaking, requests=requests, directory=str(folder))
-    with ThreadingHTTPServer(("127.0.0.1", 0), handler) as server:
-        Thread(target=server.serve_forever, args=(0.01,), daemon=True).start()
-        yield f"http://127.0.0.1:{server.server_address[1]}", requests
+@pytest.fixture
+def serving() -> Iterator[list[Mirror]]:
+    """The servers that a test starts."""
+    servers: list[Mirror] = []
+    yield servers
+    for server in servers:
+        server.hold.set()
         server.shutdown()
+        server.server_close()
 
 
-SMALL = Contents(photos=10, captions=46, train=5, dev=2, test=2)
+def serve(serving: list[Mirror], folder: Path, breaks: int = 0, most: int = 0) -> Mirror:
+    serving.append(Mirror(folder, breaks, most))
+    threading.Thread(target=serving[-1].serve_forever, args=(0.01,), daemon=True).start()
+    return serving[-1]
 
 
-def test_a_folder_serves_as_a_mirror_and_keeps_its_archives(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
-    source = mirror(tmp_path / "mirror", SMALL)
-    bring(tmp_path / "data", str(source), SMALL)
-    printed = capsys.readouterr().out
-    assert printed.index("Journal of Artificial Intelligence Research") < printed.index("10 photos, 46 captions")
-    assert "2258277193_586949ec62.jpg.1" in printed
-    assert set(read_splits(CaptionsConfig(root=tmp_path / "data"))) == {"train", "dev", "test"}
-    assert {path.name for path in source.iterdir()} == {"Flickr8k_Dataset.zip", "Flickr8k_text.zip"}
-    bring(tmp_path / "data", str(tmp_path / "nothing"), SMALL)
-    assert "complete already" in capsys.readouterr().out
+def start(*arguments: str | Path) -> subprocess.Popen[str]:
+    environment = {key: value for key, value in os.environ.items() if key != "CAPEXP_OFFLINE"}
+    words = [sys.executable, "-m", "capexp.download", *map(str, arguments)]
+    pipe = subprocess.PIPE
+    return subprocess.Popen(words, cwd=ROOT, env=environment, text=True, stdout=pipe, stderr=pipe)
+
+
+def run(*arguments: str | Path, status: int = 0) -> tuple[str, str]:
+    process = start(*arguments)
+    out, err = process.communicate(timeout=120)
+    print(out, err)
+    assert process.returncode == status, f"{out}\n{err}"
+    return out, err
+
+
+def unpacked(folder: Path) -> set[str]:
+    return {path.name for path in folder.iterdir() if path.suffix != ".lock"}
+
+
+def test_the_default_folder_is_the_one_the_experiments_name() -> None:
+    assert experiments.FOLDER.parent / "cache" / "flickr8k" == OUTPUT
+    for name in ("flickr8k-merge", "flickr8k-merge-conv"):
+        assert experiments.load(experiments.find(name), {}).captions.root.resolve() == OUTPUT.resolve()
+
+
+def test_a_mirror_becomes_a_data_set(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+    mirror, output = serve(serving, small, breaks=1, most=20_000), tmp_path / "out"
+    bring(output, mirror.url.rstrip("/"), SMALL)
+    assert unpacked(output) == {PHOTOS, CAPTIONS, TRAIN, DEV, TEST, *OTHERS}
+    with zipfile.ZipFile(small / PHOTO_ZIP) as archive:
+        for path in (output / PHOTOS).iterdir():
+            assert path.read_bytes() == archive.read(f"{PHOTOS}/{path.name}")
+    assert len(list((output / PHOTOS).iterdir())) == 12
+    splits = read_splits(CaptionsConfig(root=output), ("train", "dev", "test"))
+    assert [len(split.photos) for split in splits.values()] == [6, 2, 2]
+    spans = [(begin, end) for name, begin, end in mirror.sent if name == PHOTO_ZIP]
+    size = (small / PHOTO_ZIP).stat().st_size
+    assert spans == [(0, 20_000), (20_000, size)]
+
+
+def test_what_is_complete_is_not_brought_again(
+    small: Path, serving: list[Mirror], tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    mirror = serve(serving, small)
+    bring(tmp_path / "out", mirror.url, SMALL)
+    assert NOTICE in capsys.readouterr().out
+    before = len(mirror.sent)
+    for source in (mirror.url, "http://127.0.0.1:9/", str(tmp_path / "nowhere")):
+        bring(tmp_path / "out", source, SMALL)
+        printed = capsys.readouterr().out
+        assert "complete already, nothing is fetched" in printed and "12 photos, 65 captions" in printed
+    assert len(mirror.sent) == before
+
+
+def test_only_what_is_lacking_is_brought(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+    mirror, output = serve(serving, small), tmp_path / "out"
+    bring(output, mirror.url, SMALL)
+    mirror.sent.clear()
+    (output / DEV).unlink()
+    bring(output, mirror.url, SMALL)
+    assert [name for name, _, _ in mirror.sent] == [TEXT_ZIP]
+
+
+def test_fetched_archives_stay_where_asked_for(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+    mirror, output = serve(serving, small), tmp_path / "out"
+    bring(output, mirror.url, SMALL, keep=True)
+    bring(output, mirror.url, SMALL)
+    for name in (PHOTO_ZIP, TEXT_ZIP):
+        assert (output / name).read_bytes() == (small / name).read_bytes()
+
+
+def test_a_folder_serves_as_source_and_keeps_its_archives(small: Path, tmp_path: Path) -> None:
+    bring(tmp_path / "out", str(small), SMALL)
+    bring(small, str(small), SMALL)  # in place
+    assert unpacked(tmp_path / "out") == {PHOTOS, CAPTIONS, TRAIN, DEV, TEST, *OTHERS}
+    assert unpacked(small) == unpacked(tmp_path / "out") | {PHOTO_ZIP, TEXT_ZIP}
+
+
+def test_a_damaged_archive_is_fetched_anew(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+    mirror, output = serve(serving, small), tmp_path / "out"
+    good = (small / PHOTO_ZIP).read_bytes()
+    (small / PHOTO_ZIP).write_bytes(good.replace(b"\xff\xd9", b"\xff\xd8", 1))
+    with pytest.raises(InputError, match=r"damaged.*CRC.*; it is deleted, and the same command fetches it anew"):
+        bring(output, mirror.url, SMALL)
+    assert not (output / PHOTO_ZIP).exists() and not (output / PHOTOS).exists()
+    with pytest.raises(InputError, match=r"damaged.*put another copy in its place"):
+        bring(output, str(small), SMALL)
+    assert (small / PHOTO_ZIP).exists()
+    (small / PHOTO_ZIP).write_bytes(good)
+    bring(output, mirror.url, SMALL)
+
+
+def test_captions_without_a_photo_are_told_where_no_list_names_it(small: Path, tmp_path: Path) -> None:
+    bring(tmp_path / "out", str(small), SMALL)
+    told = check(tmp_path / "out", SMALL)
+    assert told.endswith(f"captions of 2 photos that are not there and in no list are left out: {ODD}, {ODD}.1")
 
 
 @pytest.mark.parametrize(
-    ("spoil", "part"),
+    ("contents", "file", "text", "part"),
     [
-        (lambda folder: next((folder / PHOTOS).iterdir()).unlink(), "9 photos, not 10"),
-        (lambda folder: (folder / CAPTIONS).write_text(ODD), "1 captions, not 46"),
-        (lambda folder: (folder / "Flickr_8k.devImages.txt").write_text("00001.jpg"), "1 photos, not 2"),
-        (lambda folder: (folder / "Flickr_8k.devImages.txt").write_text("00001.jpg\n00002.jpg"), "share 2 photos"),
-        (lambda folder: (folder / "Flickr_8k.devImages.txt").write_text("x.jpg\ny.jpg"), "2 of its dev photos"),
+        (replace(SMALL, photos=13), None, "", f"{PHOTOS}: 12 photos, not 13; delete what is in"),
+        (replace(SMALL, captions=40_460), None, "", f"{CAPTIONS}: 65 captions, not 40,460; delete what is in"),
+        (replace(SMALL, train=7), None, "", f"{TRAIN}: 6 photos, not 7; delete what is in"),
+        (SMALL, TEST, "8_photo.jpg\n", f"{TEST}: 1 photos, not 2; delete what is in"),
+        (SMALL, TEST, "8_photo.jpg\n5_photo.jpg\n", f"{TEST} share 1 photos: 5_photo.jpg"),
+        (SMALL, TEST, f"8_photo.jpg\n{ODD}\n", f"photos are not in {{output}}/{PHOTOS}: {ODD}; delete"),
+        (SMALL, TEST, "8_photo.jpg\nx.jpg\n", f"have no captions in {{output}}/{CAPTIONS}: x.jpg; delete"),
     ],
 )
-def test_what_is_not_whole_is_told(tmp_path: Path, spoil: Callable[[Path], None], part: str) -> None:
-    bring(tmp_path / "data", str(mirror(tmp_path / "mirror", SMALL)), SMALL)
-    spoil(tmp_path / "data")
-    with pytest.raises(InputError, match=part) as caught:
-        check(tmp_path / "data", SMALL)
-    assert "delete what is in" in str(caught.value)
+def test_other_contents_than_expected_are_told(
+    small: Path, tmp_path: Path, contents: Contents, file: str | None, text: str, part: str
+) -> None:
+    output = tmp_path / "out"
+    bring(output, str(small), SMALL)
+    if file is not None:
+        (output / file).write_text(text)
+    with pytest.raises(InputError) as caught:
+        check(output, contents)
+    line = str(caught.value)
+    print(line)
+    assert part.format(output=output) in line and "--source" in line and len(line.splitlines()) == 1
 
 
-def test_a_folder_without_the_archives_is_refused(tmp_path: Path) -> None:
-    with pytest.raises(InputError, match=r"Flickr8k_text\.zip: no such archive"):
-        bring(tmp_path / "data", str(tmp_path), SMALL)
+@pytest.mark.parametrize(
+    ("arguments", "part"),
+    [
+        (["--source", "http://127.0.0.1:9/", "--output", "{tmp}/out"], "Connection refused; when it can be reached"),
+        (["--source", "ftp://host/x", "--output", "{tmp}/out"], "ftp:/host/x/Flickr8k_text.zip: no such archive;"),
+        (["--source", "{tmp}", "--output", "{tmp}/out"], "{tmp}/Flickr8k_text.zip: no such archive;"),
+        (["--source", "{mirror}", "--output", "{tmp}/mirror/Flickr8k_text.zip/x"], "Not a directory; choose another"),
+        (["--source", "{mirror}", "--output", "/proc/x"], "; choose another --output"),
+        (["--training.epochs", "3"], "--training.epochs decides nothing here"),
+        (["--outptu", "x"], "--outptu decides nothing here"),
+        (["extra"], "unexpected 'extra'"),
+    ],
+)
+def test_a_fault_ends_the_command_with_one_line(small: Path, tmp_path: Path, arguments: list[str], part: str) -> None:
+    given = [word.format(tmp=tmp_path, mirror=small) for word in arguments]
+    _, err = run("flickr8k", *given, status=2)
+    assert err.count("\n") == 1 and err.startswith("capexp.download: ")
+    assert part.format(tmp=tmp_path) in err
 
 
-def run(*arguments: str) -> subprocess.CompletedProcess[str]:
-    return subprocess.run(
-        [sys.executable, "-m", "capexp.download", *arguments],
-        env=os.environ | {"PYTHONPATH": str(ROOT)}, capture_output=True, text=True, timeout=120,
-    )  # fmt: skip
+def test_a_second_download_into_one_folder_is_refused(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+    mirror, output = serve(serving, small), tmp_path / "out"
+    mirror.hold.clear()
+    mirror.breaks, mirror.most = 1, 20_000
+    first = start("flickr8k", "--source", mirror.url, "--output", output)
+    wait_for(output / f"{PHOTO_ZIP}.part", 20_000)
+    _, err = run("flickr8k", "--source", mirror.url, "--output", output, status=2)
+    assert "another download into this folder is under way" in err
+    first.kill()
+    first.communicate()
+
+
+def wait_for(path: Path, size: int) -> None:
+    deadline = time.monotonic() + 60
+    while not (path.exists() and path.stat().st_size >= size):
+        assert time.monotonic() < deadline
+        time.sleep(0.01)
+
+
+def test_offline_forbids_fetching_but_not_a_folder(
+    small: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.setenv("CAPEXP_OFFLINE", "1")
+    with pytest.raises(InputError, match="CAPEXP_OFFLINE forbids fetching"):
+        bring(tmp_path / "out", "http://127.0.0.1:9/", SMALL)
+    bring(tmp_path / "out", str(small), SMALL)
+    bring(tmp_path / "out", "http://127.0.0.1:9/", SMALL)  # complete
+
+
+@pytest.fixture(scope="module")
+def whole(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """A mirror with as many photos, captions and listed photos as Flickr8k has."""
+    contents, photos = Contents(), {}
+    for number in range(contents.photos):
+        file = io.BytesIO()
+        Image.new("RGB", (8, 8), (number % 256, number // 256 * 8, 99)).save(file, "JPEG")
+        photos[f"{1_000_000_000 + 7919 * number}_{number:010x}.jpg"] = file.getvalue()
+    folder = tmp_path_factory.mktemp("mirror")
+    pack(folder, photos, texts_of(list(photos), contents))
+    return folder
+
+
+def assert_holds(output: Path, mirror: Path) -> None:
+    for name in (PHOTO_ZIP, TEXT_ZIP):
+        with zipfile.ZipFile(mirror / name) as archive:
+            for entry in archive.infolist():
+                if not entry.is_dir() and not entry.filename.startswith("__MACOSX"):
+                    assert (output / entry.filename).read_bytes() == archive.read(entry)
+    assert unpacked(output) == {PHOTOS, CAPTIONS, TRAIN, DEV, TEST, *OTHERS}
 
 
 @pytest.mark.slow
-def test_the_command_brings_all_of_it_over_a_connection_that_breaks_off(tmp_path: Path) -> None:
-    noise = os.urandom(2000)  # so that the archive has a size to break off in
-    source = mirror(tmp_path / "mirror", Contents(), lambda number: jpeg(number) + noise)
-    with served(source) as (url, requests):
-        done = run("flickr8k", "--source", url, "--output", str(tmp_path / "data"))
-    print(done.stdout, done.stderr.replace("\r", "\n"), json.dumps(requests, indent=1))
-    assert done.returncode == 0, done.stderr
-    assert len(requests) == 6, requests
-    assert "8,091 photos, 40,460 captions, lists of 6,000 train + 1,000 dev + 1,000 test photos" in done.stdout
-    assert f"--captions.root {tmp_path / 'data'}" in done.stdout
-    assert done.stderr.count("going on in") == 4
-    photo = tmp_path / "data" / PHOTOS / "00077.jpg"
-    assert photo.read_bytes() == jpeg(77) + noise
-    assert not list((tmp_path / "data").glob("*.zip*"))
-    assert not (tmp_path / "data" / "__MACOSX").exists()
-
-
-def test_the_command_refuses_in_one_line_with_status_2(tmp_path: Path) -> None:
-    with served(tmp_path) as (url, _):
-        done = run("flickr8k", "--source", url, "--output", str(tmp_path / "data"))
-    assert done.returncode == 2
-    (line,) = done.stderr.splitlines()
-    assert line.startswith("capexp.download: ") and "Flickr8k_text.zip: the server answers 404" in line
-    assert "Hodosh" in done.stdout, "licence and citation are shown before anything is fetched"
+def test_the_command_brings_all_of_it_over_a_connection_that_breaks(
+    whole: Path, serving: list[Mirror], tmp_path: Path
+) -> None:
+    size = (whole / PHOTO_ZIP).stat().st_size
+    mirror, output = serve(serving, whole, breaks=4, most=size // 6), tmp_path / "out"
+    out, err = run("flickr8k", "--source", mirror.url, "--output", output)
+    assert out.startswith(NOTICE)
+    assert "8,091 photos, 40,460 captions, lists of 6,000 train + 1,000 dev + 1,000 test photos" in out
+    assert f"captions of 2 photos that are not there and in no list are left out: {ODD}, {ODD}.1" in out
+    assert out.endswith(f"python -m capexp.train --experiment flickr8k-merge-conv --captions.root {output}\n")
+    assert err.count("; going on in ") == 4
+    assert_holds(output, whole)
+    spans = [(begin, end) for name, begin, end in mirror.sent if name == PHOTO_ZIP]
+    assert spans == [*((part * (size // 6), (part + 1) * (size // 6)) for part in range(4)), (size // 6 * 4, size)]
+    again, _ = run("flickr8k", "--source", mirror.url, "--output", output)
+    assert "complete already, nothing is fetched" in again and NOTICE not in again
+    assert len(mirror.sent) == 6
 
 
 @pytest.mark.slow
-def test_real_flickr8k_passes_the_check(tmp_path: Path, flickr8k: Path) -> None:
-    data = tmp_path / "data"
-    data.mkdir()
-    for path in flickr8k.iterdir():
-        (data / path.name).symlink_to(path)
-    photos = sum(1 for _ in (flickr8k / PHOTOS).glob("*.jpg"))
-    lines = sum(1 for _ in (flickr8k / CAPTIONS).open(encoding="utf-8"))
-    test = 1000 if (flickr8k / "Flickr_8k.testImages.txt").exists() else 0
-    told = check(data, Contents(photos=photos, captions=lines, test=test))
-    assert "lists of 6,000 train + 1,000 dev" in told
-    assert "2258277193_586949ec62.jpg.1" in told or photos < 8091
+def test_a_killed_command_goes_on_from_the_byte_where_it_was(
+    whole: Path, serving: list[Mirror], tmp_path: Path
+) -> None:
+    size = (whole / PHOTO_ZIP).stat().st_size
+    mirror, output = serve(serving, whole, breaks=1, most=size // 2), tmp_path / "out"
+    mirror.hold.clear()
+    process = start("flickr8k", "--source", mirror.url, "--output", output)
+    wait_for(output / f"{PHOTO_ZIP}.part", size // 2)
+    process.send_signal(signal.SIGKILL)
+    process.communicate()
+    mirror.hold.set()
+    run("flickr8k", "--source", mirror.url, "--output", output)
+    assert [span for span in mirror.sent if span[0] == PHOTO_ZIP] == [
+        (PHOTO_ZIP, 0, size // 2),
+        (PHOTO_ZIP, size // 2, size),
+    ]
+    assert_holds(output, whole)
+
+
+@pytest.mark.slow
+def test_real_photos_and_captions_pass(flickr8k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    given = ("train", "dev", "test")
+    texts = {
+        path.name: path.read_text(encoding="utf-8")
+        for path in (flickr8k / CAPTIONS, *(flickr8k / f"Flickr_8k.{split}Images.txt" for split in given))
+        if path.is_file()
+    }
+    photos = {path.name: path.read_bytes() for path in (flickr8k / PHOTOS).glob("*.jpg")}
+    counts = {split: len(texts.get(f"Flickr_8k.{split}Images.txt", "").split()) for split in given}
+    assert (counts["train"], counts["dev"]) == (6000, 1000)
+    pack(tmp_path / "mirror", photos, texts)
+    contents = Contents(len(photos), len(texts[CAPTIONS].splitlines()), **counts)
+    bring(tmp_path / "out", str(tmp_path / "mirror"), contents)
+    told = capsys.readouterr().out.splitlines()[-1]
+    print(told)
+    absent = re.search(r"captions of (\d+) photos that are not there and in no list are left out", told)
+    names = {line.rpartition("#")[0] for line in re.findall(r"^[^\t\n]+", texts[CAPTIONS], re.MULTILINE)}
+    assert absent and int(absent[1]) == len(names - photos.keys())
+    assert {ODD, f"{ODD}.1"} <= names - photos.keys()
+    for path in (tmp_path / "out" / PHOTOS).iterdir():
+        assert path.read_bytes() == photos[path.name]
+    assert (tmp_path / "out" / CAPTIONS).read_text(encoding="utf-8") == texts[CAPTIONS]
+    shutil.rmtree(tmp_path)

@@ -602,3 +602,52 @@ def test_mlflow_run_trains_in_the_run_that_mlflow_made(tmp_path: Path) -> None:
     assert run.data.params["training.learning_rate"] == "5e-3"
     assert run.data.params["model.dropout"] == "0.2"
     assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run.info.run_id
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("form", ["captions.txt", "coco.json", "karpathy.json"])
+def test_the_template_goes_from_ones_own_photos_to_a_registered_captioner(
+    tmp_path: Path, flickr8k: Path, vgg16: Path, form: str
+) -> None:
+    data = tmp_path / "my-photos"
+    (data / "photos").mkdir(parents=True)
+    photos = {
+        split: (flickr8k / f"Flickr_8k.{split}Images.txt").read_text().split()[:count]
+        for split, count in (("train", 30), ("dev", 10))
+    }
+    captions = [line for line in (flickr8k / "Flickr8k.token.txt").read_text().splitlines() if "#" in line]
+    ours = [line for line in captions if line.split("#")[0] in {*photos["train"], *photos["dev"]}]
+    texts = [(line.split("#")[0], line.split("\t")[1]) for line in ours]
+    for split, names in photos.items():
+        for name in names:
+            shutil.copy(flickr8k / "Flicker8k_Dataset" / name, data / "photos" / name)
+        if form != "karpathy.json":
+            (data / f"{split}.txt").write_text("\n".join(names))
+    names = [*photos["train"], *photos["dev"]]
+    if form == "captions.txt":
+        content = "\n".join(ours)
+    elif form == "coco.json":
+        images = [{"id": number, "file_name": name} for number, name in enumerate(names)]
+        notes = [{"image_id": names.index(name), "caption": text} for name, text in texts]
+        content = json.dumps({"images": images, "annotations": notes})
+    else:
+        said = {name: [{"raw": text} for other, text in texts if other == name] for name in names}
+        splits = {name: "train" if name in photos["train"] else "val" for name in names}
+        rows = [{"filename": name, "split": splits[name], "sentences": said[name]} for name in names]
+        content = json.dumps({"images": rows})
+    (data / form).write_text(content)
+    (tmp_path / "experiments").mkdir()
+    shutil.copy(ROOT / "experiments/own-photos.toml", tmp_path / "experiments/my-photos.toml")
+    folder = Folder(tmp_path)
+    words = [
+        *("--experiment", "experiments/my-photos.toml", "--captions.captions", form),
+        *("--features.weights", str(vgg16), "--features.cache", "cache"),
+    ]
+    if form == "karpathy.json":
+        words += ["--captions.splits", "karpathy"]
+    assert "40 of 40 photos have no features yet" in folder.run("train", *words, "--dry-run").stdout
+    assert not folder.runs()
+    folder.run("train", *words)
+    model = "models:/capexp-own-photos@champion"
+    printed = folder.run("caption", "--model", model, str(flickr8k / "Flicker8k_Dataset" / photos["dev"][0]))
+    assert printed.stdout.strip().partition("\t")[2]

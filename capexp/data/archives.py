@@ -217,7 +217,7 @@ def unpack(
         staging.mkdir(parents=True)
         try:
             with zipfile.ZipFile(archive) as opened:
-                if len(opened.infolist()) != _count(archive):
+                if _count(archive) not in (len(opened.infolist()), 0xFFFF):  # 0xFFFF: more than it can tell
                     raise ArchiveError("damaged, it has not as many entries as it tells")
                 _write(opened, staging, needed, most_bytes, most_entries)
         except ArchiveError as error:
