@@ -10,6 +10,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     parser = command.Parser("evaluate", __doc__)
     command.add_measured(parser)
     command.add_model(parser)
+    parser.add_argument("--java", action="store_true", help="METEOR and SPICE too, which need Java and pycocoevalcap")
     arguments, settings = parser.parse(argv)
     command.refuse_output(parser, arguments.output)
 
@@ -28,7 +29,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     captioner.decoding = experiments.override_decoding(captioner.decoding, settings)
     if arguments.experiment is None:
         measurement.refuse_other_data(experiment, captioner)
-    scores = measurement.evaluate(experiment, captioner, arguments.split) | {"model": arguments.model}
+    scores = measurement.evaluate(experiment, captioner, arguments.split, arguments.java) | {"model": arguments.model}
     text = json.dumps(scores, indent=2)
     print(text)
     if arguments.output is not None:

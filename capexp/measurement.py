@@ -1,5 +1,6 @@
 """What a captioner is worth on an experiment's data."""
 
+import logging
 import time
 from dataclasses import dataclass
 
@@ -7,13 +8,16 @@ import numpy as np
 
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.data.batches import CaptionBatches
-from capexp.data.captions import SplitName, read_splits, read_texts
+from capexp.data.captions import Split, SplitName, read_splits, read_texts
 from capexp.data.errors import InputError
 from capexp.data.features import identify
 from capexp.experiment import Experiment, replace
 from capexp.preparation import Prepared, read_features
 from capexp.scoring.evaluation import CaptionScores, Loss, blind_cross_entropy, cross_entropy, score_captions
+from capexp.scoring.java_metrics import Unavailable, meteor, spice
 from capexp.scoring.metrics import Difference, paired_difference, score
+
+log = logging.getLogger(__name__)
 
 
 @dataclass(frozen=True)
@@ -55,8 +59,10 @@ def refuse_other_data(experiment: Experiment, captioner: Captioner) -> None:
         )
 
 
-def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> dict[str, object]:
+def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, java: bool = False) -> dict[str, object]:
     """The losses of a captioner on a split of an experiment's data, and the scores of its captions.
+
+    With ``java`` METEOR and SPICE too: None where they cannot be had, with the reason in the log.
 
     Raises:
         InputError: the captioner's encoder is not the one that the experiment's features come from.
@@ -88,10 +94,22 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName) -> 
         "perplexity": loss.perplexity,
         "cross_entropy_blind": blind.per_token,
         **scores.summary,
+        **(_java_scores(captions, data) if java else {}),
         "intervals": scores.photos.intervals(seed=experiment.seed),
         "decoding": captioner.decoding.model_dump(),
         "captions_per_second": len(captions) / seconds,
     }
+
+
+def _java_scores(captions: list[Caption], split: Split) -> dict[str, float | None]:
+    texts = [caption.text for caption in captions]
+    found: dict[str, float | None] = {}
+    for name, metric in (("meteor", meteor), ("spice", spice)):
+        value = metric(texts, split.references)
+        if isinstance(value, Unavailable):
+            log.warning("%s: left out: %s", name, value.reason)
+        found[name] = None if isinstance(value, Unavailable) else value
+    return found
 
 
 @dataclass(frozen=True)

@@ -240,8 +240,8 @@ def test_captions_without_a_photo_are_told_where_no_list_names_it(small: Path, t
         (replace(SMALL, train=7), None, "", f"{TRAIN}: 6 photos, not 7; delete what is in"),
         (SMALL, TEST, "8_photo.jpg\n", f"{TEST}: 1 photos, not 2; delete what is in"),
         (SMALL, TEST, "8_photo.jpg\n5_photo.jpg\n", f"{TEST} share 1 photos: 5_photo.jpg"),
-        (SMALL, TEST, f"8_photo.jpg\n{ODD}\n", f"photos are not in {{output}}/{PHOTOS}: {ODD}; delete"),
-        (SMALL, TEST, "8_photo.jpg\nx.jpg\n", f"have no captions in {{output}}/{CAPTIONS}: x.jpg; delete"),
+        (SMALL, TEST, f"8_photo.jpg\n{ODD}\n", f"photos are not in {{output}}/{PHOTOS}: {ODD}; "),
+        (SMALL, TEST, "8_photo.jpg\nx.jpg\n", f"have no captions in {{output}}/{CAPTIONS}: x.jpg; "),
     ],
 )
 def test_other_contents_than_expected_are_told(
@@ -276,6 +276,12 @@ def test_a_fault_ends_the_command_with_one_line(small: Path, tmp_path: Path, arg
     _, err = run("flickr8k", *given, status=2)
     assert err.count("\n") == 1 and err.startswith("capexp.download: ")
     assert part.format(tmp=tmp_path) in err
+
+
+def test_licence_and_citation_come_before_what_a_mirror_lacks(serving: list[Mirror], tmp_path: Path) -> None:
+    out, err = run("flickr8k", "--source", serve(serving, tmp_path).url, "--output", tmp_path / "out", status=2)
+    assert "Hodosh" in out
+    assert err.count("\n") == 1 and "Flickr8k_text.zip: the server answers 404" in err
 
 
 def test_a_second_download_into_one_folder_is_refused(small: Path, serving: list[Mirror], tmp_path: Path) -> None:

@@ -150,6 +150,19 @@ def test_evaluate_after_train_agrees(trained: Trained) -> None:
 
 
 @pytest.mark.slow
+def test_meteor_and_spice_are_told_or_why_they_are_not(trained: Trained) -> None:
+    folder, _ = trained
+    words = ("--model", "models:/capexp-scenes@champion", "--java", "--output", "java.json")
+    printed = folder.run("evaluate", *words)
+    scores = json.loads((folder.path / "java.json").read_text())
+    for name in ("meteor", "spice"):
+        if scores[name] is None:
+            assert f"{name}: left out: " in printed.stderr
+        else:
+            assert 0 < scores[name] < 1
+
+
+@pytest.mark.slow
 def test_two_captioners_are_compared_on_the_same_photos(trained: Trained, tmp_path: Path) -> None:
     folder, _ = trained
     (bundle,) = folder.path.glob("checkpoints/*/ep*")
@@ -581,6 +594,12 @@ def test_the_champion_is_served_over_http(vgg16: Path, scenes: Path, tmp_path: P
         assert first["error"] is None
         assert bad["caption"] is None
         assert "not a picture" in bad["error"]
+        status, wide = ask(json.dumps(rows | {"params": {"method": "beam", "beam_width": 5}}).encode())
+        assert status == 200
+        assert wide["predictions"][0]["log_probability"] >= first["log_probability"]
+        assert wide["predictions"][1]["error"] == bad["error"]
+        for params in ({"method": "nucleus"}, {"beam_width": 0}, {"method": "beam", "beam_width": 9000}):
+            assert ask(json.dumps(rows | {"params": params}).encode())[0] == 400
         assert ask(b"garbage")[0] == 400
         assert ask(json.dumps(rows).encode())[0] == 200
     finally:

@@ -135,7 +135,7 @@ def _program(jar: str) -> Path | Unavailable:
     """The file of a program that pycocoevalcap carries, if Java is here too."""
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
-        return Unavailable("the package pycocoevalcap is not here; pip install 'capexp[coco]'")
+        return Unavailable("the package pycocoevalcap is not here; pip install pycocoevalcap")
     if shutil.which("java") is None:
         return Unavailable(
             "no `java` on the PATH; install a Java runtime, for instance the package default-jre-headless"

@@ -15,7 +15,7 @@ import pandas as pd
 from mlflow.exceptions import MlflowException
 from mlflow.models import ModelSignature
 from mlflow.tracking import MlflowClient
-from mlflow.types.schema import ColSpec, DataType, Schema
+from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
@@ -39,6 +39,8 @@ _SIGNATURE = ModelSignature(
             ColSpec(DataType.string, "error", required=False),
         ]
     ),
+    # None: as the bundle says.
+    params=ParamSchema([ParamSpec("method", DataType.string, None), ParamSpec("beam_width", DataType.long, None)]),
 )
 
 

@@ -10,8 +10,12 @@ from typing import Any
 
 import mlflow
 import pandas as pd
+from mlflow.exceptions import MlflowException
+from mlflow.protos.databricks_pb2 import BAD_REQUEST
+from pydantic import ValidationError
 
 from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoding import DecodingConfig, refuse_wide
 from capexp.data.errors import InputError
 
 
@@ -25,14 +29,35 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One record a photo; what is wrong with a photo stands in its own ``error``."""
+        """One record a photo; what is wrong with a photo stands in its own ``error``.
+
+        Params: ``method`` and ``beam_width`` in place of the bundle's.
+
+        Raises:
+            MlflowException: a param is not what it may be; a server answers 400.
+        """
+        decoding = self._decoding(params or {})
         photos = [_decode(value) for value in model_input["photo"]]
         readable = [photo for photo in photos if isinstance(photo, bytes)]
         try:
-            results = iter(self.captioner.caption_photos(list(readable)))
+            results = iter(self.captioner.caption_photos(list(readable), decoding))
         except InputError as error:  # the encoder's weights cannot be had: so for every photo
             return [_record(photo if isinstance(photo, InputError) else error) for photo in photos]
         return [_record(photo if isinstance(photo, InputError) else next(results)) for photo in photos]
+
+    def _decoding(self, params: dict[str, Any]) -> DecodingConfig:
+        given = {name: value for name, value in params.items() if value is not None}
+        try:
+            decoding = DecodingConfig.model_validate(self.captioner.decoding.model_dump() | given)
+            refuse_wide(decoding, self.captioner.vocabulary)
+        except ValidationError as error:
+            first = error.errors()[0]
+            message = f"params.{first['loc'][0]} = {first['input']!r}: {first['msg']}"
+        except InputError as error:
+            message = str(error)
+        else:
+            return decoding
+        raise MlflowException(message, error_code=BAD_REQUEST)
 
 
 def _decode(value: object) -> bytes | InputError:
