@@ -250,6 +250,16 @@ def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
     assert [line.split("\t")[0] for line in printed.stdout.splitlines()] == names * 2
     assert printed.stderr.startswith("capexp.caption: album/broken.png: cannot be read as a picture")
     assert printed.stderr.count("\n") == 1
+    odd = Path(os.fsdecode(os.fsencode(tmp_path / "album") + b"/caf\xe9.jpg"))
+    shutil.copy(photos[0], odd)
+    for words, name in (((), "caf\udce9.jpg\t"), (("--json",), '"album/caf\\udce9.jpg"')):
+        command = (sys.executable, "-m", "capexp.caption", "--model", "models:/capexp-scenes@champion", *words)
+        ended = subprocess.run(
+            [*command, str(odd.relative_to(tmp_path))], cwd=tmp_path, env=folder.environment, stdout=subprocess.PIPE
+        )
+        assert ended.returncode == 0
+        assert os.fsencode(name) in ended.stdout
+    odd.unlink()
     (run,) = folder.runs()
     model = mlflow.pyfunc.load_model(str(folder.artifact(run, "captioner")))
     sent = [base64.b64encode(Path(photo).read_bytes()).decode() for photo in photos]
@@ -349,6 +359,34 @@ def test_killed_again_and_again_it_ends_with_the_losses_of_the_undisturbed_run(t
     assert "--model.dropout 0.1: the run was started with 0.2" in refused.stderr
     done = broken.run("train", "--resume", run.info.run_id, status=2)
     assert "has finished" in done.stderr
+
+
+@pytest.mark.slow
+def test_a_version_without_its_card_is_taken_up_or_deleted(tmp_path: Path) -> None:
+    """What a kill leaves between the registration of a version and its card."""
+    folder = Folder(tmp_path)
+    folder.run("train", *SMALL, "--training.epochs", "1")
+    (run,) = folder.runs()
+
+    def cut_short() -> None:
+        client = folder.client
+        for version in client.search_model_versions("name='capexp-scenes'"):
+            for tag in version.tags:
+                client.delete_model_version_tag("capexp-scenes", version.version, tag)
+            client.update_model_version("capexp-scenes", version.version, "")
+        client.delete_registered_model_alias("capexp-scenes", "champion")
+        client.update_run(run.info.run_id, "RUNNING")
+
+    cut_short()
+    folder.run("train", "--resume", run.info.run_id)
+    (version,) = folder.client.search_model_versions("name='capexp-scenes'")
+    assert str(version.version) == "1"
+    assert_tells_the_truth(folder, version)
+    cut_short()
+    folder.run("train", "--resume", run.info.run_id, "--training.epochs", "3")
+    (version,) = folder.client.search_model_versions("name='capexp-scenes'")
+    assert str(version.version) == "2"
+    assert_tells_the_truth(folder, version)
 
 
 @pytest.mark.slow

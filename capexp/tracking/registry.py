@@ -21,7 +21,14 @@ from PIL import Image
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.data.features import State
-from capexp.tracking.store import artifact_faults, is_missing, require_store, store_lock
+from capexp.tracking.store import (
+    artifact_faults,
+    is_missing,
+    require_store,
+    store_faults,
+    store_lock,
+    tracking_uri,
+)
 
 ARTIFACT = "captioner"
 CHAMPION = "champion"
@@ -105,10 +112,30 @@ def log_captioner(run_id: str, captioner: Captioner, encoder: State | None, regi
 
 
 def registered_version(name: str, run_id: str, captioner: Captioner) -> str | None:
-    """The version that holds this very captioner of a run, if any: a resumed run registers it only once."""
-    found = MlflowClient().search_model_versions(f"name='{name}'")
+    """The version that holds this very captioner of a run, if any: a resumed run registers it only once.
+
+    A kill may have come between a version and its card. Such a one is taken up where it holds this captioner, and
+    deleted where it holds an earlier one of the run, which nobody can tell from the others.
+    """
+    client = MlflowClient()
     digest = captioner.digest()
-    return next((str(v.version) for v in found if v.run_id == run_id and v.tags.get(_DIGEST) == digest), None)
+    found = None
+    for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
+        number = str(version.version)
+        held = version.tags.get(_DIGEST) or _held_digest(name, number)
+        if held == digest:
+            found = number
+        elif _DIGEST not in version.tags and not client.get_model_version(name, number).aliases:
+            client.delete_model_version(name, number)
+    return found
+
+
+def _held_digest(name: str, number: str) -> str | None:
+    """The digest of the captioner that a version holds; None where it cannot be read."""
+    try:
+        return Captioner.load(find_bundle(f"models:/{name}/{number}")).digest()
+    except InputError:
+        return None
 
 
 def discard_unfinished(run_id: str) -> None:
@@ -185,13 +212,14 @@ def find_bundle(model: str) -> Path:
             )
         return folder
     require_store()
-    try:
-        local = Path(mlflow.artifacts.download_artifacts(model))
-    except (MlflowException, OSError) as error:
-        reason = str(error).splitlines()[0]
-        raise InputError(
-            f"--model {model}: not found in {mlflow.get_registry_uri()} ({reason}); `mlflow ui` lists them"
-        ) from None
+    with store_faults():
+        try:
+            local = Path(mlflow.artifacts.download_artifacts(model))
+        except (MlflowException, OSError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"--model {model}: not found in {tracking_uri()} ({reason}); `mlflow ui` lists them"
+            ) from None
     bundle = local / "artifacts" / "bundle"
     if not bundle.is_dir():
         raise InputError(f"--model {model}: not a captioner of this project (artifacts/bundle is missing)")

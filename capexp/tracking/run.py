@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from capexp.data.errors import InputError
-from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults
+from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults, tracking_uri
 
 log = logging.getLogger(__name__)
 
@@ -79,7 +79,7 @@ def run_status(run_id: str) -> str:
     """
     run = _find(run_id)
     if run is None:
-        raise InputError(f"run {run_id}: no such run in {mlflow.get_tracking_uri()}; `mlflow ui` lists them")
+        raise InputError(f"run {run_id}: no such run in {tracking_uri()}; `mlflow ui` lists them")
     return str(run.info.status)
 
 

@@ -54,8 +54,9 @@ def require_store() -> None:
         InputError: there is no store here.
     """
     if not store_exists():
-        uri = mlflow.get_tracking_uri()
-        raise InputError(f"{uri}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI")
+        raise InputError(
+            f"{tracking_uri()}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI"
+        )
 
 
 def store_exists() -> bool:
@@ -114,8 +115,7 @@ def store_faults() -> Iterator[None]:
     except (MlflowException, SQLAlchemyError) as error:
         reason = str(error).strip().splitlines()[0][:200]
         raise InputError(
-            f"MLflow's store {_without_password(mlflow.get_tracking_uri())}: {reason}; "
-            "mend it, or name another with MLFLOW_TRACKING_URI"
+            f"MLflow's store {tracking_uri()}: {reason}; mend it, or name another with MLFLOW_TRACKING_URI"
         ) from None
 
 
@@ -124,6 +124,7 @@ def is_missing(error: MlflowException) -> bool:
     return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
 
 
-def _without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
+def tracking_uri() -> str:
+    """Where MLflow tracks, without the user name and password that the URI may hold."""
+    scheme, separator, rest = str(mlflow.get_tracking_uri()).partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2]}"

@@ -32,12 +32,23 @@ class TrainingState:
     history: list[dict[str, Any]]
     """The epochs done, as plain values."""
 
+    @property
+    def epochs(self) -> int:
+        """How many are done."""
+        return len(self.history)
+
+    @property
+    def best_epoch(self) -> int:
+        """The last that was an improvement; 0 where none was."""
+        return max((record["number"] for record in self.history if record["improved"]), default=0)
+
 
 class Checkpoints:
-    """The folder of one run: ``last.pt``, the one before it, and bundles named ``ep003-train3.245-dev3.612``.
+    """The folder of one run: ``last.pt``, ``previous.pt``, and bundles named ``ep003-train3.245-dev3.612``.
 
-    Everything is written beside, synced and renamed. The last good state stays until the next is whole; the
-    captioner of the best epoch is always there, earlier improvements as ``keep`` says.
+    Everything is written beside, synced and renamed: first the captioner of an improvement, then the state that knows
+    of it, and only then older captioners are deleted. So each of the two states finds the captioner of its best epoch,
+    whenever the process is killed.
     """
 
     def __init__(self, folder: Path, keep: int) -> None:
@@ -46,21 +57,18 @@ class Checkpoints:
 
     def best(self) -> Path | None:
         """The bundle of the best epoch so far: improvements are saved only, so the last one."""
-        bundles = self._bundles()
-        return bundles[-1] if bundles else None
+        bundles = self._numbered()
+        return bundles[-1][1] if bundles else None
 
     def save_captioner(self, captioner: Captioner) -> Path:
         """Saves an improvement under the name that tells its epoch and losses, in nats per token."""
         training = captioner.training
         assert training is not None
         name = f"ep{training.epoch:03d}-train{training.train_loss:.3f}-dev{training.dev_loss:.3f}"
-        bundle = captioner.save(self.folder / name)
-        for old in self._bundles()[: -self.keep]:
-            shutil.rmtree(old)
-        return bundle
+        return captioner.save(self.folder / name)
 
     def save_state(self, state: TrainingState) -> None:
-        """Makes this the state to go on from, and keeps the one before it.
+        """Makes this the state to go on from, keeps the one before it, and deletes captioners that neither needs.
 
         Raises:
             InputError: the disk is full, or the folder cannot be written.
@@ -81,6 +89,11 @@ class Checkpoints:
                 sync(self.folder)
         finally:
             beside.unlink(missing_ok=True)
+        numbers = [number for number, _ in self._numbered()]
+        kept = {*numbers[-self.keep :], *[number for number in numbers if number < state.epochs][-1:]}
+        for number, bundle in self._numbered():
+            if number not in kept:
+                shutil.rmtree(bundle)
 
     def clear_parts(self) -> None:
         """Deletes what a killed process has left half-written; only the process that owns the run may."""
@@ -91,28 +104,54 @@ class Checkpoints:
                 part.unlink()
 
     def latest(self) -> TrainingState | None:
-        """The newest state that is whole, or None where nothing was saved yet.
+        """The newest state that is whole, or None where nothing was saved yet; changes nothing.
 
         Raises:
-            InputError: states are there, and none is whole, or the captioners that belong to them are gone.
+            InputError: states are there, and none is whole and has its captioner.
         """
+        return self._choose()[0]
+
+    def go_back(self) -> TrainingState | None:
+        """As :meth:`latest`, and deletes what came after that state; only the process that owns the run may.
+
+        A state that is passed over is told of in the log.
+        """
+        state, faults = self._choose()
+        for fault in faults:
+            log.warning("%s; passed over", fault)
+        if state is not None and faults:
+            (self.folder / _LAST).unlink()  # so that it does not take the place of a whole one at the next save
+        for number, bundle in self._numbered():
+            if state is None or number > state.epochs:
+                shutil.rmtree(bundle)
+        return state
+
+    def _choose(self) -> tuple[TrainingState | None, list[str]]:
+        """The state to go on from, and what is wrong with newer ones."""
         there = [path for path in (self.folder / _LAST, self.folder / _PREVIOUS) if path.exists()]
-        if there and not self._bundles():
-            raise InputError(f"{self.folder}: no captioner (ep...) is left in it; restore the best one, or train anew")
+        bundles = dict(self._numbered())
+        faults: list[str] = []
         for path in there:
             try:
-                return _read_state(path)
+                state = _read_state(path)
             except InputError as error:
-                log.warning("%s; passed over", error)
-                path.unlink()  # so that it does not take the place of a whole one at the next save
-        if there:
-            raise InputError(f"{self.folder}: no state in it is whole; train anew")
-        return None
+                faults.append(str(error))
+                continue
+            if state.best_epoch in bundles:
+                return state, faults
+            faults.append(f"{path}: its captioner (ep{state.best_epoch:03d}...) is missing")
+        # A kill before the first state was saved leaves at most the captioner of the first epoch.
+        if not there and bundles.keys() - {1}:
+            faults.append(f"{_LAST} is missing")
+        if faults:
+            raise InputError(f"{self.folder}: nothing to go on from ({'; '.join(faults)}); restore it, or train anew")
+        return None, []
 
-    def _bundles(self) -> list[Path]:
-        """Bundles by epoch."""
-        numbered = [(int(match[1]), path) for path in self.folder.glob("ep*") if (match := _NAME.fullmatch(path.name))]
-        return [path for _, path in sorted(numbered)]
+    def _numbered(self) -> list[tuple[int, Path]]:
+        """Bundles with their epochs, in order."""
+        return sorted(
+            (int(match[1]), path) for path in self.folder.glob("ep*") if (match := _NAME.fullmatch(path.name))
+        )
 
 
 def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
@@ -125,8 +164,9 @@ def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    # In float32: bundles kept, the next and the one logged; states with Adam's two moments, two kept and the next.
-    need = 4 * parameters * (keep + 2 + 3 * 3) + 2**20
+    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments, two kept
+    # and the next.
+    need = 4 * parameters * (keep + 3 + 3 * 3) + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(
@@ -138,8 +178,13 @@ def _read_state(path: Path) -> TrainingState:
     try:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes; every entry has a checksum
             damaged = archive.testzip()
-        if damaged is not None:
-            raise InputError(f"{path}: {damaged} is damaged")
-        return TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
-    except (zipfile.BadZipFile, RuntimeError, TypeError, EOFError, OSError) as error:
-        raise InputError(f"{path}: not a whole training state ({error})") from None
+        if damaged is None:
+            state = TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
+            assert state.epochs == state.history[-1]["number"] >= state.best_epoch > 0
+            return state
+        reason = f"{damaged} is damaged"
+    except MemoryError:
+        raise
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by kind of damage
+        reason = " ".join(str(error).split())[:80] or type(error).__name__
+    raise InputError(f"{path}: not a whole training state ({reason})")

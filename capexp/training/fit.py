@@ -42,7 +42,7 @@ class TrainingConfig(BaseModel):
     precision: Precision = "auto"
     device: str = "auto"
     keep: int = Field(default=1, ge=1, le=1_000_000)
-    """How many of the last improvements stay on disk."""
+    """How many of the last improvements stay on disk; one more while an older state may need it."""
 
 
 @dataclass(frozen=True)
@@ -112,7 +112,7 @@ def fit(
         fused=True,
     )
     history: list[Epoch] = []
-    state = checkpoints.latest()
+    state = checkpoints.go_back()
     if state is not None:
         decoder.load_state_dict(state.decoder)
         optimizer.load_state_dict(state.optimizer)

@@ -1,5 +1,6 @@
 """Laws of the training loop, on data small enough to train in a second."""
 
+from collections.abc import Generator
 from pathlib import Path
 
 import numpy as np
@@ -56,19 +57,20 @@ class Task:
         small = ModelConfig(embedding_size=16, lstm_units=16, dropout=0.2)
         self.captioner = Captioner.fresh(small, words, identity, DecodingConfig(), seed=1)
 
-    def epochs(self, config: TrainingConfig = CONFIG, seed: int = 1) -> list[Epoch]:
-        return list(
-            fit(
-                self.captioner,
-                self.train,
-                self.dev,
-                config,
-                seed=seed,
-                device=CPU,
-                dev_digest="d",
-                checkpoints=self.checkpoints,
-            )
+    def started(self, config: TrainingConfig = CONFIG, seed: int = 1) -> Generator[Epoch, None, None]:
+        return fit(
+            self.captioner,
+            self.train,
+            self.dev,
+            config,
+            seed=seed,
+            device=CPU,
+            dev_digest="d",
+            checkpoints=self.checkpoints,
         )
+
+    def epochs(self, config: TrainingConfig = CONFIG, seed: int = 1) -> list[Epoch]:
+        return list(self.started(config, seed))
 
 
 def losses(epochs: list[Epoch]) -> list[tuple[float, float]]:
@@ -104,16 +106,7 @@ def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
 def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
     undisturbed = Task(tmp_path / "whole").epochs()
     stopped = Task(tmp_path / "parts")
-    running = fit(
-        stopped.captioner,
-        stopped.train,
-        stopped.dev,
-        CONFIG,
-        seed=1,
-        device=CPU,
-        dev_digest="d",
-        checkpoints=stopped.checkpoints,
-    )
+    running = stopped.started()
     for _ in range(stop_after):
         next(running)
     running.close()
@@ -142,7 +135,8 @@ def test_disk_holds_as_many_improvements_as_are_kept(tmp_path: Path, keep: int) 
     epochs = Task(tmp_path, keep).epochs()
     improved = [epoch.number for epoch in epochs if epoch.improved]
     names = sorted(path.name[:5] for path in tmp_path.glob("ep*"))
-    assert names == [f"ep{number:03d}" for number in improved[-keep:]]
+    before_last = [number for number in improved if number < epochs[-1].number][-1:]  # of the previous state
+    assert names == [f"ep{number:03d}" for number in sorted({*improved[-keep:], *before_last})]
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["last.pt", "previous.pt"]
 
 
@@ -171,6 +165,63 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_tells_the_step(tm
         task.epochs()
     assert torch.equal(decoder.dense.weight, before)
     assert task.checkpoints.best() is None
+
+
+@pytest.mark.parametrize("killed_in", [1, 2, 3])
+def test_a_captioner_that_no_state_knows_of_is_not_the_best(tmp_path: Path, killed_in: int) -> None:
+    """Killed when an improvement is on disk and its state is not, a training may go on for fewer epochs than that."""
+    task, states = Task(tmp_path), {}
+    for epoch in task.started():
+        assert epoch.improved, "else there is nothing to try here"
+        if epoch.number == killed_in - 1:
+            states = {path: path.read_bytes() for path in tmp_path.glob("*.pt")}
+        if epoch.number == killed_in:
+            break
+    for path in tmp_path.glob("*.pt"):
+        path.unlink()
+    for path, content in states.items():
+        path.write_bytes(content)
+    short = max(killed_in - 1, 1)
+    epochs = Task(tmp_path).epochs(replace_epochs(short))
+    assert [epoch.number for epoch in epochs] == list(range(1, short + 1))
+    best = task.checkpoints.best()
+    assert best is not None
+    assert best.name.startswith(f"ep{short:03d}-")
+    assert losses(Task(tmp_path).epochs()) == losses(Task(tmp_path / "whole").epochs())
+
+
+def test_each_state_finds_its_captioner_at_any_time(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    for epoch in task.started(replace_epochs(12, patience=12, learning_rate=0.05)):
+        for state in sorted(tmp_path.glob("*.pt")):  # last.pt, then the one before it
+            found = task.checkpoints.latest()
+            assert found is not None
+            assert found.epochs == epoch.number - (state.name == "previous.pt")
+            state.rename(state.with_suffix(".aside"))
+        for aside in tmp_path.glob("*.aside"):
+            aside.rename(aside.with_suffix(".pt"))
+
+
+def test_states_that_are_junk_are_one_fault_and_stay_as_they_are(tmp_path: Path) -> None:
+    Task(tmp_path).epochs(replace_epochs(2))
+    junk = {"last.pt": b"junk", "previous.pt": b""}
+    for name, content in junk.items():
+        (tmp_path / name).write_bytes(content)
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"nothing to go on from.*last\.pt.*previous\.pt.*train anew"):
+        Task(tmp_path).epochs()
+    assert sorted(tmp_path.iterdir()) == before
+    assert {name: (tmp_path / name).read_bytes() for name in junk} == junk
+
+
+def test_captioners_without_any_state_are_not_trained_over(tmp_path: Path) -> None:
+    Task(tmp_path).epochs(replace_epochs(2))
+    for state in tmp_path.glob("*.pt"):
+        state.unlink()
+    before = sorted(tmp_path.iterdir())
+    with pytest.raises(InputError, match=r"last\.pt is missing"):
+        Task(tmp_path).epochs()
+    assert sorted(tmp_path.iterdir()) == before
 
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
