@@ -13,13 +13,13 @@ def extract(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--split", choices=("train", "dev", "test"), action="append", help="default: all that are listed"
     )
-    parser.add_argument("--clear", action="store_true", help="delete the cached features of this encoder first")
+    parser.add_argument("--clear", action="store_true", help="compute what is cached of these photos anew")
     arguments, settings = parser.parse(argv)
 
     from capexp import experiment as experiments
     from capexp.data.cache import FeatureCache
     from capexp.data.captions import read_splits
-    from capexp.data.features import identify, load_encoder
+    from capexp.data.features import identify
     from capexp.preparation import read_features
 
     command.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
@@ -27,11 +27,8 @@ def extract(argv: list[str] | None = None) -> int:
     splits = list(read_splits(experiment.captions, arguments.split).values())
     identity = identify(experiment.features)
     cache = FeatureCache(experiment.features.cache, identity)
-    if arguments.clear:
-        load_encoder(experiment.features)  # what cannot be computed again is not deleted
-        cache.path.unlink(missing_ok=True)
     start = time.perf_counter()
-    features = read_features(experiment, splits, identity)
+    features = read_features(experiment, splits, identity, anew=arguments.clear)
     seconds = time.perf_counter() - start
     count = sum(len(part) for part in features.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

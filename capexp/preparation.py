@@ -84,8 +84,10 @@ def prepare(experiment: Experiment, data: Read | None = None) -> Prepared:
     return Prepared(data.splits, features, data.vocabulary, data.encoder, data.decoder_parameters)
 
 
-def read_features(experiment: Experiment, splits: list[Split], identity: EncoderIdentity) -> dict[SplitName, Features]:
-    """The features of some splits, from the cache or computed now, all in one pass."""
+def read_features(
+    experiment: Experiment, splits: list[Split], identity: EncoderIdentity, anew: bool = False
+) -> dict[SplitName, Features]:
+    """The features of some splits, from the cache or computed now, all in one pass; ``anew``: all computed now."""
     device = choose_device(experiment.training.device)
 
     def load() -> Encoder:
@@ -94,7 +96,7 @@ def read_features(experiment: Experiment, splits: list[Split], identity: Encoder
 
     cache = FeatureCache(experiment.features.cache, identity)
     paths = [path for split in splits for path in split.paths()]
-    whole = cache_features(paths, cache, load, experiment.features.batch_size)
+    whole = cache_features(paths, cache, load, experiment.features.batch_size, anew)
     bounds = np.cumsum([0] + [len(split.photos) for split in splits])
     return {
         split.name: whole.part(start, stop) for split, start, stop in zip(splits, bounds[:-1], bounds[1:], strict=True)

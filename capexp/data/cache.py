@@ -8,9 +8,11 @@ photo has another digest and so a record of its own.
 
 import json
 import logging
+import os
 import zlib
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
+from contextlib import contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -29,6 +31,7 @@ log = logging.getLogger(__name__)
 
 _MAGIC = b"capexp features 1\n"
 _HEADER = 4096
+_COPIED = 256  # records at a time
 
 
 class FeatureCache:
@@ -46,7 +49,9 @@ class FeatureCache:
         Raises:
             InputError: the file belongs to another encoder, or is no feature cache.
         """
-        records = self._records()
+        return self._rows(self._records(), digests)
+
+    def _rows(self, records: NDArray[Any], digests: list[bytes]) -> NDArray[np.int64]:
         rows = {}
         wanted = set(digests)
         for row, photo in enumerate(records["photo"]):
@@ -63,15 +68,19 @@ class FeatureCache:
 
     def open(self, digests: list[bytes]) -> "Features":
         """The features of photos that are all in the cache."""
-        rows = self.lookup(digests)
+        records = self._records()
+        rows = self._rows(records, digests)
         assert (rows >= 0).all(), f"{self.path}: {(rows < 0).sum()} photos are not in the cache"
-        return Features(self._records()["features"], rows)
+        return Features(records["features"], rows)
 
-    def extend(self, photos: list[Path], digests: list[bytes], encoder: Encoder, batch_size: int) -> int:
+    def extend(
+        self, photos: list[Path], digests: list[bytes], encoder: Encoder, batch_size: int, anew: bool = False
+    ) -> int:
         """Computes the features of the photos that the cache lacks, and returns how many these were.
 
         A second process that wants the same waits, and then finds them. Memory holds a few batches, whatever
-        the number of photos.
+        the number of photos. ``anew`` computes those of all these photos, and the file stays as it was until they
+        are whole; those of other photos stay.
 
         Raises:
             InputError: pictures that cannot be read; all are counted and the first few named, the others are kept.
@@ -79,9 +88,10 @@ class FeatureCache:
         assert encoder.identity.key() == self.identity.key()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
-            lacking = dict.fromkeys(digests)
-            rows = self.lookup(list(lacking))
-            absent = {digest for digest, row in zip(lacking, rows, strict=True) if row < 0}
+            self._beside.unlink(missing_ok=True)  # of a renewal that was killed
+            absent = set(digests)
+            if not anew:
+                absent -= {digest for digest, row in zip(digests, self.lookup(digests), strict=True) if row >= 0}
             # Equal files under several names have one digest and are computed once.
             todo: dict[bytes, list[Path]] = {}
             for path, digest in zip(photos, digests, strict=True):
@@ -91,7 +101,8 @@ class FeatureCache:
                 return 0
             bad: list[Path] = []
             faults: list[InputError] = []
-            with self._appending() as file, tqdm(total=len(todo), unit="photo", desc="features") as progress:
+            opened = self._renewing(absent) if anew else self._appending()
+            with opened as file, tqdm(total=len(todo), unit="photo", desc="features") as progress:
                 for batch in _decoded(todo, encoder.identity.size, batch_size):
                     good = [(digest, pixels) for digest, pixels in batch if not isinstance(pixels, InputError)]
                     for digest, pixels in batch:
@@ -105,11 +116,11 @@ class FeatureCache:
                         records["check"] = [zlib.crc32(row) for row in records["features"]]
                         self._write(file, records)
                     progress.update(len(batch))
-            if len(bad) == 1:
-                raise faults[0]
-            if bad:
-                names = listed([str(path) for path in bad])
-                raise InputError(f"{len(bad)} photos cannot be read as pictures: {names}; replace them")
+                if len(bad) == 1:
+                    raise faults[0]
+                if bad:
+                    names = listed([str(path) for path in bad])
+                    raise InputError(f"{len(bad)} photos cannot be read as pictures: {names}; replace them")
             return len(todo)
 
     def _write(self, file: Any, records: NDArray[Any]) -> None:
@@ -138,6 +149,26 @@ class FeatureCache:
         if count == 0:
             return np.empty(0, self._record)
         return np.memmap(self.path, self._record, mode="r", offset=_HEADER, shape=(count,))
+
+    @property
+    def _beside(self) -> Path:
+        return self.path.with_suffix(".part")
+
+    @contextmanager
+    def _renewing(self, photos: set[bytes]) -> Iterator[Any]:
+        """A file with the records of all but some photos, which takes the place of the old one after the block."""
+        records = self._records()
+        try:
+            with self._beside.open("wb") as file:
+                file.write(self._header())
+                for start in range(0, len(records), _COPIED):
+                    part = records[start : start + _COPIED]
+                    self._write(file, part[[bytes(photo).ljust(32, b"\0") not in photos for photo in part["photo"]]])
+                yield file
+                os.fsync(file.fileno())
+            self._beside.replace(self.path)
+        finally:
+            self._beside.unlink(missing_ok=True)
 
     def _appending(self) -> Any:
         """The file, open at the end of its last whole record."""
@@ -182,9 +213,9 @@ class Features:
 
 
 def cache_features(
-    photos: list[Path], cache: FeatureCache, encoder: Callable[[], Encoder], batch_size: int
+    photos: list[Path], cache: FeatureCache, encoder: Callable[[], Encoder], batch_size: int, anew: bool = False
 ) -> Features:
-    """The features of photos, those that the cache lacks computed first.
+    """The features of photos, those that the cache lacks computed first, or all of them ``anew``.
 
     The encoder is only loaded if it is needed.
 
@@ -192,8 +223,8 @@ def cache_features(
         InputError: as :meth:`FeatureCache.extend`, or the encoder's weights cannot be had.
     """
     digests = digest_photos(photos)
-    if (cache.lookup(digests) < 0).any():
-        cache.extend(photos, digests, encoder(), batch_size)
+    if anew or (cache.lookup(digests) < 0).any():
+        cache.extend(photos, digests, encoder(), batch_size, anew)
     return cache.open(digests)
 
 

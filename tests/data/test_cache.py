@@ -240,6 +240,33 @@ def test_bad_photos_are_all_named_and_the_good_ones_kept(tmp_path: Path, encoder
     cache_features([photos[1], photos[3]], cache, never, 2)
 
 
+def test_computed_anew_they_replace_the_old_and_those_of_other_photos_stay(
+    cache: FeatureCache, photos: list[Path], encoder: Encoder
+) -> None:
+    before = all_of(cache.open(digest_photos(photos)))
+    with cache.path.open("r+b") as file:  # another value with its right checksum: only computing mends it
+        file.seek(HEADER + 2 * RECORD)
+        record = file.read(RECORD)
+        file.seek(HEADER + 1 * RECORD + 32)
+        file.write(record[32:])
+    assert np.array_equal(all_of(cache.open(digest_photos(photos)))[1], before[2])
+    renewed = cache_features(photos[:2], cache, lambda: encoder, 2, anew=True)
+    np.testing.assert_allclose(all_of(renewed), before[:2], rtol=2e-2, atol=1e-1)
+    assert np.array_equal(all_of(cache.open(digest_photos(photos)))[2:], before[2:])
+    assert sorted(digests_in(cache)) == sorted(digest_photos(photos)), "each photo once"
+
+
+def test_what_cannot_be_computed_anew_stays_as_it_was(
+    cache: FeatureCache, photos: list[Path], encoder: Encoder
+) -> None:
+    photos[1].write_bytes(b"no picture")
+    before = cache.path.read_bytes()
+    with pytest.raises(InputError, match="cannot be read as a picture"):
+        cache_features(photos, cache, lambda: encoder, 2, anew=True)
+    assert cache.path.read_bytes() == before
+    assert [path.suffix for path in cache.path.parent.iterdir() if path.suffix != ".lock"] == [".features"]
+
+
 EXTEND = """
 import sys
 from pathlib import Path
