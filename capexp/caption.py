@@ -37,7 +37,8 @@ def caption(argv: list[str] | None = None) -> int:
         elif arguments.json:
             others = [{"caption": one.text, "log_probability": one.log_probability} for one in result.alternatives]
             record = {"photo": str(photo), "caption": result.text, "log_probability": result.log_probability}
-            print(json.dumps(record | {"alternatives": others}, ensure_ascii=False))
+            line = json.dumps(record | {"alternatives": others}, ensure_ascii=False)
+            print(line.encode(errors="backslashreplace").decode())  # JSON is UTF-8, whatever a file is named
         else:
             print(f"{photo}\t{result.text}")
     return status

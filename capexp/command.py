@@ -2,6 +2,7 @@
 
 import argparse
 import contextlib
+import io
 import logging
 import os
 import signal
@@ -73,6 +74,11 @@ def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scene
     )
 
 
+def experiment_of(arguments: argparse.Namespace) -> str:
+    """The experiment that the flags name, or the embedded one where they name none."""
+    return "scenes" if arguments.experiment is None else str(arguments.experiment)
+
+
 def add_measured(parser: argparse.ArgumentParser) -> None:
     """The flags that name what a captioner is measured on."""
     parser.add_argument(
@@ -124,6 +130,9 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Large photos are refused at a limit of our own.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
+    # Names of files that are not UTF-8 are printed as the bytes they are.
+    if isinstance(sys.stdout, io.TextIOWrapper):
+        sys.stdout.reconfigure(errors="surrogateescape")
     signal.signal(signal.SIGTERM, _interrupt)
     signal.signal(signal.SIGINT, _interrupt)
     try:

@@ -23,7 +23,7 @@ def compare(argv: list[str] | None = None) -> int:
     from capexp.training.fit import choose_device
 
     command.refuse_idle(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
-    experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
+    experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     first, second = [Captioner.load(find_bundle(model), device) for model in arguments.models]
     for captioner in (first, second):

@@ -23,7 +23,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     command.refuse_idle(
         parser, settings, ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")
     )
-    experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
+    experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     captioner = Captioner.load(find_bundle(arguments.model), device)
     captioner.decoding = experiments.override_decoding(captioner.decoding, settings)

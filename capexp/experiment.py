@@ -6,6 +6,7 @@ line, the param in MLflow and the parameter of a study.
 
 import difflib
 import json
+import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -27,7 +28,9 @@ FOLDER = Path(__file__).parents[1] / "experiments"
 SECTIONS = ("captions", "vocabulary", "features", "model", "training", "decoding", "registry", "tune")
 
 Settings = dict[str, Any]
-NAME = r"^\w[\w .-]*$"  # of experiments and models: no separator of paths, URIs or lines
+NAME = r"^\w[\w .-]{0,99}$"  # of experiments, models and studies: no separator of paths, URIs or lines
+
+_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last: of file names that are not UTF-8
 
 
 class RegistryConfig(BaseModel):
@@ -95,7 +98,9 @@ def load(path: Path, overrides: Mapping[str, object]) -> Experiment:
     """
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except (tomllib.TOMLDecodeError, UnicodeDecodeError) as error:
+    except RecursionError:
+        raise InputError(f"{path}: not TOML that can be read (tables or lists too deep); mend it") from None
+    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and of int() with thousands of digits
         raise InputError(f"{path}: not TOML ({error}); mend it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
@@ -198,6 +203,9 @@ def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str
 
 
 def _validate(settings: Settings, source: str) -> Experiment:
+    for name, value in flatten(settings):
+        if isinstance(value, str) and _UNFIT.search(value):
+            raise InputError(f"{source}: {name} = {value[:60]!r}: no setting holds control characters; take them out")
     try:
         # As JSON, strict: text is taken for a path but not for a number, a whole number for a float.
         return Experiment.model_validate_json(json.dumps(settings, default=_refuse_date), strict=True)

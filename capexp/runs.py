@@ -267,7 +267,7 @@ def _bundle(checkpoints: Checkpoints) -> Path:
 @contextmanager
 def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     """Copies the project's log to a file beside the checkpoints, and keeps it with the run however it ends."""
-    handler = logging.FileHandler(path, encoding="utf-8")
+    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("capexp")
     root.addHandler(handler)

@@ -21,7 +21,7 @@ def train(argv: list[str] | None = None) -> int:
     arguments, settings = parser.parse(argv)
     if arguments.resume == "":
         parser.error("--resume needs the id of a run")
-    if arguments.resume and arguments.experiment:
+    if arguments.resume and arguments.experiment is not None:
         parser.error("--resume takes the experiment from the run; leave --experiment out")
 
     from capexp import experiment as experiments
@@ -35,7 +35,7 @@ def train(argv: list[str] | None = None) -> int:
         if runs.is_complete(arguments.resume, experiment):
             parser.error(f"--resume {arguments.resume}: the run has finished; go on with --training.epochs N")
     else:
-        experiment = experiments.load(experiments.find(arguments.experiment or "scenes"), settings)
+        experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
     print(
         f"experiment {experiment.name}",
         *(f"  {name} = {value}" for name, value in experiment.flat().items()),

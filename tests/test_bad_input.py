@@ -256,7 +256,7 @@ ROWS = {
     "cache that is a file": Row(("a file; name a folder",), arguments=f"--features.cache {TOKENS}"),
     "resume of no run": Row(("--resume needs the id of a run",), arguments="--resume="),
     "resume without its captioner": Row(
-        ("no captioner (ep...) is left in it",),
+        ("nothing to go on from", "its captioner (ep001...) is missing"),
         lambda: gone(str(Path(bundle("manifest.json")).parent))(),
         "--training.epochs 2 --resume {run}",
     ),
@@ -307,6 +307,58 @@ ROWS = {
         ("--output data: a folder",), arguments="--model {bundle} --output data", command="evaluate"
     ),
     "comparison with nothing": Row(("--model nowhere",), arguments="{bundle} nowhere", command="compare"),
+    "experiment without a name": Row(("--experiment : neither a file nor",), arguments="--experiment="),
+    "name of 600 letters": Row(("--name xxx", "should match pattern"), arguments=f"--name {'x' * 600}"),
+    "number of 5,000 digits": Row(
+        ("mine.toml: not TOML",), lambda: replace("mine.toml", b"seed = " + b"9" * 5000), "--experiment mine.toml"
+    ),
+    "lists in lists": Row(
+        ("mine.toml: not TOML", "too deep"),
+        lambda: replace("mine.toml", b"seed = " + b"[" * 5000 + b"]" * 5000),
+        "--experiment mine.toml",
+    ),
+    "path with a zero byte": Row(
+        ("mine.toml: captions.photos = 'a\\x00b'", "control characters"),
+        lambda: replace(
+            "mine.toml", (ROOT / "experiments/scenes.toml").read_bytes().replace(b"Scenes_Dataset", b"a\\u0000b")
+        ),
+        "--experiment mine.toml",
+    ),
+    "path that is not UTF-8": Row(("captions.root = ", "control characters"), arguments="--captions.root caf\udce9"),
+    "captions file that is a pipe": Row(
+        (f"{TOKENS}: the captions file is no file",), both(gone(TOKENS), lambda: os.mkfifo(TOKENS))
+    ),
+    "list that is a pipe": Row(
+        (f"{LISTS['dev']}: the list of photos is no file",), both(gone(LISTS["dev"]), lambda: os.mkfifo(LISTS["dev"]))
+    ),
+    "photo that is a pipe": Row(
+        ("pipe.jpg: no such photo",), lambda: os.mkfifo("pipe.jpg"), "--model {bundle} pipe.jpg", "caption"
+    ),
+    "listed photo that is a pipe": Row(
+        (LISTS["train"], "are not in", "scene_0000.jpg"), both(gone(PHOTO), lambda: os.mkfifo(PHOTO))
+    ),
+    "two images with one id": Row(
+        ("two.json, images.1: id 7 is that of a.jpg already",),
+        lambda: replace(
+            "data/two.json",
+            b'{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}], "annotations": []}',
+        ),
+        "--captions.captions two.json",
+    ),
+    "database that is none": Row(
+        ("mlflow.db", "file is not a database"),
+        lambda: replace("mlflow.db", b"junk" * 5000),
+        "--model models:/capexp-scenes@champion " + PHOTO,
+        "caption",
+    ),
+    "database that is none, in training": Row(
+        ("mlflow.db", "file is not a database"), lambda: replace("mlflow.db", b"junk" * 5000)
+    ),
+    "states that are junk": Row(
+        ("nothing to go on from", "last.pt: not a whole training state", "train anew"),
+        lambda: replace(str(next(Path().glob("checkpoints/*/last.pt"))), b"junk"),
+        "--training.epochs 2 --resume {run}",
+    ),
     "output into no folder": Row(
         ("--output no/scores.json", "make it first"),
         arguments="--model {bundle} --output no/scores.json",
@@ -326,7 +378,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def runs() -> list[tuple[str, str]]:
-    if not Path("mlflow.db").exists():
+    if not Path("mlflow.db").exists() or not Path("mlflow.db").read_bytes().startswith(b"SQLite"):
         return []
     client = MlflowClient()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -427,10 +479,11 @@ from capexp.data.errors import InputError
 from capexp.training.checkpoints import Checkpoints, TrainingState
 
 checkpoints = Checkpoints(Path("."), 1)
+history = [{"number": 1, "improved": True}]
 Path("ep001-train1.000-dev1.000").mkdir()
-checkpoints.save_state(TrainingState({"weight": torch.ones(50_000)}, {}, []))
+checkpoints.save_state(TrainingState({"weight": torch.ones(50_000)}, {}, history))
 try:
-    checkpoints.save_state(TrainingState({"weight": torch.zeros(500_000)}, {}, []))
+    checkpoints.save_state(TrainingState({"weight": torch.zeros(500_000)}, {}, history))
 except InputError as error:
     print(error)
 assert checkpoints.latest().decoder["weight"].sum() == 50_000

@@ -9,6 +9,7 @@ import contextlib
 import errno
 import json
 import logging
+import lzma
 import re
 import shutil
 import stat
@@ -224,12 +225,14 @@ def unpack(
             raise ArchiveError(f"{archive}: {error}") from None
         except InputError:
             raise
-        except (zipfile.BadZipFile, zlib.error, EOFError, RuntimeError, ValueError) as error:
+        except (zipfile.BadZipFile, zlib.error, lzma.LZMAError, EOFError, RuntimeError, ValueError) as error:
             raise ArchiveError(f"{archive}: damaged, or no zip archive ({error})") from None
         except OSError as error:
-            if error.errno != errno.EINVAL:
-                raise
-            raise ArchiveError(f"{archive}: damaged, it tells of places outside itself") from None
+            if error.errno == errno.EINVAL:
+                raise ArchiveError(f"{archive}: damaged, it tells of places outside itself") from None
+            if error.errno is None:  # from bzip2, not from the system
+                raise ArchiveError(f"{archive}: damaged ({error})") from None
+            raise
         for path in sorted(staging.iterdir(), key=lambda path: path.name in needed):
             path.replace(folder / path.name)
         staging.rmdir()

@@ -153,6 +153,8 @@ def _read_json(path: Path) -> CaptionsFile:
             raise InputError(f"{where}: {name!r} stands there already; delete one")
         captions[name] = [sentence.raw for sentence in image.sentences]
         if image.id is not None:
+            if image.id in by_id:
+                raise InputError(f"{where}: id {image.id!r} is that of {by_id[image.id]} already; give each its own")
             by_id[image.id] = name
         if image.split is not None:
             if image.split not in _KARPATHY:
@@ -280,6 +282,8 @@ def _refuse_outside(name: str, where: str) -> None:
 
 
 def _content(path: Path, what: str) -> bytes:
+    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
+        raise InputError(f"{path}: the {what} is no file; check captions.root and the paths beside it")
     try:
         return path.read_bytes()
     except FileNotFoundError:

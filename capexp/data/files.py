@@ -29,13 +29,20 @@ def writing(path: Path) -> Iterator[None]:
 def write_whole(path: Path, text: str) -> Path:
     """Writes a text file beside and renames it, so that what it held before stays until all is there.
 
+    A link stays one, and the file that it leads to is written; a device or a pipe is written to.
+
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
+    path = path.resolve() if path.is_symlink() else path
+    if path.exists() and not path.is_file():
+        with writing(path):
+            path.write_text(text, encoding="utf-8")
+        return path
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
-            beside.write_text(text, encoding="utf-8")
+            beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
             beside.replace(path)
     finally:
         with suppress(OSError):

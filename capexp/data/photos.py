@@ -22,6 +22,8 @@ def read_photo(source: Path | bytes) -> Image.Image:
         InputError: nothing that can be decoded as a picture, or one of more than 100 megapixels.
     """
     name = str(source) if isinstance(source, Path) else "the photo"
+    if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for ever
+        raise InputError(f"{name}: no such file")
     try:
         with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
             width, height = image.size
@@ -31,8 +33,6 @@ def read_photo(source: Path | bytes) -> Image.Image:
             return _rgb(ImageOps.exif_transpose(image))
     except InputError:
         raise
-    except FileNotFoundError:
-        raise InputError(f"{name}: no such file") from None
     except Image.DecompressionBombError:
         raise InputError(f"{name}: more than {MAXIMUM_PIXELS:,} pixels; scale it down") from None
     except MemoryError:
@@ -70,7 +70,7 @@ def find_photos(names: list[str]) -> list[Path]:
         if path.is_dir():
             known = Image.registered_extensions()
             photos = [one for one in sorted(path.rglob("*")) if one.suffix.lower() in known and one.is_file()]
-        elif path.exists():
+        elif path.is_file():
             photos = [path]
         else:
             matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (pathlib takes no absolute patterns)

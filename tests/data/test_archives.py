@@ -426,7 +426,10 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
         unpack(tmp_path / "x.zip", tmp_path / "out", ("photos",))
 
 
-@pytest.mark.parametrize("method", [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED])
+METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+
+
+@pytest.mark.parametrize("method", METHODS)
 def test_a_changed_byte_is_noticed_or_changes_no_content(tmp_path: Path, method: int) -> None:
     whole = zipped({"photos/a.jpg": b"abcdefgh" * 4, "b.txt": b"x"}, method)
     path, folder = tmp_path / "x.zip", tmp_path / "out"
