@@ -10,7 +10,7 @@ import re
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
-from typing import Annotated, Any, Literal
+from typing import Annotated, Any
 
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
@@ -22,6 +22,7 @@ from capexp.data.errors import InputError
 from capexp.data.features import NETS, FeaturesConfig
 from capexp.data.vocabulary import VocabularyConfig
 from capexp.search import Choices, TuneConfig
+from capexp.tracking.score import Metric
 from capexp.training.fit import TrainingConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments"
@@ -40,7 +41,9 @@ class RegistryConfig(BaseModel):
 
     model: str = Field(pattern=NAME)
     """One name a data set, so that versions under it compare."""
-    metric: Literal["dev_loss"] = "dev_loss"
+    metric: Metric = "dev_loss"
+    """``dev_loss``: lower is better, of captioners with the same vocabulary; ``dev_cider``: higher is better, of
+    captions decoded as each captioner decodes."""
 
 
 class Experiment(BaseModel):

@@ -6,6 +6,7 @@ import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 
+from capexp import __version__
 from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
@@ -14,10 +15,18 @@ from capexp.measurement import Measured
 from capexp.preparation import Prepared
 from capexp.scoring.evaluation import perplexity
 from capexp.tracking import registry
-from capexp.tracking.registry import Score, Version
+from capexp.tracking.registry import Version
 from capexp.tracking.run import TrackedRun, git_commit
+from capexp.tracking.score import Score
 
 log = logging.getLogger(__name__)
+
+_SCORES = {
+    **{f"bleu_{order}": f"BLEU-{order}" for order in range(1, 5)},
+    "rouge_l": "ROUGE-L",
+    "cider": "CIDEr",
+}
+_SETTING_LENGTH = 80  # of one on the card, which may hold 5,000 letters in all
 
 
 def register(
@@ -42,7 +51,7 @@ def register(
             assert number is not None
         score = Score(
             experiment.registry.metric,
-            captioner.training.dev_loss,
+            {"dev_loss": captioner.training.dev_loss, "dev_cider": measured.scores.summary["cider"]},
             prepared.splits["dev"].digest(),
             prepared.vocabulary.digest(),
         )
@@ -82,28 +91,47 @@ def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, meas
 
     def told(key: str) -> str:
         low, high = intervals[key]
-        return f"{measured.scores.summary[key]:.3f} (95% {low:.3f} to {high:.3f})"
+        return f"{measured.scores.summary[key]:.3f} ({low:.3f} to {high:.3f})"
 
+    scores = ", ".join(f"{title} {told(key)}" for key, title in _SCORES.items())
     rows = {
         "dev loss": f"{nats:.4f} nats per token (perplexity {perplexity(nats):.2f}), epoch {best.epoch}",
         "dev loss, photos shuffled": f"{measured.blind.per_token:.4f}",
-        "dev captions": f"BLEU-4 {told('bleu_4')}, CIDEr {told('cider')}, by {_decoding(experiment)}",
+        "dev captions": f"{scores}: by {_decoding(experiment)}, with 95% bootstrap intervals over photos",
         "CIDEr, photos shuffled": f"{measured.scores.summary['cider_blind']:.3f}",
         "train loss": f"{best.train_loss:.4f} (dropout on)",
         "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
         "measured on": f"{len(dev.photos)} dev photos; the test split was not read",
         "vocabulary": f"{len(prepared.vocabulary)} entries, cleaning `{experiment.vocabulary.cleaning}`",
         "parameters": f"{prepared.decoder_parameters:,} trainable",
+        "seed": str(experiment.seed),
+        "code": f"capexp {__version__}, commit {git_commit() or 'unknown'}",
     }
     table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    settings = "\n".join(
+        f"{name} = {value[:_SETTING_LENGTH]}"
+        for name, value in experiment.flat().items()
+        if name.partition(".")[0] in ("vocabulary", "features", "model", "training", "decoding")
+    )
+    model = experiment.registry.model
     return f"""**{experiment.name}**: {experiment.model.decoder} decoder on {prepared.encoder}.
 
 | | |
 | --- | --- |
 {table}
 
-All settings are the params of the run, and `experiment.toml` among its artifacts.
-Load it with `mlflow.pyfunc.load_model("models:/{experiment.registry.model}@champion")`.
+It says what it has seen people say of such photos: of others it may be wrong, and sure of it.
+
+```python
+mlflow.pyfunc.load_model("models:/{model}@champion").predict(pandas.DataFrame({{"photo": [base64_text]}}))
+mlflow.MlflowClient().set_registered_model_alias("{model}", "champion", "1")  # go back to version 1
+```
+
+Settings; the whole of them is `experiment.toml` among the run's artifacts:
+
+```
+{settings}
+```
 """
 
 

@@ -21,6 +21,7 @@ from PIL import Image
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.data.features import State
+from capexp.tracking.score import Score
 from capexp.tracking.store import (
     artifact_faults,
     is_missing,
@@ -49,24 +50,6 @@ _SIGNATURE = ModelSignature(
     # None: as the bundle says.
     params=ParamSchema([ParamSpec("method", DataType.string, None), ParamSpec("beam_width", DataType.long, None)]),
 )
-
-
-@dataclass(frozen=True)
-class Score:
-    """What the champion is chosen by: a metric, and what it was measured on."""
-
-    metric: str
-    value: float
-    dev_digest: str
-    vocabulary_digest: str
-
-    def tags(self) -> dict[str, str]:
-        """The score as tags of a version."""
-        return {
-            self.metric: repr(self.value),
-            "dev_digest": self.dev_digest,
-            "vocabulary_digest": self.vocabulary_digest,
-        }
 
 
 @dataclass(frozen=True)
@@ -165,27 +148,12 @@ def crown(name: str, number: str, score: Score, force: bool) -> Version:
         if holder is None:
             earned, reason = True, "the first champion"
         else:
-            earned, reason = compare(score, dict(client.get_model_version(name, holder).tags), holder)
+            earned, reason = score.beats(client.get_model_version(name, holder).tags, holder)
         if force and not earned:
             earned, reason = True, f"forced, though {reason}"
         if earned:
             client.set_registered_model_alias(name, CHAMPION, number)
     return Version(name, number, earned, reason)
-
-
-def compare(score: Score, champion: Mapping[str, str], holder: str) -> tuple[bool, str]:
-    """Whether a score beats the tags of the champion, version ``holder``, and why or why not."""
-    if champion.get("dev_digest") != score.dev_digest:
-        return False, f"version {holder} was measured on another dev split"
-    if champion.get("vocabulary_digest") != score.vocabulary_digest:
-        return False, f"version {holder} has another vocabulary, so losses do not compare"
-    try:
-        old = float(champion[score.metric])
-    except (KeyError, ValueError):
-        return False, f"version {holder} has no {score.metric}"
-    if score.value < old:
-        return True, f"{score.metric} {score.value:.4f} is better than {old:.4f} of version {holder}"
-    return False, f"{score.metric} {score.value:.4f} is not better than {old:.4f} of version {holder}"
 
 
 def champion_of(name: str) -> str | None:
