@@ -24,7 +24,7 @@ from capexp.search import Pruned
 from capexp.tracking import registry
 from capexp.tracking.registry import Version
 from capexp.tracking.report import Sample, draw_curves, write_gallery
-from capexp.tracking.run import Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
+from capexp.tracking.run import PARENT, Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
 from capexp.tracking.store import prepare_store
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
@@ -32,7 +32,8 @@ from capexp.training.fit import Epoch, choose_device, fit, is_finished
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints")
-_SETTINGS = "experiment.toml"
+SETTINGS = "experiment.toml"
+"""What a run is resumed by, among its checkpoints."""
 _SAMPLES = 24  # photos in the gallery
 _DIFFERENT_ON_RESUME = ("training.epochs", "training.patience")
 
@@ -57,7 +58,10 @@ def settings_of(run_id: str) -> Experiment:
         InputError: the run is unknown, or has left nothing here to go on from.
     """
     status = run_status(run_id)
-    path = CHECKPOINTS / run_id / _SETTINGS
+    path = CHECKPOINTS / run_id / SETTINGS
+    above = run_tags(run_id).get(PARENT)
+    if above is not None:
+        raise InputError(f"--resume {run_id}: it is one of several under run {above}; go on with what started that one")
     if not path.is_file():
         raise InputError(
             f"--resume {run_id}: the run is {status}, but {path} is missing; resume where it was started, or train anew"
@@ -86,13 +90,15 @@ def run(
     *,
     resume: str | None = None,
     parent: str | None = None,
+    name: str | None = None,
     folder: Path = CHECKPOINTS,
     register_model: bool = True,
     promote: bool = False,
 ) -> Generator[Epoch, None, Result]:
     """Trains, tracks and registers; yields every epoch as it is logged, and returns what came of it.
 
-    Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
+    The run has the experiment's name, or ``name`` where it is one of several, nested under ``parent``. Its checkpoints
+    go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
     ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
     ``register_model=False`` (a trial of a study) the model is neither logged nor registered; its bundle stays among
     the checkpoints.
@@ -104,18 +110,20 @@ def run(
     prepare_store()
     with ExitStack() as stack:
         if resume is None:
-            _refuse_trained(folder)
+            refuse_trained(folder)
         else:
-            _refuse_other_data(resume, prepared)
-            stack.enter_context(_alone(folder / resume))  # before the run's state is touched
-        tracked = stack.enter_context(tracked_run(experiment.name, experiment.name, resume=resume, parent=parent))
+            refuse_other_data(resume, prepared)
+            stack.enter_context(alone(folder / resume))  # before the run's state is touched
+        tracked = stack.enter_context(
+            tracked_run(name or experiment.name, experiment.name, resume=resume, parent=parent)
+        )
         checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
         if resume is None:
-            stack.enter_context(_alone(checkpoints.folder))
+            stack.enter_context(alone(checkpoints.folder))
         else:
             checkpoints.clear_parts()
             registry.discard_unfinished(resume)
-        settings = write_whole(checkpoints.folder / _SETTINGS, experiment.to_toml())  # what a run is resumed by
+        settings = write_whole(checkpoints.folder / SETTINGS, experiment.to_toml())  # what a run is resumed by
         with _log_file(checkpoints.folder / "log.txt", tracked):
             log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, experiment.to_toml())
             _log_beginning(tracked, experiment, prepared, str(device), settings)
@@ -186,13 +194,13 @@ def study_run(experiment: Experiment, prepared: Prepared, name: str, held: str |
     with tracked_run(name, experiment.name, resume=resume) as tracked:
         params = dict(experiments.flatten(experiment.model_dump(mode="json")))
         tracked.log_params({key: str(value) for key, value in params.items()})
-        tracked.set_tags(_tags(prepared) | {"study": name, "device": experiment.training.device})
+        tracked.set_tags(tags_of(prepared) | {"study": name, "device": experiment.training.device})
         yield tracked
 
 
 def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promote: bool) -> Version:
     """Registers the best captioner of a trial, from its checkpoints, under the study's run."""
-    experiment = experiments.load(folder / _SETTINGS, {})
+    experiment = experiments.load(folder / SETTINGS, {})
     captioner = Captioner.load(_bundle(Checkpoints(folder, experiment.training.keep)))
     measured = measure(experiment, prepared, captioner)
     assert captioner.training is not None
@@ -219,7 +227,7 @@ def _log_beginning(
     tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path
 ) -> None:
     tracked.log_params(experiment.flat() | {"decoder_parameters": str(prepared.decoder_parameters)})
-    tracked.set_tags(_tags(prepared) | {"device": device})
+    tracked.set_tags(tags_of(prepared) | {"device": device})
     digests = {name: split.digest() for name, split in prepared.splits.items()}
     lists = experiment.captions
     tracked.log_inputs(
@@ -231,7 +239,8 @@ def _log_beginning(
     tracked.log_artifact(settings)
 
 
-def _tags(prepared: Prepared) -> dict[str, str]:
+def tags_of(prepared: Prepared) -> dict[str, str]:
+    """What was trained on, and by which code, as tags of a run."""
     return {
         "git_commit": git_commit(),
         "data_digest": prepared.data_digest(),
@@ -284,7 +293,7 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
 
 
 @contextmanager
-def _alone(folder: Path) -> Iterator[None]:
+def alone(folder: Path) -> Iterator[None]:
     """Holds a run's checkpoints for one process; the system lets go of them however that ends."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -299,7 +308,7 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
-def _refuse_trained(folder: Path) -> None:
+def refuse_trained(folder: Path) -> None:
     """A new run that adopts one by ``MLFLOW_RUN_ID`` must not train over what an earlier process left."""
     adopted = adopted_run()
     if adopted is None:
@@ -309,9 +318,9 @@ def _refuse_trained(folder: Path) -> None:
         raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
 
 
-def _refuse_other_data(run_id: str, prepared: Prepared) -> None:
+def refuse_other_data(run_id: str, prepared: Prepared) -> None:
     """A resumed run must find the data, the words and the encoder that it was started with."""
-    held, now = run_tags(run_id), _tags(prepared)
+    held, now = run_tags(run_id), tags_of(prepared)
     for name in ("data_digest", "vocabulary_digest", "encoder_key"):
         if name in held and held[name] != now[name]:
             raise InputError(
@@ -320,9 +329,9 @@ def _refuse_other_data(run_id: str, prepared: Prepared) -> None:
             )
 
 
-def is_complete(run_id: str, experiment: Experiment) -> bool:
+def is_complete(run_id: str, experiment: Experiment, folder: Path = CHECKPOINTS) -> bool:
     """Whether a resumed run would find nothing left to do."""
-    state = Checkpoints(CHECKPOINTS / run_id, experiment.training.keep).latest()
+    state = Checkpoints(folder / run_id, experiment.training.keep).latest()
     if state is None or run_status(run_id) != "FINISHED":
         return False
     return is_finished([Epoch(**record) for record in state.history], experiment.training)

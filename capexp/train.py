@@ -8,6 +8,7 @@ from capexp import command
 
 if TYPE_CHECKING:
     from capexp.runs import Result
+    from capexp.seeds import Seeds
     from capexp.training.fit import Epoch
 
 
@@ -16,6 +17,9 @@ def train(argv: list[str] | None = None) -> int:
     parser = command.Parser("train", __doc__)
     command.add_experiment(parser, default=None)
     parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run that was stopped")
+    parser.add_argument(
+        "--seeds", type=int, metavar="N", help="train at N seeds, in turn: mean and spread of what comes"
+    )
     parser.add_argument("--promote", action="store_true", help="make the model champion whatever it scores")
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, then stop")
     arguments, settings = parser.parse(argv)
@@ -26,13 +30,18 @@ def train(argv: list[str] | None = None) -> int:
 
     from capexp import experiment as experiments
 
+    count: int | None = arguments.seeds
     if arguments.resume:
-        from capexp import runs
+        from capexp import runs, seeds
 
         before = runs.settings_of(arguments.resume)
         experiment = experiments.replace(before, settings)
         runs.refuse_other_settings(before, experiment)
-        if runs.is_complete(arguments.resume, experiment):
+        held = seeds.seeds_of(arguments.resume)
+        if held is None and count is not None:
+            parser.error(f"--resume {arguments.resume}: it is a run at one seed; leave --seeds out")
+        count = count or held
+        if count is None and runs.is_complete(arguments.resume, experiment):
             parser.error(f"--resume {arguments.resume}: the run has finished; go on with --training.epochs N")
     else:
         experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
@@ -53,10 +62,12 @@ def train(argv: list[str] | None = None) -> int:
         if lacking and not encoder_at_hand(experiment.features):
             print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
         return 0
-    from capexp import runs
+    from capexp import runs, seeds
     from capexp.tracking.store import check_store
     from capexp.training.checkpoints import refuse_cramped
 
+    if count is not None:
+        seeds.check_count(count, experiment)
     check_store()
     refuse_cramped(runs.CHECKPOINTS, data.decoder_parameters, experiment.training.keep)
     prepared = prepare(experiment, data)
@@ -68,6 +79,16 @@ def train(argv: list[str] | None = None) -> int:
         f"{len(prepared.vocabulary):,} entries, {prepared.decoder_parameters:,} trainable parameters",
         flush=True,
     )
+    if count is not None:
+        started = seeds.run_seeds(experiment, prepared, count, resume=arguments.resume, promote=arguments.promote)
+        with closing(started) as epochs_of_seeds:
+            while True:
+                try:
+                    seed, epoch = next(epochs_of_seeds)
+                    _print_epoch(epoch, f"seed {seed:3d}   ")
+                except StopIteration as stop:
+                    _print_seeds(stop.value)
+                    return 0
     with closing(runs.run(experiment, prepared, resume=arguments.resume, promote=arguments.promote)) as epochs:
         while True:
             try:
@@ -77,13 +98,24 @@ def train(argv: list[str] | None = None) -> int:
                 return 0
 
 
-def _print_epoch(epoch: "Epoch") -> None:
+def _print_epoch(epoch: "Epoch", before: str = "") -> None:
     star = "  *" if epoch.improved else ""
     print(
-        f"epoch {epoch.number:3d}   train {epoch.train_loss:.4f}   dev {epoch.dev_loss:.4f}   "
+        f"{before}epoch {epoch.number:3d}   train {epoch.train_loss:.4f}   dev {epoch.dev_loss:.4f}   "
         f"{epoch.seconds:.1f} s{star}",
         flush=True,
     )
+
+
+def _print_seeds(result: "Seeds") -> None:
+    shown = ("best_dev_loss", "dev_loss_blind", "dev_bleu_1", "dev_bleu_4", "dev_rouge_l", "dev_cider")
+    print(f"\nrun         {result.run_id}\n")
+    print(f"{'seed':16}", *(f"{name:>14}" for name in shown), sep="")
+    for seed, metrics in result.metrics.items():
+        print(f"{seed:<16}", *(f"{metrics[name]:14.4f}" for name in shown), sep="")
+    print(f"{'mean':16}", *(f"{result.spreads[name].mean:14.4f}" for name in shown), sep="")
+    print(f"{'deviation':16}", *(f"{result.spreads[name].deviation:14.4f}" for name in shown), sep="")
+    print(f"\nregistered  {result.version.describe()}")
 
 
 def _print_result(name: str, result: "Result") -> None:

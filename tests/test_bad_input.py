@@ -345,6 +345,8 @@ ROWS = {
         ),
         "--captions.captions two.json",
     ),
+    "one seed": Row(("--seeds 1: fewer than two seeds",), arguments="--seeds 1"),
+    "seeds of a run at one": Row(("leave --seeds out",), arguments="--seeds 2 --resume {run}"),
     "database that is none": Row(
         ("mlflow.db", "file is not a database"),
         lambda: replace("mlflow.db", b"junk" * 5000),

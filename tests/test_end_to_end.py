@@ -390,6 +390,39 @@ def test_a_version_without_its_card_is_taken_up_or_deleted(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
+def test_several_seeds_are_nested_runs_with_mean_and_spread_and_go_on_when_killed(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    settings = ("--seed", "5", "--training.epochs", "2", "--training.precision", "float32", *SMALL)
+    process = folder.start(sys.executable, "-m", "capexp.train", "--seeds", "2", *settings)
+    wait_for(lambda: len(list(tmp_path.glob("checkpoints/*/*/ep*"))) > 1)  # the second seed has begun
+    process.kill()
+    process.communicate()
+    parent, first, *_ = folder.runs()
+    printed = folder.run("train", "--resume", parent.info.run_id)
+    assert "seed   6   epoch   2" in printed.stdout
+    assert f"it is one of several under run {parent.info.run_id}" in (
+        folder.run("train", "--resume", first.info.run_id, status=2).stderr
+    )
+    parent, *children = folder.runs()
+    assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 3
+    assert [run.data.params["seed"] for run in children] == ["5", "6"]
+    assert {run.data.tags["mlflow.parentRunId"] for run in children} == {parent.info.run_id}
+    losses_of = [run.data.metrics["best_dev_loss"] for run in children]
+    assert parent.data.metrics["best_dev_loss_mean"] == pytest.approx(np.mean(losses_of))
+    assert parent.data.metrics["best_dev_loss_std"] == pytest.approx(np.std(losses_of, ddof=1))
+    assert parent.data.metrics["dev_cider_std"] > 0
+    best = children[int(np.argmin(losses_of))]
+    assert parent.data.tags["best_run"] == best.info.run_id
+    (version,) = folder.client.search_model_versions("name='capexp-scenes'")
+    assert float(version.tags["dev_loss"]) == min(losses_of)
+    alone = Folder(tmp_path / "alone")
+    alone.path.mkdir()
+    alone.run("train", *settings[:1], "6", *settings[2:])
+    (single,) = alone.runs()
+    assert single.data.metrics["best_dev_loss"] == losses_of[1], "a seed gives the same alone"
+
+
+@pytest.mark.slow
 def test_a_killed_extraction_goes_on_and_two_at_once_share_the_work(tmp_path: Path, vgg16: Path) -> None:
     folder = Folder(tmp_path)
     words = (

@@ -20,6 +20,8 @@ from capexp.tracking.store import artifact_faults, is_missing, require_store, st
 
 log = logging.getLogger(__name__)
 
+PARENT = "mlflow.parentRunId"
+"""The tag that names the run that a run is nested under."""
 _PARAM_LENGTH = 6000  # MLflow's limit
 _BATCH = 100  # params that MLflow takes at once
 _SAMPLING_SECONDS = 5.0  # of system metrics; runs on small data are short
@@ -87,6 +89,14 @@ def run_tags(run_id: str) -> dict[str, str]:
     """The tags of a run; none where there is no such run."""
     run = _find(run_id)
     return {} if run is None else dict(run.data.tags)
+
+
+def nested_runs(run_id: str) -> list[Run]:
+    """The runs under a run, the first started first."""
+    client = MlflowClient()
+    experiment = client.get_run(run_id).info.experiment_id
+    under = f"tags.`{PARENT}` = '{run_id}'"
+    return list(client.search_runs([experiment], under, max_results=10_000, order_by=["attributes.start_time"]))
 
 
 def adopted_run() -> str | None:
