@@ -123,6 +123,7 @@ def tracked_run(
 ) -> Iterator[TrackedRun]:
     """Starts a run, or goes on with one, and ends it in the state that fits how the block was left.
 
+    With ``parent`` it is nested, in the parent's experiment.
     Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED, tagged
     ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
     """
@@ -134,7 +135,12 @@ def tracked_run(
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
         run = mlflow.start_run(
-            run_id=resume, run_name=name, nested=parent is not None, parent_run_id=parent, log_system_metrics=True
+            run_id=resume,
+            experiment_id=None if parent is None else client.get_run(parent).info.experiment_id,
+            run_name=name,
+            nested=parent is not None,
+            parent_run_id=parent,
+            log_system_metrics=True,
         )
         # The web page opens on what fits the training of models, instead of asking.
         client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
