@@ -32,7 +32,7 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage above it."""
-        self.exit(USAGE, f"capexp.{self.command}: {message}; see --help\n")
+        self.exit(USAGE, f"capexp.{self.command}: {' '.join(message.split())}; see --help\n")
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The command's own flags, and the settings among the others by dotted name."""
@@ -103,8 +103,11 @@ def refuse_output(parser: Parser, output: Path | None) -> None:
     """Refuses a file that could not be written, before any work is done."""
     if output is None:
         return
-    if not output.absolute().parent.is_dir():
-        parser.error(f"--output {output}: no folder {output.parent}; make it first")
+    folder = Path(os.path.realpath(output)).parent
+    if not folder.is_dir() and not output.exists():
+        parser.error(f"--output {output}: no folder {folder if output.is_symlink() else output.parent}; make it first")
+    if Path(os.path.realpath(output)).is_symlink():
+        parser.error(f"--output {output}: a link that leads to itself")
     if output.is_dir():
         parser.error(f"--output {output}: a folder; name a file in it")
 

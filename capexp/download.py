@@ -48,6 +48,8 @@ def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool
     from capexp.data.archives import ArchiveError, fetch, unpack
     from capexp.data.errors import InputError
 
+    if "://" in source and not _is_url(source):
+        raise InputError(f"--source {source}: neither a folder nor an http or https URL")
     archives = contents.archives()
     try:
         output.mkdir(parents=True, exist_ok=True)

@@ -4,6 +4,7 @@ A setting has one name everywhere: ``training.learning_rate`` is the key in the 
 line, the param in MLflow and the parameter of a study.
 """
 
+import datetime
 import difflib
 import json
 import re
@@ -31,6 +32,7 @@ SECTIONS = ("captions", "vocabulary", "features", "model", "training", "decoding
 Settings = dict[str, Any]
 NAME = r"^\w[\w .-]{0,99}$"  # of experiments, models and studies: no separator of paths, URIs or lines
 
+_DEPTH = 20  # of tables and lists in a file
 _UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last: of file names that are not UTF-8
 
 
@@ -101,9 +103,8 @@ def load(path: Path, overrides: Mapping[str, object]) -> Experiment:
     """
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
-    except RecursionError:
-        raise InputError(f"{path}: not TOML that can be read (tables or lists too deep); mend it") from None
-    except ValueError as error:  # TOMLDecodeError, UnicodeDecodeError, and of int() with thousands of digits
+        _refuse_odd(settings, 0)
+    except (ValueError, RecursionError) as error:  # of TOML, UTF-8, numbers of thousands of digits, depth
         raise InputError(f"{path}: not TOML ({error}); mend it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
@@ -111,6 +112,22 @@ def load(path: Path, overrides: Mapping[str, object]) -> Experiment:
     for name, value in overrides.items():
         _set(settings, name, value)
     return _validate(settings, str(path))
+
+
+def _refuse_odd(value: object, depth: int, name: str = "") -> None:
+    """Refuses what TOML allows and no setting is, so that nothing after it stumbles."""
+    if depth > _DEPTH:
+        raise ValueError("tables or lists too deep")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _refuse_odd(inner, depth + 1, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _refuse_odd(inner, depth + 1, name)
+    elif isinstance(value, datetime.date | datetime.time):
+        raise ValueError(f"{name} = {value} is a date or time, which no setting is")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} is a number of more than 64 bits")
 
 
 def replace(experiment: Experiment, overrides: Mapping[str, object]) -> Experiment:
@@ -210,17 +227,11 @@ def _validate(settings: Settings, source: str) -> Experiment:
         if isinstance(value, str) and _UNFIT.search(value):
             raise InputError(f"{source}: {name} = {value[:60]!r}: no setting holds control characters; take them out")
     try:
-        # As JSON, strict: text is taken for a path but not for a number, a whole number for a float.
-        return Experiment.model_validate_json(json.dumps(settings, default=_refuse_date), strict=True)
+        # As JSON, strict: text is taken for a path but not for a number, a whole number for a float. Paths come from
+        # overrides in Python.
+        return Experiment.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
         raise InputError(f"{source}: {_explain(error)}") from None
-
-
-def _refuse_date(value: object) -> str:
-    """Paths come from overrides in Python; what else JSON has no word for is TOML's dates and times."""
-    if isinstance(value, Path):
-        return str(value)
-    raise InputError(f"{value} is a date or time, which no setting is; put it in quotes")
 
 
 def _explain(error: ValidationError) -> str:
@@ -239,7 +250,10 @@ def _explain(error: ValidationError) -> str:
 def _unknown(name: str) -> InputError:
     names = setting_names()
     close = difflib.get_close_matches(name, [*names, *SECTIONS], n=1, cutoff=0.75)
-    beside = [known for known in names if known.rpartition(".")[0] == name.rpartition(".")[0]]
+    above = name.rpartition(".")[0]
+    beside = [known for known in names if known.rpartition(".")[0] == above]
+    if not above:
+        beside += [f"{section}.*" for section in SECTIONS]
     remedy = f"did you mean {close[0]}?" if close else f"settings are {', '.join(beside or names)}"
     return InputError(f"unknown setting {name!r}; {remedy}")
 
@@ -274,4 +288,7 @@ def _anchor(settings: Settings, folder: Path) -> None:
             continue
         value = table[key]
         if not (key == "weights" and value in NETS):
-            table[key] = str(folder / Path(value).expanduser())
+            try:
+                table[key] = str(folder / Path(value).expanduser())
+            except RuntimeError:
+                raise InputError(f"{section}.{key} = {value!r}: there is no such user; write the path out") from None

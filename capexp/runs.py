@@ -3,7 +3,7 @@
 import logging
 import random
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -91,14 +91,15 @@ def run(
     resume: str | None = None,
     parent: str | None = None,
     name: str | None = None,
+    tags: Mapping[str, str] | None = None,
     folder: Path = CHECKPOINTS,
     register_model: bool = True,
     promote: bool = False,
 ) -> Generator[Epoch, None, Result]:
     """Trains, tracks and registers; yields every epoch as it is logged, and returns what came of it.
 
-    The run has the experiment's name, or ``name`` where it is one of several, nested under ``parent``. Its checkpoints
-    go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
+    The run has the experiment's name, or ``name`` and ``tags`` where it is one of several, nested under ``parent``.
+    Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
     ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
     ``register_model=False`` (a trial of a study) the model is neither logged nor registered; its bundle stays among
     the checkpoints.
@@ -115,7 +116,7 @@ def run(
             refuse_other_data(resume, prepared)
             stack.enter_context(alone(folder / resume))  # before the run's state is touched
         tracked = stack.enter_context(
-            tracked_run(name or experiment.name, experiment.name, resume=resume, parent=parent)
+            tracked_run(name or experiment.name, experiment.name, resume=resume, parent=parent, tags=tags)
         )
         checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
         if resume is None:
@@ -330,8 +331,17 @@ def refuse_other_data(run_id: str, prepared: Prepared) -> None:
 
 
 def is_complete(run_id: str, experiment: Experiment, folder: Path = CHECKPOINTS) -> bool:
-    """Whether a resumed run would find nothing left to do."""
+    """Whether a resumed run would find nothing left to do.
+
+    Raises:
+        InputError: it has done more epochs than the experiment has.
+    """
     state = Checkpoints(folder / run_id, experiment.training.keep).latest()
+    if state is not None and state.epochs > experiment.training.epochs:
+        raise InputError(
+            f"--training.epochs {experiment.training.epochs}: run {run_id} has done {state.epochs} already; "
+            "give as many or more"
+        )
     if state is None or run_status(run_id) != "FINISHED":
         return False
     return is_finished([Epoch(**record) for record in state.history], experiment.training)

@@ -18,8 +18,8 @@ from capexp.training.fit import Epoch
 
 log = logging.getLogger(__name__)
 
-SEEDS = "seeds"
-"""The tag of the run above that tells how many there are."""
+SEEDS, SEED = "seeds", "seed"
+"""The tags that tell how many there are, of the run above, and which one it is, of the others."""
 _OF_AN_EPOCH = ("dev_loss", "dev_perplexity")  # not what a run came to
 
 
@@ -66,22 +66,22 @@ def run_seeds(
         runs.refuse_trained(runs.CHECKPOINTS)
     else:
         runs.refuse_other_data(resume, prepared)
-    with tracked_run(f"{experiment.name}, {count} seeds", experiment.name, resume=resume) as tracked:
+    name, tags = f"{experiment.name}, {count} seeds", {SEEDS: str(count)}
+    with tracked_run(name, experiment.name, resume=resume, tags=tags) as tracked:
         folder = runs.CHECKPOINTS / tracked.run_id
         with runs.alone(folder):
             write_whole(folder / runs.SETTINGS, experiment.to_toml())
             tracked.log_params(experiment.flat())
-            tracked.set_tags(runs.tags_of(prepared) | {SEEDS: str(count), "device": experiment.training.device})
+            tracked.set_tags(runs.tags_of(prepared) | tags | {"device": experiment.training.device})
             begun = _begun(tracked.run_id)
             done: dict[int, str] = {}
             for seed in range(experiment.seed, experiment.seed + count):
                 one = experiments.replace(experiment, {"seed": seed})
                 held = begun.get(seed)
                 if held is None or not runs.is_complete(held, one, folder):
-                    name = f"{experiment.name}, seed {seed}"
                     epochs = runs.run(
-                        one, prepared, resume=held, parent=tracked.run_id, name=name, folder=folder,
-                        register_model=False,
+                        one, prepared, resume=held, parent=tracked.run_id, name=f"{experiment.name}, seed {seed}",
+                        tags={SEED: str(seed)}, folder=folder, register_model=False,
                     )  # fmt: skip
                     result = yield from _with_seed(seed, epochs)
                     held = result.run_id
@@ -104,7 +104,7 @@ def _with_seed(
 
 def _begun(run_id: str) -> dict[int, str]:
     """The runs that were begun, by seed."""
-    return {int(run.data.params["seed"]): run.info.run_id for run in nested_runs(run_id) if "seed" in run.data.params}
+    return {int(run.data.tags[SEED]): run.info.run_id for run in nested_runs(run_id)}
 
 
 def _summarize(

@@ -18,6 +18,7 @@ from pathlib import Path
 
 import mlflow
 import pytest
+import torch
 from mlflow.tracking import MlflowClient
 
 from capexp import command
@@ -126,6 +127,17 @@ class Code:
 def bundle(name: str) -> str:
     (found,) = Path().glob(f"checkpoints/*/ep*/{name}")
     return str(found)
+
+
+def edit_state(epochs: int) -> None:
+    """Makes the state one of more epochs."""
+    (last,) = Path().glob("checkpoints/*/last.pt")
+    state = torch.load(last, weights_only=True)
+    state["history"] = [state["history"][0] | {"number": number + 1} for number in range(epochs)]
+    bundle_of_first = Path(bundle("manifest.json")).parent
+    shutil.copytree(bundle_of_first, bundle_of_first.with_name(f"ep00{epochs}-train1.000-dev1.000"))
+    last.unlink()
+    torch.save(state, last)
 
 
 def cache() -> str:
@@ -313,9 +325,57 @@ ROWS = {
         ("mine.toml: not TOML",), lambda: replace("mine.toml", b"seed = " + b"9" * 5000), "--experiment mine.toml"
     ),
     "lists in lists": Row(
-        ("mine.toml: not TOML", "too deep"),
+        ("mine.toml: not TOML", "recursion"),
         lambda: replace("mine.toml", b"seed = " + b"[" * 5000 + b"]" * 5000),
         "--experiment mine.toml",
+    ),
+    "tables in tables": Row(
+        ("mine.toml: not TOML", "too deep"),
+        lambda: replace("mine.toml", b"[zz]\n" + b"a." * 3000 + b"a = 1"),
+        "--experiment mine.toml",
+    ),
+    "number of 6,000 hexadecimal digits": Row(
+        ("mine.toml: not TOML", "seed is a number of more than 64 bits"),
+        lambda: replace("mine.toml", b"seed = 0x" + b"f" * 6000),
+        "--experiment mine.toml",
+    ),
+    "date": Row(
+        ("mine.toml: not TOML", "seed = 1979-05-27 is a date"),
+        lambda: replace("mine.toml", b"seed = 1979-05-27"),
+        "--experiment mine.toml",
+    ),
+    "home of nobody": Row(
+        ("features.weights = '~nosuchuser/x'", "no such user"),
+        lambda: replace("mine.toml", b'[features]\nweights = "~nosuchuser/x"'),
+        "--experiment mine.toml",
+    ),
+    "setting without a section": Row(("unknown setting 'foo'", "training.*"), arguments="--foo 3"),
+    "device of too high a number": Row(
+        ("training.device = 'cuda:99999999999999999999'",), arguments="--training.device cuda:99999999999999999999"
+    ),
+    "fewer epochs than are done": Row(
+        ("--training.epochs 1: run", "has done 3 already"),
+        lambda: edit_state(3),
+        "--training.epochs 1 --resume {run}",
+    ),
+    "output is a link to itself": Row(
+        ("--output loop.json: a link that leads to itself",),
+        lambda: Path("loop.json").symlink_to("loop.json"),
+        "--model {bundle} --output loop.json",
+        "evaluate",
+    ),
+    "weights without a name": Row(
+        ("features.weights = '': no such file",),
+        arguments="--model {bundle} --features.weights= " + PHOTO,
+        command="caption",
+    ),
+    "image without a name": Row(
+        ("bare.json, images.0: has no file_name",),
+        lambda: replace("data/bare.json", b'{"images": [{"id": 7}], "annotations": []}'),
+        "--captions.captions bare.json",
+    ),
+    "photo in two splits, spelled in two ways": Row(
+        ("share 1 photos: scene_0000.jpg", LISTS["train"], LISTS["dev"]), add(LISTS["dev"], ".//scene_0000.jpg\n")
     ),
     "path with a zero byte": Row(
         ("mine.toml: captions.photos = 'a\\x00b'", "control characters"),
@@ -332,7 +392,7 @@ ROWS = {
         (f"{LISTS['dev']}: the list of photos is no file",), both(gone(LISTS["dev"]), lambda: os.mkfifo(LISTS["dev"]))
     ),
     "photo that is a pipe": Row(
-        ("pipe.jpg: no such photo",), lambda: os.mkfifo("pipe.jpg"), "--model {bundle} pipe.jpg", "caption"
+        ("pipe.jpg (no file): no such photo",), lambda: os.mkfifo("pipe.jpg"), "--model {bundle} pipe.jpg", "caption"
     ),
     "listed photo that is a pipe": Row(
         (LISTS["train"], "are not in", "scene_0000.jpg"), both(gone(PHOTO), lambda: os.mkfifo(PHOTO))

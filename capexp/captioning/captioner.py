@@ -232,21 +232,7 @@ class Captioner:
         Raises:
             InputError: no bundle, one of another format, or a file that is missing or altered.
         """
-        manifest_path = folder / _MANIFEST
-        if not manifest_path.is_file():
-            raise InputError(f"{folder}: not a captioner's bundle ({_MANIFEST} is missing)")
-        manifest = _parse(_Manifest, manifest_path)
-        required = {_SETTINGS, _VOCABULARY, _DECODER}
-        unlisted = sorted(required - set(manifest.sha256))
-        strange = sorted(set(manifest.sha256) - required - {_ENCODER})
-        if unlisted or strange:
-            raise InputError(f"{manifest_path}: {', '.join(unlisted + strange)} should (not) be listed; copy it again")
-        for name, digest in manifest.sha256.items():
-            path = folder / name
-            if not path.is_file():
-                raise InputError(f"{path}: missing from the bundle; copy the bundle again")
-            if _sha256(path) != digest:
-                raise InputError(f"{path}: altered since it was saved; copy the bundle again")
+        files = verify_bundle(folder)
         settings = _parse(_Settings, folder / _SETTINGS)
         vocabulary = _parse_vocabulary(folder / _VOCABULARY)
         with torch.device("meta"):
@@ -257,19 +243,43 @@ class Captioner:
             raise InputError(f"{folder / _DECODER}: does not fit {_SETTINGS} ({str(error).splitlines()[-1]})") from None
         decoder.to(device or torch.device("cpu")).eval()
         captioner = cls(settings.model, decoder, vocabulary, settings.encoder, settings.decoding, settings.training)
-        if _ENCODER in manifest.sha256:
+        if _ENCODER in files:
             captioner._bundled_encoder = folder / _ENCODER
         return captioner
 
     def _features_config(self, weights: str | None) -> FeaturesConfig:
         identity = self.encoder_identity
-        name = weights or identity.weights
+        name = identity.weights if weights is None else weights
         if weights is None and name not in NETS:
             raise InputError(
                 f"the bundle holds no encoder, and its features came from a file named {name!r}; "
                 "give that file with --features.weights"
             )
         return FeaturesConfig(layer=identity.layer, pool=identity.pool, weights=name)
+
+
+def verify_bundle(folder: Path) -> set[str]:
+    """The names of a bundle's files, each of which is as it was saved.
+
+    Raises:
+        InputError: no bundle, one of another format, or a file that is missing or altered.
+    """
+    manifest_path = folder / _MANIFEST
+    if not manifest_path.is_file():
+        raise InputError(f"{folder}: not a captioner's bundle ({_MANIFEST} is missing)")
+    manifest = _parse(_Manifest, manifest_path)
+    required = {_SETTINGS, _VOCABULARY, _DECODER}
+    unlisted = sorted(required - set(manifest.sha256))
+    strange = sorted(set(manifest.sha256) - required - {_ENCODER})
+    if unlisted or strange:
+        raise InputError(f"{manifest_path}: {', '.join(unlisted + strange)} should (not) be listed; copy it again")
+    for name, digest in manifest.sha256.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: missing from the bundle; copy the bundle again")
+        if _sha256(path) != digest:
+            raise InputError(f"{path}: altered since it was saved; copy the bundle again")
+    return set(manifest.sha256)
 
 
 def _parse(kind: type[M], path: Path) -> M:

@@ -25,6 +25,7 @@ from tqdm import tqdm
 
 from capexp.data.errors import InputError, listed
 from capexp.data.features import Encoder, EncoderIdentity
+from capexp.data.files import writing
 from capexp.data.photos import digest_photos, read_photo, squash
 
 log = logging.getLogger(__name__)
@@ -88,7 +89,6 @@ class FeatureCache:
         assert encoder.identity.key() == self.identity.key()
         self.path.parent.mkdir(parents=True, exist_ok=True)
         with FileLock(self.path.with_suffix(".lock")):
-            self._beside.unlink(missing_ok=True)  # of a renewal that was killed
             absent = set(digests)
             if not anew:
                 absent -= {digest for digest, row in zip(digests, self.lookup(digests), strict=True) if row >= 0}
@@ -114,7 +114,7 @@ class FeatureCache:
                         records["photo"] = [digest for digest, _ in good]
                         records["features"] = encoder.encode([pixels for _, pixels in good])
                         records["check"] = [zlib.crc32(row) for row in records["features"]]
-                        self._write(file, records)
+                        self._write(file, records.tobytes())
                     progress.update(len(batch))
                 if len(bad) == 1:
                     raise faults[0]
@@ -123,10 +123,17 @@ class FeatureCache:
                     raise InputError(f"{len(bad)} photos cannot be read as pictures: {names}; replace them")
             return len(todo)
 
-    def _write(self, file: Any, records: NDArray[Any]) -> None:
+    def tidy(self) -> None:
+        """Deletes what a killed renewal has left."""
+        if self._beside.exists():
+            with FileLock(self.path.with_suffix(".lock")):
+                self._beside.unlink(missing_ok=True)
+
+    def _write(self, file: Any, content: bytes) -> None:
         try:
-            file.write(records.tobytes())
-            file.flush()
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest) :]
         except OSError as error:
             raise InputError(
                 f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then start again: "
@@ -159,13 +166,15 @@ class FeatureCache:
         """A file with the records of all but some photos, which takes the place of the old one after the block."""
         records = self._records()
         try:
-            with self._beside.open("wb") as file:
-                file.write(self._header())
+            with self._beside.open("wb", buffering=0) as file:
+                self._write(file, self._header())
                 for start in range(0, len(records), _COPIED):
                     part = records[start : start + _COPIED]
-                    self._write(file, part[[bytes(photo).ljust(32, b"\0") not in photos for photo in part["photo"]]])
+                    kept = [bytes(photo).ljust(32, b"\0") not in photos for photo in part["photo"]]
+                    self._write(file, part[kept].tobytes())
                 yield file
-                os.fsync(file.fileno())
+                with writing(self.path):
+                    os.fsync(file.fileno())
             self._beside.replace(self.path)
         finally:
             self._beside.unlink(missing_ok=True)
@@ -174,8 +183,13 @@ class FeatureCache:
         """The file, open at the end of its last whole record."""
         count = len(self._records())
         if not self.path.is_file() or self.path.stat().st_size == 0:
-            self.path.write_bytes(self._header())
-        file = self.path.open("r+b")
+            try:
+                with writing(self.path):
+                    self._beside.write_bytes(self._header())
+                    self._beside.replace(self.path)
+            finally:
+                self._beside.unlink(missing_ok=True)
+        file = self.path.open("r+b", buffering=0)  # what does not fit on the disk is told when it is written
         file.truncate(_HEADER + count * self._record.itemsize)
         file.seek(0, 2)
         return file
@@ -223,6 +237,7 @@ def cache_features(
         InputError: as :meth:`FeatureCache.extend`, or the encoder's weights cannot be had.
     """
     digests = digest_photos(photos)
+    cache.tidy()
     if anew or (cache.lookup(digests) < 0).any():
         cache.extend(photos, digests, encoder(), batch_size, anew)
     return cache.open(digests)

@@ -100,7 +100,7 @@ def _read_lines(path: Path) -> dict[str, tuple[str, ...]]:
             raise InputError(
                 f"{path}, line {number}: {line[:60]!r} is not 'photo.jpg#0<TAB>caption'; mend or delete the line"
             )
-        captions.setdefault(photo, []).append(caption.strip())
+        captions.setdefault(_plain(photo), []).append(caption.strip())
     if not captions:
         raise InputError(f"{path}: no captions in it; give lines like 'photo.jpg#0<TAB>caption'")
     return {photo: tuple(texts) for photo, texts in captions.items()}
@@ -147,8 +147,10 @@ def _read_json(path: Path) -> CaptionsFile:
     splits: dict[SplitName, list[str]] = {}
     by_id: dict[int | str, str] = {}
     for number, image in enumerate(coco.images):
-        name, where = image.name, f"{path}, images.{number}"
-        _refuse_outside(name, where)
+        where = f"{path}, images.{number}"
+        if not (image.file_name or image.filename):
+            raise InputError(f"{where}: has no file_name (COCO) nor filename (Karpathy); add it")
+        name = _inside(image.name, where)
         if name in captions:
             raise InputError(f"{where}: {name!r} stands there already; delete one")
         captions[name] = [sentence.raw for sentence in image.sentences]
@@ -187,8 +189,7 @@ def read_list(path: Path) -> tuple[str, ...]:
     """
     names: dict[str, int] = {}
     for number, line in _lines(path, "list of photos"):
-        name = line.strip()
-        _refuse_outside(name, f"{path}, line {number}")
+        name = _inside(line.strip(), f"{path}, line {number}")
         if name in names:
             raise InputError(f"{path}, line {number}: {name!r} stands on line {names[name]} already; delete one")
         names[name] = number
@@ -275,10 +276,17 @@ def _refuse_overlap(config: CaptionsConfig, lists: dict[SplitName, tuple[str, ..
                 )
 
 
-def _refuse_outside(name: str, where: str) -> None:
+def _inside(name: str, where: str) -> str:
+    """A photo's name, spelled in the one way that it is known by."""
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise InputError(f"{where}: {name!r} leaves the photo folder; name a file inside it")
+    return _plain(name)
+
+
+def _plain(name: str) -> str:
+    """``./a.jpg`` is ``a.jpg``."""
+    return str(PurePosixPath(name)) if "/" in name else name
 
 
 def _content(path: Path, what: str) -> bytes:

@@ -9,6 +9,8 @@ from safetensors import SafetensorError
 
 from capexp.data.errors import InputError
 
+_STREAMS = ("fd", "stdout", "stderr")
+
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
@@ -34,15 +36,20 @@ def write_whole(path: Path, text: str) -> Path:
     Raises:
         InputError: the disk is full, or the folder cannot be written.
     """
-    path = path.resolve() if path.is_symlink() else path
-    if path.exists() and not path.is_file():
-        with writing(path):
-            path.write_text(text, encoding="utf-8")
-        return path
+    shown, content = path, text.encode(errors="backslashreplace")  # names of files need not be UTF-8
+    path = Path(os.path.realpath(path))
+    # A process's own stream may be a file that others write to as well.
+    is_stream = shown.parts[:2] == ("/", "proc") or shown.parts[:3] in [("/", "dev", name) for name in _STREAMS]
+    if is_stream or (shown.exists() and not shown.is_file()):
+        with writing(shown), shown.open("ab") as file:
+            file.write(content)
+        return shown
     beside = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
         with writing(path):
-            beside.write_text(text, encoding="utf-8", errors="backslashreplace")  # names of files need not be UTF-8
+            beside.write_bytes(content)
+            if path.exists():
+                beside.chmod(path.stat().st_mode)
             beside.replace(path)
     finally:
         with suppress(OSError):

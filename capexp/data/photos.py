@@ -67,7 +67,7 @@ def find_photos(names: list[str]) -> list[Path]:
     missing: list[str] = []
     for name in names:
         path = Path(name)
-        if path.is_dir():
+        if name and path.is_dir():
             known = Image.registered_extensions()
             photos = [one for one in sorted(path.rglob("*")) if one.suffix.lower() in known and one.is_file()]
         elif path.is_file():
@@ -77,7 +77,9 @@ def find_photos(names: list[str]) -> list[Path]:
             photos = [Path(one) for one in matches if Path(one).is_file()]
         found += photos
         if not photos:
-            missing.append(f"{name} (a folder without pictures)" if path.is_dir() else name)
+            is_folder = bool(name) and path.is_dir()
+            is_other = path.exists() and not is_folder
+            missing.append(name + (" (a folder without pictures)" if is_folder else " (no file)" if is_other else ""))
     if missing:
         raise InputError(f"{listed(missing)}: no such photo; give photos, folders or patterns that are there")
     return found

@@ -105,10 +105,12 @@ def registered_version(name: str, run_id: str, captioner: Captioner) -> str | No
     found = None
     for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
         number = str(version.version)
-        held = version.tags.get(_DIGEST) or _held_digest(name, number)
+        # One that holds something of its own, a user has registered.
+        is_bare = not (version.tags or version.description or client.get_model_version(name, number).aliases)
+        held = _held_digest(name, number) if is_bare else version.tags.get(_DIGEST)
         if held == digest:
             found = number
-        elif _DIGEST not in version.tags and not client.get_model_version(name, number).aliases:
+        elif is_bare and held is not None:
             client.delete_model_version(name, number)
     return found
 

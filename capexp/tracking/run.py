@@ -119,11 +119,16 @@ def _find(run_id: str) -> Run | None:
 
 @contextmanager
 def tracked_run(
-    name: str, experiment: str, *, resume: str | None = None, parent: str | None = None
+    name: str,
+    experiment: str,
+    *,
+    resume: str | None = None,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Iterator[TrackedRun]:
     """Starts a run, or goes on with one, and ends it in the state that fits how the block was left.
 
-    With ``parent`` it is nested, in the parent's experiment.
+    With ``parent`` it is nested, in the parent's experiment. It has its tags from the beginning.
     Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED, tagged
     ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
     """
@@ -140,6 +145,7 @@ def tracked_run(
             run_name=name,
             nested=parent is not None,
             parent_run_id=parent,
+            tags=dict(tags or {}),
             log_system_metrics=True,
         )
         # The web page opens on what fits the training of models, instead of asking.

@@ -13,7 +13,7 @@ from typing import Any
 
 import torch
 
-from capexp.captioning.captioner import Captioner
+from capexp.captioning.captioner import Captioner, verify_bundle
 from capexp.data.errors import InputError
 from capexp.data.files import sync, writing
 
@@ -128,7 +128,7 @@ class Checkpoints:
 
     def _choose(self) -> tuple[TrainingState | None, list[str]]:
         """The state to go on from, and what is wrong with newer ones."""
-        there = [path for path in (self.folder / _LAST, self.folder / _PREVIOUS) if path.exists()]
+        there = [path for path in (self.folder / _LAST, self.folder / _PREVIOUS) if path.is_file()]
         bundles = dict(self._numbered())
         faults: list[str] = []
         for path in there:
@@ -137,9 +137,15 @@ class Checkpoints:
             except InputError as error:
                 faults.append(str(error))
                 continue
-            if state.best_epoch in bundles:
-                return state, faults
-            faults.append(f"{path}: its captioner (ep{state.best_epoch:03d}...) is missing")
+            if state.best_epoch not in bundles:
+                faults.append(f"{path}: its captioner (ep{state.best_epoch:03d}...) is missing")
+                continue
+            try:
+                verify_bundle(bundles[state.best_epoch])
+            except InputError as error:
+                faults.append(f"{path}: its captioner is damaged ({error})")
+                continue
+            return state, faults
         # A kill before the first state was saved leaves at most the captioner of the first epoch.
         if not there and bundles.keys() - {1}:
             faults.append(f"{_LAST} is missing")

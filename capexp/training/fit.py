@@ -74,7 +74,7 @@ def choose_device(name: str) -> torch.device:
     """
     if name == "auto":
         return torch.device("cuda" if torch.cuda.is_available() else "cpu")
-    if not re.fullmatch(r"cpu|cuda(:\d+)?", name):
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise InputError(f"training.device = '{name}': use 'auto', 'cpu', 'cuda' or 'cuda:0'")
     device = torch.device(name)
     count = torch.cuda.device_count()
@@ -114,9 +114,15 @@ def fit(
     history: list[Epoch] = []
     state = checkpoints.go_back()
     if state is not None:
-        decoder.load_state_dict(state.decoder)
-        optimizer.load_state_dict(state.optimizer)
-        history = [Epoch(**record) for record in state.history]
+        try:
+            decoder.load_state_dict(state.decoder)
+            optimizer.load_state_dict(state.optimizer)
+            history = [Epoch(**record) for record in state.history]
+        except (RuntimeError, TypeError, ValueError, KeyError) as error:
+            reason = str(error).splitlines()[0]
+            raise InputError(
+                f"{checkpoints.folder}: the state does not fit the settings ({reason}); restore both, or train anew"
+            ) from None
         yield from history
     best = min((epoch.dev_loss for epoch in history), default=float("inf"))
     while not is_finished(history, config):

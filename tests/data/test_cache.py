@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import os
 import shutil
 import subprocess
 import sys
@@ -268,7 +269,7 @@ def test_what_cannot_be_computed_anew_stays_as_it_was(
 
 
 EXTEND = """
-import sys
+import os, resource, signal, sys
 from pathlib import Path
 import torch
 from capexp.data.cache import FeatureCache
@@ -276,6 +277,9 @@ from capexp.data.features import FeaturesConfig, load_encoder
 from capexp.data.photos import digest_photos
 
 torch.set_num_threads(1)
+if "LIMIT" in os.environ:  # as a disk with so much room
+    signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
+    resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]),) * 2)
 weights, folder, *photos = sys.argv[1:]
 encoder = load_encoder(FeaturesConfig(layer="conv5_3", pool="mean", weights=weights))
 paths = [Path(photo) for photo in photos]
@@ -283,6 +287,27 @@ print("ready", flush=True)
 sys.stdin.readline()
 print(FeatureCache(Path(folder), encoder.identity).extend(paths, digest_photos(paths), encoder, 1))
 """
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize(("room", "kept"), [(2000, None), (HEADER + 2 * RECORD + 100, 2)])
+def test_a_disk_that_is_full_leaves_a_cache_that_goes_on(
+    tmp_path: Path, weights: Path, encoder: Encoder, room: int, kept: int | None
+) -> None:
+    photos = write_photos(tmp_path / "photos", 4)
+    cache = FeatureCache(tmp_path / "cache", encoder.identity)
+    ended = subprocess.run(
+        [sys.executable, "-c", EXTEND, str(weights), str(tmp_path / "cache"), *map(str, photos)],
+        env={**os.environ, "LIMIT": str(room), "PYTHONPATH": str(Path(__file__).parents[2])},
+        input="\n", capture_output=True, text=True,
+    )  # fmt: skip
+    line = ended.stderr.splitlines()[-1]
+    assert "InputError" in line and f"{cache.path}: " in line and "make room" in line
+    assert [path for path in cache.path.parent.iterdir() if path.suffix == ".part"] == []
+    assert cache.path.exists() == (kept is not None)
+    assert len(missing(cache, photos)) == 4 - (kept or 0)
+    cache_features(photos, cache, lambda: encoder, 2)
+    assert missing(cache, photos) == []
 
 
 @pytest.mark.slow

@@ -203,7 +203,7 @@ def image(**changes: object) -> dict[str, object]:
         ([], ("the file: ", "Karpathy")),
         ({"images": [{"filename": "one.jpg", "sentences": [{}]}]}, ("images.0.sentences.0.raw: field required",)),
         ({"images": [image(), image(filename="../x.jpg")]}, ("images.1: '../x.jpg' leaves",)),
-        ({"images": [image(filename=None)]}, ("images.0: '' leaves",)),
+        ({"images": [image(filename=None)]}, ("images.0: has no file_name",)),
         ({"images": [image(), image()]}, ("images.1: 'one.jpg' stands there already",)),
         ({"images": [image(split="dev")]}, ("images.0: split = 'dev' of one.jpg", "train, restval, val, test")),
         ({"images": [image(), image(filename="two.jpg", split=None)]}, ("1 images have no split", "two.jpg")),

@@ -163,7 +163,7 @@ def test_refused_file_is_closed(tmp_path: Path, content: bytes) -> None:
 
 def test_missing_file_and_folder_are_refused_by_name(tmp_path: Path) -> None:
     assert "no such file" in refusal(tmp_path / "missing.jpg")
-    assert "cannot be read" in refusal(tmp_path)
+    assert "no such file" in refusal(tmp_path)
 
 
 def test_bytes_that_are_no_picture_are_refused_in_one_line() -> None:

@@ -214,6 +214,32 @@ def test_states_that_are_junk_are_one_fault_and_stay_as_they_are(tmp_path: Path)
     assert {name: (tmp_path / name).read_bytes() for name in junk} == junk
 
 
+def test_a_state_whose_captioner_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
+    undisturbed = Task(tmp_path / "whole").epochs()
+    task = Task(tmp_path / "parts")
+    assert task.epochs(replace_epochs(3, patience=4))[-1].improved, "else there is nothing to try here"
+    best = task.checkpoints.best()
+    assert best is not None
+    (best / "decoder.safetensors").write_bytes(b"damaged")
+    assert losses(Task(tmp_path / "parts").epochs()) == losses(undisturbed)
+    assert "its captioner is damaged" in caplog.text
+    best = task.checkpoints.best()
+    assert best is not None
+    Captioner.load(best)
+
+
+def test_a_state_of_other_shapes_is_refused_in_one_line(tmp_path: Path) -> None:
+    Task(tmp_path).epochs(replace_epochs(1))
+    other = Task(tmp_path)
+    config = ModelConfig(embedding_size=8, lstm_units=8)
+    other.captioner = Captioner.fresh(
+        config, other.captioner.vocabulary, other.captioner.encoder_identity, DecodingConfig(), seed=1
+    )
+    with pytest.raises(InputError, match="does not fit the settings") as caught:
+        other.epochs()
+    assert "\n" not in str(caught.value)
+
+
 def test_captioners_without_any_state_are_not_trained_over(tmp_path: Path) -> None:
     Task(tmp_path).epochs(replace_epochs(2))
     for state in tmp_path.glob("*.pt"):
