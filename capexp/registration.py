@@ -87,7 +87,7 @@ def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, meas
     rows = {
         "dev loss": f"{nats:.4f} nats per token (perplexity {perplexity(nats):.2f}), epoch {best.epoch}",
         "dev loss, photos shuffled": f"{measured.blind.per_token:.4f}",
-        "dev captions": f"BLEU-4 {told('bleu_4')}, CIDEr {told('cider')}, by {_decoding(experiment)}",
+        "dev captions": f"BLEU-4 {told('bleu_4')}, CIDEr {told('cider')}, by {experiment.decoding.describe()}",
         "CIDEr, photos shuffled": f"{measured.scores.summary['cider_blind']:.3f}",
         "train loss": f"{best.train_loss:.4f} (dropout on)",
         "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
@@ -105,11 +105,6 @@ def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, meas
 All settings are the params of the run, and `experiment.toml` among its artifacts.
 Load it with `mlflow.pyfunc.load_model("models:/{experiment.registry.model}@champion")`.
 """
-
-
-def _decoding(experiment: Experiment) -> str:
-    decoding = experiment.decoding
-    return f"beam search of width {decoding.beam_width}" if decoding.method == "beam" else decoding.method
 
 
 @contextmanager
