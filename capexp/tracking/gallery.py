@@ -174,7 +174,7 @@ def _card(card: Card, place: int, choice: Choice) -> str:
     drawn = f' data-drawn="{choice.random.index(place)}"' if place in choice.random else ""
     return f"""<article data-views="{" ".join(views)}"{drawn} data-cider="{card.cider:.4f}" \
 data-rouge-l="{card.rouge_l:.4f}" data-log-probability="{card.log_probability:.4f}">
-<img src="{image}" width="{width}" height="{height}" alt="{html.escape(card.references[0])}" loading="lazy">
+<img src="{image}" width="{width}" height="{height}" alt="{html.escape(card.references[0])}">
 <h2 dir="auto">{html.escape(card.caption) or "(no words)"}</h2>
 <ul>{references}</ul>
 <dl><div><dt>CIDEr</dt><dd>{card.cider:.2f}</dd></div><div><dt>ROUGE-L</dt><dd>{card.rouge_l:.2f}</dd></div>\
