@@ -30,16 +30,25 @@
     return (a, b) => sign * (key === "name" ? a.name.localeCompare(b.name) : a[key] - b[key]);
   };
 
+  // Whether the text holds the sought one from a word's beginning: "tree" is in "trees", not in "street".
+  const holds = (text, sought) => {
+    const inner = /[a-z0-9]/;
+    for (let at = text.indexOf(sought); at >= 0; at = text.indexOf(sought, at + 1)) {
+      if (at === 0 || !inner.test(sought[0]) || !inner.test(text[at - 1])) return true;
+    }
+    return false;
+  };
+
   const update = () => {
     const view = views[document.querySelector("input[name=view]:checked").value];
-    const sought = find("search").value.toLowerCase().split(/\s+/);
+    const sought = find("search").value.toLowerCase().split(/\s+/).filter(Boolean);
     const score = find("score").value;
     const bound = (id, none) => (find(id).value === "" ? none : Number(find(id).value));
     const least = bound("least", -Infinity);
     const most = bound("most", Infinity);
     const held = cards.filter(view.holds);
     const found = held.filter(
-      (card) => sought.every((word) => card.text.includes(word)) && card[score] >= least && card[score] <= most,
+      (card) => sought.every((word) => holds(card.text, word)) && card[score] >= least && card[score] <= most,
     );
     for (const card of cards) card.element.hidden = true;
     for (const card of found.sort(compare(find("order").value || view.order))) {
