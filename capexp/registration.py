@@ -13,7 +13,7 @@ from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment
 from capexp.measurement import Measured
 from capexp.preparation import Prepared
-from capexp.scoring.evaluation import perplexity
+from capexp.scoring.evaluation import SCORE_NAMES, perplexity
 from capexp.tracking import registry
 from capexp.tracking.registry import Version
 from capexp.tracking.run import TrackedRun, git_commit
@@ -21,11 +21,6 @@ from capexp.tracking.score import Score
 
 log = logging.getLogger(__name__)
 
-_SCORES = {
-    **{f"bleu_{order}": f"BLEU-{order}" for order in range(1, 5)},
-    "rouge_l": "ROUGE-L",
-    "cider": "CIDEr",
-}
 _SETTING_LENGTH = 80  # of one on the card, which may hold 5,000 letters in all
 
 
@@ -93,11 +88,11 @@ def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, meas
         low, high = intervals[key]
         return f"{measured.scores.summary[key]:.3f} ({low:.3f} to {high:.3f})"
 
-    scores = ", ".join(f"{title} {told(key)}" for key, title in _SCORES.items())
+    scores = ", ".join(f"{title} {told(key)}" for key, title in SCORE_NAMES.items())
     rows = {
         "dev loss": f"{nats:.4f} nats per token (perplexity {perplexity(nats):.2f}), epoch {best.epoch}",
         "dev loss, photos shuffled": f"{measured.blind.per_token:.4f}",
-        "dev captions": f"{scores}: by {_decoding(experiment)}, with 95% bootstrap intervals over photos",
+        "dev captions": f"{scores}: by {experiment.decoding.describe()}, with 95% bootstrap intervals over photos",
         "CIDEr, photos shuffled": f"{measured.scores.summary['cider_blind']:.3f}",
         "train loss": f"{best.train_loss:.4f} (dropout on)",
         "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
@@ -133,11 +128,6 @@ Settings; the whole of them is `experiment.toml` among the run's artifacts:
 {settings}
 ```
 """
-
-
-def _decoding(experiment: Experiment) -> str:
-    decoding = experiment.decoding
-    return f"beam search of width {decoding.beam_width}" if decoding.method == "beam" else decoding.method
 
 
 @contextmanager

@@ -1,7 +1,6 @@
 """One experiment, run and tracked: from photos with captions to a registered captioner."""
 
 import logging
-import random
 import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
@@ -11,8 +10,7 @@ from pathlib import Path
 from filelock import FileLock, Timeout
 
 from capexp import __version__, experiment as experiments
-from capexp.captioning.captioner import Caption, Captioner
-from capexp.data.captions import Split
+from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.data.files import write_whole, writing
 from capexp.experiment import Experiment
@@ -22,8 +20,9 @@ from capexp.registration import encoder_weights, register
 from capexp.scoring.evaluation import perplexity
 from capexp.search import Pruned
 from capexp.tracking import registry
+from capexp.tracking.gallery import Card, Heading, choose, make_cards, write_gallery
+from capexp.tracking.plots import draw_histogram, draw_losses, draw_scores
 from capexp.tracking.registry import Version
-from capexp.tracking.report import Sample, draw_curves, write_gallery
 from capexp.tracking.run import PARENT, Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
 from capexp.tracking.store import prepare_store
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
@@ -34,7 +33,6 @@ log = logging.getLogger(__name__)
 CHECKPOINTS = Path("checkpoints")
 SETTINGS = "experiment.toml"
 """What a run is resumed by, among its checkpoints."""
-_SAMPLES = 24  # photos in the gallery
 _DIFFERENT_ON_RESUME = ("training.epochs", "training.patience")
 
 
@@ -48,7 +46,8 @@ class Result:
     """None where the run was pruned."""
     version: Version | None
     bundle: Path
-    samples: tuple[Sample, ...]
+    samples: tuple[Card, ...]
+    """Photos of the dev split, drawn at random."""
 
 
 def settings_of(run_id: str) -> Experiment:
@@ -174,17 +173,30 @@ def _report(
     prepared: Prepared,
     checkpoints: Checkpoints,
     epochs: list[Epoch],
-) -> tuple[Measured, tuple[Sample, ...]]:
+) -> tuple[Measured, tuple[Card, ...]]:
     """What is measured and shown after the last epoch, of the best captioner."""
     captioner = Captioner.load(_bundle(checkpoints), choose_device(experiment.training.device))
     measured = measure(experiment, prepared, captioner)
     best = _best(epochs)
     metrics = {"best_dev_loss": best.dev_loss, "best_epoch": best.number, **measured.metrics()}
     tracked.log_metrics(metrics, step=best.number, timestamp=time.time_ns() // 1_000_000)
-    samples = caption_samples(measured.captions, prepared.splits["dev"], experiment.seed)
-    tracked.log_artifact(draw_curves(epochs, experiment.name, checkpoints.folder / "loss.png"))
-    tracked.log_artifact(write_gallery(samples, experiment.name, checkpoints.folder / "captions.html"))
-    return measured, samples
+    name, seed, folder = experiment.name, experiment.seed, checkpoints.folder
+    tracked.log_artifact(draw_losses(epochs, name, folder / "loss.png"))
+    tracked.log_artifact(draw_scores(measured.scores, seed, name, folder / "scores.png"))
+    tracked.log_artifact(draw_histogram(measured.scores, name, folder / "cider.png"))
+    cards = make_cards(measured.captions, prepared.splits["dev"], measured.scores)
+    choice = choose(cards, seed)
+    heading = Heading(
+        experiment=name,
+        epoch=best.number,
+        split="dev",
+        decoding=experiment.decoding.describe(),
+        loss=best.dev_loss,
+        loss_blind=measured.blind.per_token,
+        scores=measured.scores,
+    )
+    tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html"))
+    return measured, tuple(cards[place] for place in choice.random)
 
 
 @contextmanager
@@ -207,21 +219,6 @@ def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promot
     assert captioner.training is not None
     tracked.log_metrics(measured.metrics(), captioner.training.epoch, time.time_ns() // 1_000_000)
     return register(tracked, experiment, prepared, captioner, measured, promote, encoder_weights(experiment))
-
-
-def caption_samples(captions: list[Caption], split: Split, seed: int) -> tuple[Sample, ...]:
-    """Some photos of a split drawn at random, with their captions."""
-    count = min(_SAMPLES, len(split.photos))
-    chosen = random.Random(seed).sample(range(len(split.photos)), count)
-    return tuple(
-        Sample(
-            split.folder / split.photos[photo],
-            captions[photo].text,
-            captions[photo].log_probability,
-            split.references[photo],
-        )
-        for photo in chosen
-    )
 
 
 def _log_beginning(

@@ -1,11 +1,21 @@
-"""Real data for the tests that want it; where it is absent they skip, saying what would make them run."""
+"""Real data and a real browser for the tests that want them; where absent they skip, saying what is lacking."""
 
 import os
+import shutil
+from collections.abc import Iterator
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import pytest
 
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
 _ROOT = Path(__file__).parents[1]
+_CHROMIUM_FLAGS = (
+    *("--headless=new", "--window-size=1280,900", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
+    *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
+)
 
 
 def _real(variable: str, default: str, what: str) -> Path:
@@ -32,3 +42,25 @@ def flickr8k() -> Path:
 def vgg16() -> Path:
     """The file of VGG16's real convolutional weights."""
     return _real("CAPEXP_VGG16", "vgg16/vgg16_features_fp16.pth", "a file of VGG16's weights is")
+
+
+@pytest.fixture
+def chromium(tmp_path: Path) -> Iterator["Chrome"]:
+    """A headless Chromium with a new profile and a window as of a desktop."""
+    browser, driver = shutil.which("chromium"), shutil.which("chromedriver")
+    if browser is None or driver is None:
+        pytest.skip("no Chromium here; install chromium and chromedriver (Debian: chromium, chromium-driver)")
+    from selenium.webdriver import Chrome, ChromeOptions
+    from selenium.webdriver.chrome.service import Service
+
+    options = ChromeOptions()
+    options.binary_location = browser
+    for flag in _CHROMIUM_FLAGS:
+        options.add_argument(flag)
+    options.add_argument(f"--user-data-dir={tmp_path / 'chromium'}")
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    page = Chrome(options, Service(driver))
+    try:
+        yield page
+    finally:
+        page.quit()

@@ -98,8 +98,13 @@ def test_the_run_holds_everything_that_decided_it(trained: Trained) -> None:
         ("scenes-dev", "validation"),
     }
     names = {item.path for item in folder.client.list_artifacts(run.info.run_id)}
-    assert {"experiment.toml", "loss.png", "captions.html", "log.txt"} <= names
-    assert folder.artifact(run, "loss.png").read_bytes().startswith(b"\x89PNG")
+    assert {"experiment.toml", "loss.png", "scores.png", "cider.png", "captions.html", "log.txt"} <= names
+    for picture in ("loss.png", "scores.png", "cider.png"):
+        assert folder.artifact(run, picture).read_bytes().startswith(b"\x89PNG")
+    gallery = folder.artifact(run, "captions.html").read_text(encoding="utf-8")
+    assert gallery.count("<article ") == 100
+    for metric in ("dev_cider", "dev_cider_blind", "best_dev_loss", "dev_loss_blind"):
+        assert f"{run.data.metrics[metric]:.3f}" in gallery
 
 
 def test_every_epoch_is_a_step_of_every_metric(trained: Trained) -> None:

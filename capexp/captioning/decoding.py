@@ -38,6 +38,11 @@ class DecodingConfig(BaseModel):
     """Whether a caption may hold three words in a row twice."""
     maximum_length: int = Field(default=30, ge=1, le=1000)
 
+    def describe(self) -> str:
+        """The method in words."""
+        words = {"greedy": "greedy decoding", "beam": f"beam search of width {self.beam_width}", "sample": "sampling"}
+        return words[self.method]
+
 
 @dataclass(frozen=True)
 class Hypothesis:

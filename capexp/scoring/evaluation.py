@@ -67,12 +67,21 @@ def blind_cross_entropy(decoder: MergeDecoder, batches: CaptionBatches, photos: 
     return cross_entropy(decoder, batches.in_order(_shuffled(photos, seed)))
 
 
+SCORE_NAMES = {
+    "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
+    "rouge_l": "ROUGE-L", "cider": "CIDEr",
+}  # fmt: skip
+"""What papers report, by the names of ``PhotoScores.corpus``."""
+
+
 @dataclass(frozen=True)
 class CaptionScores:
     """What a captioner's captions of a split are worth."""
 
     photos: PhotoScores
     """Of each photo: for corpus scores, intervals and comparisons."""
+    blind: PhotoScores
+    """The same captions, each held against another photo's references."""
     summary: dict[str, float]
     """By the names under which they are reported."""
 
@@ -95,14 +104,15 @@ def score_captions(
     tokens = [tokenize(text) for text in texts]
     order = _shuffled(len(texts), seed)
     summary = scores.corpus()
-    summary["cider_blind"] = score([texts[other] for other in order], split.references).corpus()["cider"]
+    blind = score([texts[other] for other in order], split.references)
+    summary["cider_blind"] = blind.corpus()["cider"]
     summary["distinct_captions"] = len(set(tokens)) / len(tokens)
     summary["words_used"] = len({token for caption in tokens for token in caption})
     summary["mean_length"] = sum(map(len, tokens)) / len(tokens)
     if train is not None:
         known = {tokenize(caption) for caption in train}
         summary["copied_from_train"] = sum(caption in known for caption in tokens) / len(tokens)
-    return CaptionScores(scores, summary | tutorial_bleu(texts, split.references))
+    return CaptionScores(scores, blind, summary | tutorial_bleu(texts, split.references))
 
 
 def _shuffled(photos: int, seed: int) -> NDArray[np.int64]:

@@ -73,8 +73,11 @@ SPLIT = Split(
 
 def test_peoples_own_captions_score_best_and_on_other_photos_nothing() -> None:
     said = captions_of("a dog runs fast", "two cats sleep on it", "the red car", "a man who climbs")
-    summary = score_captions(said, SPLIT, seed=1).summary
+    scores = score_captions(said, SPLIT, seed=1)
+    summary = scores.summary
     assert summary["bleu_1"] == pytest.approx(1)
+    assert scores.blind.corpus()["cider"] == summary["cider_blind"]
+    assert (scores.blind.cider < scores.photos.cider).all()
     assert summary["cider"] > 5 > 1 > summary["cider_blind"]
     assert summary["distinct_captions"] == 1
     assert summary["words_used"] == 15

@@ -1,0 +1,341 @@
+"""The gallery as a file, and as a person meets it: in a real Chromium, alone and inside MLflow."""
+
+import base64
+import io
+import os
+import re
+import signal
+import socket
+import subprocess
+import sys
+import time
+import urllib.request
+from collections.abc import Sequence
+from contextlib import suppress
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import mlflow
+import pytest
+from hypothesis import given, strategies as st
+from PIL import Image, ImageCms
+
+from capexp.captioning.captioner import Caption
+from capexp.data.captions import Split
+from capexp.scoring.evaluation import score_captions
+from capexp.tracking.gallery import Card, Heading, choose, make_cards, write_gallery
+from capexp.tracking.run import tracked_run
+
+if TYPE_CHECKING:
+    from selenium.webdriver import Chrome
+
+HOSTILE = (
+    "</script><script>document.title = 'run'</script>",
+    "<!-- <script> --><img src=x onerror=\"document.title = 'run'\">",
+    "\"' onload=\"document.title = 'run'\" x='",
+    "</style></article></main><svg onload=\"document.title = 'run'\">",
+    "$script ${script} {title} &lt;b&gt; &amp;",
+    "]]> --> \\u003c/script\\u003e 犬 \u202eabc",
+)
+THINGS = ("dog", "cat", "house", "boat", "tree", "ball", "car", "bird", "fish", "kite", "horse", "lamp")
+
+
+def write(folder: Path, hypotheses: list[str], references: Sequence[tuple[str, ...]], names: list[str]) -> Path:
+    """A gallery of photos of random noise, all the same."""
+    photo = io.BytesIO()
+    Image.effect_noise((240, 180), 60).convert("RGB").save(photo, "JPEG")
+    for name in names:
+        (folder / name).write_bytes(photo.getvalue())
+    split = Split("dev", folder, tuple(names), tuple(references))
+    captions = [Caption(text, -1.0 - place) for place, text in enumerate(hypotheses)]
+    scores = score_captions(captions, split, seed=1)
+    cards = make_cards(captions, split, scores)
+    heading = Heading("one & two", 3, "dev", "greedy decoding", 1.25, 2.5, scores)
+    return write_gallery(cards, choose(cards, 1), heading, 1, folder / "captions.html")
+
+
+@pytest.fixture
+def page(tmp_path: Path) -> Path:
+    """Twelve photos; the first is captioned best, each after it worse."""
+    references = [(f"a big {thing} stands on the green grass", f"one {thing}") for thing in THINGS]
+    words = ("a", "big", "thing", "stands", "on", "the", "green", "grass")
+    hypotheses = []
+    for place, thing in enumerate(THINGS):
+        said = [thing if word == "thing" else word for word in words]
+        hypotheses.append(" ".join(said[: 8 - place // 2] + ["near"] * place))
+    return write(tmp_path, hypotheses, references, [f"{thing}.jpg" for thing in THINGS])
+
+
+def test_the_page_stands_alone_and_carries_no_metadata(tmp_path: Path) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "where the photographer lives"
+    exif[0x0112] = 6  # turned by a quarter
+    profile = ImageCms.ImageCmsProfile(ImageCms.createProfile("sRGB")).tobytes()
+    Image.new("RGB", (900, 600), "red").save(
+        tmp_path / "photo.jpg", exif=exif, comment=b"my telephone", icc_profile=profile, xmp=b"<x:xmpmeta/>"
+    )
+    split = Split("dev", tmp_path, ("photo.jpg",), (("A red wall .",),))
+    captions = [Caption("a wall", -1.0)]
+    scores = score_captions(captions, split, seed=1)
+    cards = make_cards(captions, split, scores)
+    heading = Heading("walls", 3, "dev", "greedy decoding", 1.25, 2.5, scores)
+    written = write_gallery(cards, choose(cards, 1), heading, 1, tmp_path / "captions.html").read_text(encoding="utf-8")
+    assert not re.search(r"https?:|//[a-z]|url\(|@import|localStorage", written)
+    (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', written)
+    inlined = base64.b64decode(data)
+    for secret in (b"photographer", b"telephone", b"xmpmeta", b"ICC_PROFILE", b"Exif"):
+        assert secret in (tmp_path / "photo.jpg").read_bytes()
+        assert secret not in inlined
+    (tmp_path / "inlined.jpg").write_bytes(inlined)
+    with Image.open(tmp_path / "inlined.jpg") as image:
+        assert image.size == (149, 224)
+
+
+@given(
+    ciders=st.lists(st.floats(0, 10), min_size=1, max_size=400),
+    seed=st.integers(0, 9),
+)
+def test_a_bounded_choice_holds_the_best_the_worst_and_an_even_draw(ciders: list[float], seed: int) -> None:
+    cards = [Card(Path(), "", "", 0.0, ("",), cider=value, rouge_l=0.0) for value in ciders]
+    choice = choose(cards, seed)
+    shown = [ciders[place] for place in choice.shown]
+    assert len(set(choice.shown)) == len(shown) <= 240
+    assert len(shown) == len(cards) or len(cards) > 240
+    assert {*choice.best, *choice.worst, *choice.random} <= set(choice.shown)
+    assert shown == sorted(shown, reverse=True)
+    assert [ciders[place] for place in choice.best] == sorted(ciders, reverse=True)[: len(choice.best)]
+    assert [ciders[place] for place in choice.worst] == sorted(ciders)[: len(choice.worst)]
+    assert len(set(choice.random)) == len(choice.random) == min(120, -(-len(cards) // 2))
+    assert choice == choose(cards, seed)
+
+
+def test_how_many_are_shown_of_how_many_is_told(tmp_path: Path) -> None:
+    names = [f"{number:03d}.jpg" for number in range(300)]
+    said = [f"a dog {number} on the grass" for number in range(300)]
+    written = write(tmp_path, said, [(f"the dog {number % 7} sits",) for number in range(300)], names).read_text()
+    shown = written.count("<article ")
+    assert 180 < shown < 240
+    assert f"{shown} of 300 photos are shown: by CIDEr the 60 best and the 60 worst, and 120 drawn" in written
+
+
+def names(chromium: "Chrome") -> list[str]:
+    """The file names of the cards that can be seen, in their order, without their endings."""
+    found = chromium.execute_script(
+        "return Array.from(document.querySelectorAll('article'))"
+        ".filter((card) => card.offsetHeight > 0).map((card) => card.querySelector('p').textContent)"
+    )
+    return [name.removesuffix(".jpg") for name in found]
+
+
+def choose_view(chromium: "Chrome", view: str) -> None:
+    chromium.find_element("css selector", f"[name=view][value={view}]").click()
+
+
+def clear(chromium: "Chrome") -> None:
+    chromium.find_element("id", "clear").click()
+
+
+def unfold(chromium: "Chrome") -> None:
+    chromium.find_element("css selector", "#controls summary").click()
+
+
+def complaints(chromium: "Chrome") -> list[str]:
+    """What the browser has said to the page's author, such as of an address that its policy refuses."""
+    return [entry["message"] for entry in chromium.get_log("browser")]  # type: ignore[no-untyped-call]
+
+
+def count(chromium: "Chrome") -> str:
+    return chromium.find_element("id", "count").text
+
+
+@pytest.mark.slow
+def test_views_search_filter_and_order(page: Path, chromium: "Chrome") -> None:
+    from selenium.webdriver.support.select import Select
+
+    chromium.get(page.as_uri())
+    drawn = names(chromium)
+    assert len(drawn) == 6 and drawn != sorted(drawn, key=THINGS.index)
+    choose_view(chromium, "best")
+    assert names(chromium) == list(THINGS[:3])
+    choose_view(chromium, "worst")
+    assert names(chromium) == list(THINGS[:-4:-1])
+    choose_view(chromium, "all")
+    assert names(chromium) == list(THINGS)
+    assert count(chromium) == "12 of 12 photos"
+
+    search = chromium.find_element("id", "search")
+    found = {"BOAT": ["boat"], "bo": ["boat"], "oat": [], "one  cat": ["cat"], ".jpg lamp": ["lamp"], "<i>": []}
+    for sought, expected in found.items():
+        search.clear()
+        search.send_keys(sought)
+        assert names(chromium) == expected, sought
+    assert count(chromium) == "0 of 12 photos"
+    clear(chromium)
+    assert names(chromium) == list(THINGS)
+
+    unfold(chromium)
+    ciders = [
+        float(card.get_attribute("data-cider") or "nan") for card in chromium.find_elements("css selector", "article")
+    ]
+    assert ciders == sorted(ciders, reverse=True)
+    chromium.find_element("id", "least").send_keys(str(ciders[7]))
+    chromium.find_element("id", "most").send_keys(str(ciders[2]))
+    assert names(chromium) == list(THINGS[2:8])
+    clear(chromium)
+    Select(chromium.find_element("id", "score")).select_by_visible_text("log-probability")
+    chromium.find_element("id", "most").send_keys("-10.5")
+    assert names(chromium) == list(THINGS[10:])
+    clear(chromium)
+    order = Select(chromium.find_element("id", "order"))
+    order.select_by_visible_text("file name")
+    assert names(chromium) == sorted(THINGS)
+    order.select_by_visible_text("log-probability, lowest first")
+    assert names(chromium) == list(THINGS[::-1])
+    assert complaints(chromium) == []
+
+
+@pytest.mark.slow
+def test_the_keyboard_is_enough(page: Path, chromium: "Chrome") -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    chromium.get(page.as_uri())
+    reached = []
+    for _ in range(9):
+        chromium.switch_to.active_element.send_keys(Keys.TAB)
+        focused = chromium.switch_to.active_element
+        reached.append(focused.get_attribute("id") or focused.get_attribute("name") or focused.tag_name)
+        if reached[-1] == "view":
+            focused.send_keys(Keys.ARROW_RIGHT)
+            assert names(chromium) == list(THINGS[:3])
+        elif reached[-1] == "search":
+            focused.send_keys("cat", Keys.ENTER)
+            assert names(chromium) == ["cat"]
+        elif reached[-1] == "clear":
+            focused.send_keys(Keys.SPACE)
+            assert names(chromium) == list(THINGS[:3])
+            chromium.find_element("id", "clear").send_keys("")  # on from here; clearing goes back to the search
+        elif reached[-1] == "summary":
+            focused.send_keys(Keys.ENTER)
+    assert reached == ["summary", "view", "search", "clear", "summary", "order", "score", "least", "most"]
+
+
+@pytest.mark.slow
+def test_on_a_phone_nothing_is_wider_than_the_screen(tmp_path: Path, chromium: "Chrome") -> None:
+    long = "a" * 300
+    page = write(tmp_path, [long, "b"], [(long, "a b"), ("b " * 200,)], [f"{'n' * 200}.jpg", "b.jpg"])
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    chromium.get(page.as_uri())
+    choose_view(chromium, "all")
+    assert len(names(chromium)) == 2
+    assert chromium.execute_script("return window.innerWidth") == 390
+    assert chromium.execute_script("return document.documentElement.scrollWidth") == 390
+    right = "return Math.max(...Array.from(document.querySelectorAll('*'), (e) => e.getBoundingClientRect().right))"
+    assert chromium.execute_script(right) <= 390
+    small = "return parseFloat(getComputedStyle(document.querySelector('article li')).fontSize)"
+    assert chromium.execute_script(small) >= 12
+
+
+@pytest.mark.slow
+def test_the_dark_is_dark_and_words_stand_out_in_it(page: Path, chromium: "Chrome") -> None:
+    def luminance(element: str, what: str) -> float:
+        color = chromium.execute_script(f"return getComputedStyle(document.querySelector('{element}')).{what}")
+        channels = [int(value) / 255 for value in re.findall(r"\d+", color)[:3]]
+        linear = [c / 12.92 if c <= 0.04045 else ((c + 0.055) / 1.055) ** 2.4 for c in channels]
+        return float(0.2126 * linear[0] + 0.7152 * linear[1] + 0.0722 * linear[2])
+
+    for scheme, dark in (("dark", True), ("light", False)):
+        features = [{"name": "prefers-color-scheme", "value": scheme}]
+        chromium.execute_cdp_cmd("Emulation.setEmulatedMedia", {"features": features})
+        chromium.get(page.as_uri())
+        behind = luminance("html", "backgroundColor")
+        assert (behind < 0.05) is dark
+        for element in ("h1", "h2", "li", "article p", "dt", "summary"):
+            low, high = sorted((behind, luminance(element, "color")))
+            assert (high + 0.05) / (low + 0.05) >= 4.5, (scheme, element)  # WCAG 2.2, contrast AA
+
+
+@pytest.mark.slow
+def test_without_javascript_every_card_can_be_read(page: Path, chromium: "Chrome") -> None:
+    chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    chromium.get(page.as_uri())
+    cards = [card.text for card in chromium.find_elements("css selector", "article")]
+    assert [thing in text for thing, text in zip(THINGS, cards, strict=True)] == [True] * 12
+    assert not chromium.find_element("id", "controls").is_displayed()
+    assert "need JavaScript" in chromium.find_element("tag name", "header").text
+
+
+@pytest.mark.slow
+def test_text_that_would_be_markup_is_shown_and_never_run(tmp_path: Path, chromium: "Chrome") -> None:
+    files = [text.replace("/", "\N{FRACTION SLASH}") + ".jpg" for text in HOSTILE]
+    page = write(tmp_path, list(HOSTILE), [(text, "a dog") for text in HOSTILE], files)
+    chromium.get(page.as_uri())
+    choose_view(chromium, "all")
+    for selector, expected in (("h2", HOSTILE), ("li:first-child", HOSTILE), ("article > p", files)):
+        found = [one.get_property("textContent") for one in chromium.find_elements("css selector", selector)]
+        assert sorted(map(str, found)) == sorted(expected)
+    assert [image.get_attribute("alt") for image in chromium.find_elements("tag name", "img")]
+    assert chromium.title == "one & two: captions of dev photos"
+    counts = "return ['script', 'style', 'img', 'svg'].map((tag) => document.querySelectorAll(tag).length)"
+    assert chromium.execute_script(counts) == [1, 1, len(HOSTILE), 0]
+    chromium.find_element("id", "search").send_keys("</script>")
+    assert len(names(chromium)) == 1
+    assert complaints(chromium) == []
+
+
+@pytest.mark.slow
+def test_the_pages_policy_lets_no_other_script_and_no_address_in(page: Path, chromium: "Chrome") -> None:
+    foreign = "</main><script>document.title = 'run'</script><img src='http://127.0.0.1:9/x.png'>"
+    page.write_text(page.read_text(encoding="utf-8").replace("</main>", foreign), encoding="utf-8")
+    chromium.get(page.as_uri())
+    assert len(names(chromium)) == 6
+    assert chromium.title == "one & two: captions of dev photos"
+    refused = complaints(chromium)
+    assert len(refused) == 2 and all("Content Security Policy" in message for message in refused)
+
+
+@pytest.mark.slow
+def test_mlflows_artifact_view_shows_it_and_its_search_works_there(
+    page: Path, chromium: "Chrome", monkeypatch: pytest.MonkeyPatch
+) -> None:
+    from selenium.webdriver.support.wait import WebDriverWait
+
+    folder = page.parent
+    monkeypatch.chdir(folder)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
+    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    with tracked_run("gallery", "gallery") as tracked:
+        tracked.log_artifact(page)
+        experiment = mlflow.get_run(tracked.run_id).info.experiment_id
+    with socket.socket() as probe:
+        probe.bind(("127.0.0.1", 0))
+        port = probe.getsockname()[1]
+    log = folder / "server.txt"
+    with log.open("w") as output:
+        server = subprocess.Popen(
+            [sys.executable, "-m", "mlflow", "ui", "--port", str(port)],
+            cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
+        )  # fmt: skip
+    try:
+        for _ in range(240):
+            assert server.poll() is None, log.read_text()
+            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
+                break
+            time.sleep(0.5)
+        chromium.get(
+            f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{tracked.run_id}/artifacts/captions.html"
+        )
+        wait = WebDriverWait(chromium, 90)
+        frame = wait.until(lambda browser: browser.find_element("css selector", "iframe.mlflow-html-iframe"))
+        assert frame.get_attribute("sandbox") == "allow-scripts"
+        chromium.switch_to.frame(frame)
+        wait.until(lambda browser: len(names(browser)) == 6)
+        choose_view(chromium, "all")
+        chromium.find_element("id", "search").send_keys("horse")
+        assert names(chromium) == ["horse"]
+        photo = chromium.find_element("css selector", "article:not([hidden]) img")
+        wait.until(lambda _: photo.get_property("naturalWidth") == 224)
+        assert "one & two" in chromium.find_element("tag name", "h1").text
+    finally:
+        os.killpg(server.pid, signal.SIGTERM)
+        server.wait(timeout=30)
