@@ -20,18 +20,20 @@ from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
 from capexp.scoring.evaluation import perplexity
-from capexp.search import Pruned
+from capexp.search.study import Pruned
 from capexp.tracking import registry
 from capexp.tracking.registry import Version
 from capexp.tracking.report import Sample, draw_curves, write_gallery
 from capexp.tracking.run import Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
-from capexp.tracking.store import prepare_store
+from capexp.tracking.store import discreet, prepare_store, store_faults
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints")
+TRIAL = "trial"
+"""The tag of a nested run that holds its trial's number."""
 _SETTINGS = "experiment.toml"
 _SAMPLES = 24  # photos in the gallery
 _DIFFERENT_ON_RESUME = ("training.epochs", "training.patience")
@@ -86,6 +88,7 @@ def run(
     *,
     resume: str | None = None,
     parent: str | None = None,
+    trial: int | None = None,
     folder: Path = CHECKPOINTS,
     register_model: bool = True,
     promote: bool = False,
@@ -94,8 +97,8 @@ def run(
 
     Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
     ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
-    ``register_model=False`` (a trial of a study) the model is neither logged nor registered; its bundle stays among
-    the checkpoints.
+    ``register_model=False`` (a trial of a study, nested under ``parent`` and tagged with its number) the model is
+    neither logged nor registered; its bundle stays among the checkpoints.
     """
     device = choose_device(experiment.training.device)
     digest = prepared.splits["dev"].digest()
@@ -103,12 +106,14 @@ def run(
     refuse_cramped(folder, prepared.decoder_parameters, experiment.training.keep)
     prepare_store()
     with ExitStack() as stack:
+        stack.enter_context(store_faults())
         if resume is None:
             _refuse_trained(folder)
         else:
             _refuse_other_data(resume, prepared)
             stack.enter_context(_alone(folder / resume))  # before the run's state is touched
-        tracked = stack.enter_context(tracked_run(experiment.name, experiment.name, resume=resume, parent=parent))
+        name, tags = (experiment.name, {}) if trial is None else (f"trial {trial}", {TRIAL: str(trial)})
+        tracked = stack.enter_context(tracked_run(name, experiment.name, resume=resume, parent=parent, tags=tags))
         checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
         if resume is None:
             stack.enter_context(_alone(checkpoints.folder))
@@ -178,28 +183,6 @@ def _report(
     return measured, samples
 
 
-@contextmanager
-def study_run(experiment: Experiment, prepared: Prepared, name: str, held: str | None) -> Iterator[TrackedRun]:
-    """The run that a study's trials are nested under: the one it had, or a new one."""
-    prepare_store()
-    resume = held if held and adopted_run() is None and run_tags(held) else None
-    with tracked_run(name, experiment.name, resume=resume) as tracked:
-        params = dict(experiments.flatten(experiment.model_dump(mode="json")))
-        tracked.log_params({key: str(value) for key, value in params.items()})
-        tracked.set_tags(_tags(prepared) | {"study": name, "device": experiment.training.device})
-        yield tracked
-
-
-def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promote: bool) -> Version:
-    """Registers the best captioner of a trial, from its checkpoints, under the study's run."""
-    experiment = experiments.load(folder / _SETTINGS, {})
-    captioner = Captioner.load(_bundle(Checkpoints(folder, experiment.training.keep)))
-    measured = measure(experiment, prepared, captioner)
-    assert captioner.training is not None
-    tracked.log_metrics(measured.metrics(), captioner.training.epoch, time.time_ns() // 1_000_000)
-    return register(tracked, experiment, prepared, captioner, measured, promote, encoder_weights(experiment))
-
-
 def caption_samples(captions: list[Caption], split: Split, seed: int) -> tuple[Sample, ...]:
     """Some photos of a split drawn at random, with their captions."""
     count = min(_SAMPLES, len(split.photos))
@@ -219,7 +202,7 @@ def _log_beginning(
     tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path
 ) -> None:
     tracked.log_params(experiment.flat() | {"decoder_parameters": str(prepared.decoder_parameters)})
-    tracked.set_tags(_tags(prepared) | {"device": device})
+    tracked.set_tags(tags_of(prepared) | {"device": device})
     digests = {name: split.digest() for name, split in prepared.splits.items()}
     lists = experiment.captions
     tracked.log_inputs(
@@ -231,7 +214,8 @@ def _log_beginning(
     tracked.log_artifact(settings)
 
 
-def _tags(prepared: Prepared) -> dict[str, str]:
+def tags_of(prepared: Prepared) -> dict[str, str]:
+    """What was trained on, and by which code, as tags of a run."""
     return {
         "git_commit": git_commit(),
         "data_digest": prepared.data_digest(),
@@ -264,11 +248,18 @@ def _bundle(checkpoints: Checkpoints) -> Path:
     return bundle
 
 
+class _Discreet(logging.Formatter):
+    """Keeps the password of a tracking server out of what is logged: its errors quote the address."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return discreet(super().format(record))
+
+
 @contextmanager
 def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     """Copies the project's log to a file beside the checkpoints, and keeps it with the run however it ends."""
     handler = logging.FileHandler(path, encoding="utf-8")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("capexp")
     root.addHandler(handler)
     try:
@@ -299,6 +290,15 @@ def _alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+def is_training(folder: Path) -> bool:
+    """Whether a process is at work on the run with these checkpoints."""
+    try:
+        with _alone(folder):
+            return False
+    except InputError:
+        return True
+
+
 def _refuse_trained(folder: Path) -> None:
     """A new run that adopts one by ``MLFLOW_RUN_ID`` must not train over what an earlier process left."""
     adopted = adopted_run()
@@ -311,7 +311,7 @@ def _refuse_trained(folder: Path) -> None:
 
 def _refuse_other_data(run_id: str, prepared: Prepared) -> None:
     """A resumed run must find the data, the words and the encoder that it was started with."""
-    held, now = run_tags(run_id), _tags(prepared)
+    held, now = run_tags(run_id), tags_of(prepared)
     for name in ("data_digest", "vocabulary_digest", "encoder_key"):
         if name in held and held[name] != now[name]:
             raise InputError(

@@ -3,7 +3,7 @@
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from capexp.data.errors import InputError
-from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults
+from capexp.data.errors import InputError, shown_uri
+from capexp.tracking.store import artifact_faults, discreet, is_missing, require_store, store_faults
 
 log = logging.getLogger(__name__)
 
@@ -70,6 +70,11 @@ class TrackedRun:
         with artifact_faults(self.run_id):
             self._client.log_artifact(self.run_id, str(path))
 
+    def log_artifacts(self, folder: Path, name: str) -> None:
+        """Copies what is in a folder to the run's artifacts, under a name."""
+        with artifact_faults(self.run_id):
+            self._client.log_artifacts(self.run_id, str(folder), name)
+
 
 def run_status(run_id: str) -> str:
     """The state of a run, such as ``FINISHED``.
@@ -79,7 +84,8 @@ def run_status(run_id: str) -> str:
     """
     run = _find(run_id)
     if run is None:
-        raise InputError(f"run {run_id}: no such run in {mlflow.get_tracking_uri()}; `mlflow ui` lists them")
+        store = shown_uri(mlflow.get_tracking_uri())
+        raise InputError(f"run {run_id}: no such run in {store}; `mlflow ui` lists them")
     return str(run.info.status)
 
 
@@ -87,6 +93,63 @@ def run_tags(run_id: str) -> dict[str, str]:
     """The tags of a run; none where there is no such run."""
     run = _find(run_id)
     return {} if run is None else dict(run.data.tags)
+
+
+def find_nested(parents: Sequence[str], tag: str, value: str) -> str | None:
+    """The newest run under one of the parents with that tag, if any."""
+    for parent in parents:
+        for run in _nested(parent, f"tags.{tag} = '{value}'"):
+            return str(run.info.run_id)
+    return None
+
+
+def end_nested(parent: str, tag: str, values: Callable[[], Set[str]], error: str) -> list[str]:
+    """Ends FAILED the running runs under a parent whose tag is none of some values, and returns their ids.
+
+    The values are asked for between two looks at a run, so that neither one that begins meanwhile nor one that ends
+    is taken for dead.
+    """
+    client = MlflowClient()
+    ended = []
+    with store_faults():
+        running = [run for run in _nested(parent, "attributes.status = 'RUNNING'") if tag in run.data.tags]
+        alive = values() if running else set()
+        for run_id in (str(run.info.run_id) for run in running if run.data.tags[tag] not in alive):
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_tag(run_id, "error", error)
+                client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
+                ended.append(run_id)
+    return ended
+
+
+def keep_open(run_id: str) -> None:
+    """Makes an ended run a running one again: others are at work on it."""
+    with store_faults():
+        MlflowClient().update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
+
+
+def add_artifacts(run_id: str, folder: Path, name: str) -> None:
+    """Copies a folder to the artifacts of a run that may have ended."""
+    with store_faults():
+        TrackedRun(run_id, MlflowClient()).log_artifacts(folder, name)
+
+
+def fetch_artifacts(run_id: str, name: str) -> Path | None:
+    """A local copy of a folder of a run's artifacts; None where it has none of that name."""
+    with store_faults(), artifact_faults(run_id):
+        if not any(item.path == name for item in MlflowClient().list_artifacts(run_id)):
+            return None
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
+
+
+def _nested(parent: str, condition: str) -> list[Run]:
+    """The runs under a parent that fulfil a condition, the newest first."""
+    client = MlflowClient()
+    run = _find(parent)
+    if run is None:
+        return []
+    condition = f"tags.mlflow.parentRunId = '{parent}' and {condition}"
+    return list(client.search_runs([run.info.experiment_id], condition, max_results=1000))
 
 
 def adopted_run() -> str | None:
@@ -109,10 +172,16 @@ def _find(run_id: str) -> Run | None:
 
 @contextmanager
 def tracked_run(
-    name: str, experiment: str, *, resume: str | None = None, parent: str | None = None
+    name: str,
+    experiment: str,
+    *,
+    resume: str | None = None,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
 ) -> Iterator[TrackedRun]:
     """Starts a run, or goes on with one, and ends it in the state that fits how the block was left.
 
+    With ``parent`` it is nested, in the parent's experiment. It has its tags from the beginning.
     Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED, tagged
     ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
     """
@@ -124,7 +193,13 @@ def tracked_run(
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
         run = mlflow.start_run(
-            run_id=resume, run_name=name, nested=parent is not None, parent_run_id=parent, log_system_metrics=True
+            run_id=resume,
+            experiment_id=None if parent is None else client.get_run(parent).info.experiment_id,
+            run_name=name,
+            nested=parent is not None,
+            parent_run_id=parent,
+            tags=dict(tags or {}),
+            log_system_metrics=True,
         )
         # The web page opens on what fits the training of models, instead of asking.
         client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
@@ -140,7 +215,7 @@ def tracked_run(
         tracked.set_tags({"stopped": "interrupt"})
         raise
     except Exception as error:
-        tracked.set_tags({"error": f"{type(error).__name__}: {error}"[:500]})
+        tracked.set_tags({"error": discreet(f"{type(error).__name__}: {error}")[:500]})
         raise
     finally:
         mlflow.end_run(status)

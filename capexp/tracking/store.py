@@ -11,7 +11,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from capexp.data.errors import InputError
+from capexp.data.errors import InputError, Outage, shown_uri, without_secrets
 
 _LOCK = ".mlflow.lock"
 _SQLITE = "sqlite:///"
@@ -54,7 +54,7 @@ def require_store() -> None:
         InputError: there is no store here.
     """
     if not store_exists():
-        uri = mlflow.get_tracking_uri()
+        uri = shown_uri(mlflow.get_tracking_uri())
         raise InputError(f"{uri}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI")
 
 
@@ -90,13 +90,13 @@ def artifact_faults(run_id: str) -> Iterator[None]:
     """Tells a fault of the place where artifacts are kept in one line.
 
     Raises:
-        InputError: in place of the system's error.
+        Outage: in place of the system's error.
     """
     try:
         yield
     except OSError as error:
         where = error.filename or mlflow.get_artifact_uri()
-        raise InputError(
+        raise Outage(
             f"{where}: MLflow's artifacts cannot be written ({error.strerror or error}); make room or mend it, then "
             f"python -m capexp.train --resume {run_id}"
         ) from error
@@ -107,23 +107,23 @@ def store_faults() -> Iterator[None]:
     """Tells a fault of the store or the server in one line.
 
     Raises:
-        InputError: in place of MLflow's and SQLAlchemy's errors.
+        Outage: in place of MLflow's and SQLAlchemy's errors.
     """
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(
-            f"MLflow's store {_without_password(mlflow.get_tracking_uri())}: {reason}; "
-            "mend it, or name another with MLFLOW_TRACKING_URI"
+        uri = mlflow.get_tracking_uri()
+        reason = discreet(str(error).strip().splitlines()[0])[:200]
+        raise Outage(
+            f"MLflow's store {shown_uri(uri)}: {reason}; mend it, or name another with MLFLOW_TRACKING_URI"
         ) from None
+
+
+def discreet(text: str) -> str:
+    """A text without what is secret in the tracking URI."""
+    return without_secrets(text, mlflow.get_tracking_uri())
 
 
 def is_missing(error: MlflowException) -> bool:
     """Whether MLflow says that something is not there, rather than that it cannot answer."""
     return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-
-
-def _without_password(uri: str) -> str:
-    scheme, separator, rest = uri.partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"
