@@ -33,9 +33,8 @@ class Range(BaseModel):
         if self.log and (self.low <= 0 or self.step is not None):
             raise ValueError("tune.search: log = true needs low above 0, and takes no step")
         if self.step is not None and not 1 <= (self.high - self.low) / self.step <= _MOST_STEPS:
-            raise ValueError(
-                f"tune.search: step = {self.step} from {self.low} to {self.high}; give one of 1 to {_MOST_STEPS:,} steps"
-            )
+            span = f"from {self.low} to {self.high}"
+            raise ValueError(f"tune.search: step = {self.step} {span}; give one of 1 to {_MOST_STEPS:,} steps")
         return self
 
     @property

@@ -132,7 +132,8 @@ class Journal(Storage):
                 lock.acquire(blocking=False)
             except Timeout:
                 continue
-            study.tell(trial.number, state=TrialState.FAIL)
+            # Free also where it has ended since the list was made.
+            study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
 

@@ -67,6 +67,6 @@ def test_learning_rate_batch_size_and_decoder_are_searched_by_naming_them() -> N
 
 def test_what_a_study_can_go_on_with_has_the_same_kind() -> None:
     assert Range(low=1, high=4).kind == Range(low=2, high=9, step=2).kind
-    kinds = [Range(low=1, high=4), Range(low=1.0, high=4.0), Range(low=1, high=4, log=True), Choices(choices=(1, 4))]
-    assert len({space.kind for space in kinds}) == 4
+    whole, real, log = Range(low=1, high=4), Range(low=1.0, high=4.0), Range(low=1, high=4, log=True)
+    assert len({whole.kind, real.kind, log.kind, Choices(choices=(1, 4)).kind}) == 4
     assert Choices(choices=(4, 1)).kind != Choices(choices=(1, 4)).kind
