@@ -1,10 +1,6 @@
 """From a trained captioner to a registered version: its bundle, its card, its claim to be champion."""
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
 
 from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.data.errors import InputError
@@ -16,6 +12,7 @@ from capexp.scoring.evaluation import perplexity
 from capexp.tracking import registry
 from capexp.tracking.registry import Score, Version
 from capexp.tracking.run import TrackedRun, git_commit
+from capexp.tracking.store import undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -35,7 +32,7 @@ def register(
     """
     assert captioner.training is not None
     name = experiment.registry.model
-    with _undisturbed():
+    with undisturbed():
         number = registry.registered_version(name, tracked.run_id, captioner)
         if number is None:
             number = registry.log_captioner(tracked.run_id, captioner, encoder, register_as=name)
@@ -110,20 +107,3 @@ Load it with `mlflow.pyfunc.load_model("models:/{experiment.registry.model}@cham
 def _decoding(experiment: Experiment) -> str:
     decoding = experiment.decoding
     return f"beam search of width {decoding.beam_width}" if decoding.method == "beam" else decoding.method
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Puts off an interrupt until the block is done: a version without its card would be a riddle."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    late: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: late.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if late:
-        signal.raise_signal(signal.Signals(late[0]))

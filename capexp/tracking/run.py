@@ -16,7 +16,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from capexp.data.errors import InputError, shown_uri
-from capexp.tracking.store import artifact_faults, discreet, is_missing, require_store, store_faults
+from capexp.tracking.store import artifact_faults, discreet, is_missing, local_write, require_store, store_faults
 
 log = logging.getLogger(__name__)
 
@@ -44,26 +44,30 @@ class TrackedRun:
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Logs the params that the run does not hold yet: ``mlflow run -P`` has logged its own as text."""
-        held = self._client.get_run(self.run_id).data.params
-        lacking = [Param(name, value[:_PARAM_LENGTH]) for name, value in params.items() if name not in held]
-        for start in range(0, len(lacking), _BATCH):
-            self._client.log_batch(self.run_id, params=lacking[start : start + _BATCH])
+        with local_write():
+            held = self._client.get_run(self.run_id).data.params
+            lacking = [Param(name, value[:_PARAM_LENGTH]) for name, value in params.items() if name not in held]
+            for start in range(0, len(lacking), _BATCH):
+                self._client.log_batch(self.run_id, params=lacking[start : start + _BATCH])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
         """Logs values of one step; ``timestamp`` in milliseconds since 1970."""
-        self._client.log_batch(
-            self.run_id, metrics=[Metric(name, value, timestamp, step) for name, value in metrics.items()]
-        )
+        with local_write():
+            self._client.log_batch(
+                self.run_id, metrics=[Metric(name, value, timestamp, step) for name, value in metrics.items()]
+            )
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags, over those of the same name."""
-        self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        with local_write():
+            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def log_inputs(self, inputs: list[Input]) -> None:
         """Logs the splits as data sets."""
         for item in inputs:
             source = LocalArtifactDatasetSource(str(item.path.absolute()))
-            mlflow.log_input(MetaDataset(source, name=item.name, digest=item.digest[:36]), context=item.context)
+            with local_write():
+                mlflow.log_input(MetaDataset(source, name=item.name, digest=item.digest[:36]), context=item.context)
 
     def log_artifact(self, path: Path) -> None:
         """Copies a file to the run's artifacts."""
@@ -189,7 +193,7 @@ def tracked_run(
         mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
     mlflow.set_system_metrics_samples_before_logging(1)
     client = MlflowClient()
-    with store_faults():
+    with store_faults(), local_write():
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
         run = mlflow.start_run(

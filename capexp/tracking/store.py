@@ -1,8 +1,10 @@
 """MLflow's store: made once, told of in one line when it fails, locked while a decision is taken."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import mlflow
@@ -83,6 +85,33 @@ def store_lock() -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+@contextmanager
+def undisturbed() -> Iterator[None]:
+    """Puts off an interrupt until the block is done: a version without its card would be a riddle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    late: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: late.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if late:
+        signal.raise_signal(signal.Signals(late[0]))
+
+
+@contextmanager
+def local_write() -> Iterator[None]:
+    """Puts off an interrupt until a local store is written: a transaction broken off would keep it locked.
+
+    A server keeps its own store, and may be long in answering.
+    """
+    with undisturbed() if mlflow.get_tracking_uri().startswith(_SQLITE) else nullcontext():
+        yield
 
 
 @contextmanager
