@@ -128,6 +128,7 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     # MLflow's hints, migrations and progress bars would bury what the command itself has to say.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the server's password, if any
     logging.getLogger("alembic").setLevel(logging.WARNING)
     # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
@@ -167,6 +168,10 @@ def _say(name: str, message: str, status: int) -> int:
 
 def _interrupt(signum: int, frame: FrameType | None) -> Any:
     """The first signal interrupts; while the run is brought to its end, more of them change nothing."""
-    signal.signal(signal.SIGTERM, signal.SIG_IGN)
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    for number in (signal.SIGTERM, signal.SIGINT):
+        signal.signal(number, _pass)  # not SIG_IGN: Python complains of a signal that was under way
     raise KeyboardInterrupt
+
+
+def _pass(signum: int, frame: FrameType | None) -> None:
+    """Nothing."""

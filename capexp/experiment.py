@@ -22,7 +22,7 @@ from capexp.data.captions import CaptionsConfig
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, FeaturesConfig
 from capexp.data.vocabulary import VocabularyConfig
-from capexp.search import Choices, TuneConfig
+from capexp.search.space import Choices, TuneConfig
 from capexp.tracking.score import Metric
 from capexp.training.fit import TrainingConfig
 
@@ -247,6 +247,17 @@ def _explain(error: ValidationError) -> str:
     return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
 
 
+def _explain_flag(error: ValidationError) -> str:
+    """The first fault of a flag's value; within a table, where."""
+    first = error.errors()[0]
+    if first["type"] == "value_error":
+        return str(first["ctx"]["error"])
+    inside = [str(part) for part in first["loc"] if part not in ("Range", "Choices")]
+    if inside and first["type"] == "missing":
+        return f"{'.'.join(inside)} is not set"
+    return (f"{'.'.join(inside)}: " if inside else "") + first["msg"][0].lower() + first["msg"][1:]
+
+
 def _unknown(name: str) -> InputError:
     names = setting_names()
     close = difflib.get_close_matches(name, [*names, *SECTIONS], n=1, cutoff=0.75)
@@ -265,8 +276,7 @@ def _set(settings: Settings, name: str, value: object) -> None:
         try:
             value = kind.dump_python(_read_flag(kind, value), mode="json")
         except ValidationError as error:
-            message = error.errors()[0]["msg"]
-            raise InputError(f"--{name} {value}: {message[0].lower()}{message[1:]}") from None
+            raise InputError(f"--{name} {value}: {_explain_flag(error)}") from None
     *sections, last = name.split(".")
     for section in sections:
         settings = settings.setdefault(section, {})

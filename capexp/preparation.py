@@ -1,7 +1,6 @@
 """From an experiment to what it trains on or is measured on: data read, checked, and made into features."""
 
 import hashlib
-import json
 import logging
 from dataclasses import dataclass
 
@@ -16,7 +15,6 @@ from capexp.data.features import Encoder, EncoderIdentity, identify, load_encode
 from capexp.data.photos import digest_photos
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
-from capexp.search import Choices
 from capexp.training.fit import choose_device
 
 log = logging.getLogger(__name__)
@@ -38,7 +36,7 @@ class Prepared:
 
     def data_digest(self) -> str:
         """Hexadecimal SHA-256 over the photos and captions of all splits."""
-        return hashlib.sha256("".join(split.digest() for split in self.splits.values()).encode()).hexdigest()
+        return data_digest(self.splits)
 
 
 @dataclass(frozen=True)
@@ -103,16 +101,20 @@ def read_features(
     }
 
 
-def comparable(experiment: Experiment, prepared: Prepared) -> str:
-    """A digest of all that must be equal for two trials' losses to compare."""
-    free = {"training.device", "training.keep", *experiment.tune.search}
+def comparable(experiment: Experiment, data: Read) -> dict[str, str]:
+    """All that must be equal for two trials' losses to compare, and for a study to draw on."""
+    space = experiment.tune.search
+    free = {"training.device", "training.keep", *space}
     settings = {
         name: value
         for name, value in experiment.flat().items()
         if name not in free and name.split(".")[0] in ("name", "seed", "model", "training", "vocabulary")
     }
-    # Optuna cannot go on with other choices under the same name.
-    spaces = experiment.tune.search.items()
-    choices = {name: space.choices for name, space in spaces if isinstance(space, Choices)}
-    record = [settings, choices, prepared.encoder.key(), prepared.data_digest()]
-    return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()
+    # Optuna cannot go on with other choices, or another kind of numbers, under the same name.
+    kinds = {f"tune.search {name}": drawn.kind for name, drawn in space.items()}
+    return settings | kinds | {"encoder": data.encoder.key(), "data digest": data_digest(data.splits)[:16]}
+
+
+def data_digest(splits: dict[SplitName, Split]) -> str:
+    """Hexadecimal SHA-256 over the photos and captions of all splits."""
+    return hashlib.sha256("".join(split.digest() for split in splits.values()).encode()).hexdigest()

@@ -1,23 +1,22 @@
 """From a trained captioner to a registered version: its bundle, its card, its claim to be champion."""
 
 import logging
-import signal
-import threading
-from collections.abc import Iterator
-from contextlib import contextmanager
+import time
+from pathlib import Path
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment
-from capexp.measurement import Measured
+from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.scoring.evaluation import SCORE_NAMES, perplexity
 from capexp.tracking import registry
 from capexp.tracking.registry import Version
 from capexp.tracking.run import TrackedRun, git_commit
 from capexp.tracking.score import Score
+from capexp.tracking.store import undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -39,7 +38,7 @@ def register(
     """
     assert captioner.training is not None
     name = experiment.registry.model
-    with _undisturbed():
+    with undisturbed():
         number = registry.registered_version(name, tracked.run_id, captioner)
         if number is None:
             number = registry.log_captioner(tracked.run_id, captioner, encoder, register_as=name)
@@ -58,6 +57,17 @@ def register(
         tracked.set_tags(said)
     log.debug("registered %s", version.describe())
     return version
+
+
+def register_bundle(
+    tracked: TrackedRun, experiment: Experiment, prepared: Prepared, bundle: Path, promote: bool
+) -> Version:
+    """Measures a captioner that another run has trained, and registers it under a run above that one."""
+    captioner = Captioner.load(bundle)
+    measured = measure(experiment, prepared, captioner)
+    assert captioner.training is not None
+    tracked.log_metrics(measured.metrics(), captioner.training.epoch, time.time_ns() // 1_000_000)
+    return register(tracked, experiment, prepared, captioner, measured, promote, encoder_weights(experiment))
 
 
 def encoder_weights(experiment: Experiment) -> State | None:
@@ -128,20 +138,3 @@ Settings; the whole of them is `experiment.toml` among the run's artifacts:
 {settings}
 ```
 """
-
-
-@contextmanager
-def _undisturbed() -> Iterator[None]:
-    """Puts off an interrupt until the block is done: a version without its card would be a riddle."""
-    if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
-        return
-    late: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: late.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
-    try:
-        yield
-    finally:
-        for number, handler in before.items():
-            signal.signal(number, handler)
-    if late:
-        signal.raise_signal(signal.Signals(late[0]))

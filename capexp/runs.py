@@ -18,13 +18,13 @@ from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
 from capexp.scoring.evaluation import perplexity
-from capexp.search import Pruned
+from capexp.search.study import Pruned
 from capexp.tracking import registry
 from capexp.tracking.gallery import Card, Heading, choose, make_cards, write_gallery
 from capexp.tracking.plots import draw_histogram, draw_losses, draw_scores
 from capexp.tracking.registry import Version
 from capexp.tracking.run import PARENT, Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
-from capexp.tracking.store import prepare_store
+from capexp.tracking.store import discreet, prepare_store, store_faults
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
 
@@ -100,8 +100,8 @@ def run(
     The run has the experiment's name, or ``name`` and ``tags`` where it is one of several, nested under ``parent``.
     Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
     ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
-    ``register_model=False`` (a trial of a study) the model is neither logged nor registered; its bundle stays among
-    the checkpoints.
+    ``register_model=False`` (a trial of a study, nested under ``parent`` and tagged with its number) the model is
+    neither logged nor registered; its bundle stays among the checkpoints.
     """
     device = choose_device(experiment.training.device)
     digest = prepared.splits["dev"].digest()
@@ -109,6 +109,7 @@ def run(
     refuse_cramped(folder, prepared.decoder_parameters, experiment.training.keep)
     prepare_store()
     with ExitStack() as stack:
+        stack.enter_context(store_faults())
         if resume is None:
             refuse_trained(folder)
         else:
@@ -199,28 +200,6 @@ def _report(
     return measured, tuple(cards[place] for place in choice.random)
 
 
-@contextmanager
-def study_run(experiment: Experiment, prepared: Prepared, name: str, held: str | None) -> Iterator[TrackedRun]:
-    """The run that a study's trials are nested under: the one it had, or a new one."""
-    prepare_store()
-    resume = held if held and adopted_run() is None and run_tags(held) else None
-    with tracked_run(name, experiment.name, resume=resume) as tracked:
-        params = dict(experiments.flatten(experiment.model_dump(mode="json")))
-        tracked.log_params({key: str(value) for key, value in params.items()})
-        tracked.set_tags(tags_of(prepared) | {"study": name, "device": experiment.training.device})
-        yield tracked
-
-
-def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promote: bool) -> Version:
-    """Registers the best captioner of a trial, from its checkpoints, under the study's run."""
-    experiment = experiments.load(folder / SETTINGS, {})
-    captioner = Captioner.load(_bundle(Checkpoints(folder, experiment.training.keep)))
-    measured = measure(experiment, prepared, captioner)
-    assert captioner.training is not None
-    tracked.log_metrics(measured.metrics(), captioner.training.epoch, time.time_ns() // 1_000_000)
-    return register(tracked, experiment, prepared, captioner, measured, promote, encoder_weights(experiment))
-
-
 def _log_beginning(
     tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path
 ) -> None:
@@ -271,11 +250,18 @@ def _bundle(checkpoints: Checkpoints) -> Path:
     return bundle
 
 
+class _Discreet(logging.Formatter):
+    """Keeps the password of a tracking server out of what is logged: its errors quote the address."""
+
+    def format(self, record: logging.LogRecord) -> str:
+        return discreet(super().format(record))
+
+
 @contextmanager
 def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     """Copies the project's log to a file beside the checkpoints, and keeps it with the run however it ends."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(logging.Formatter("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("capexp")
     root.addHandler(handler)
     try:
@@ -304,6 +290,15 @@ def alone(folder: Path) -> Iterator[None]:
         yield
     finally:
         lock.release()
+
+
+def is_training(folder: Path) -> bool:
+    """Whether a process is at work on the run with these checkpoints."""
+    try:
+        with alone(folder):
+            return False
+    except InputError:
+        return True
 
 
 def refuse_trained(folder: Path) -> None:

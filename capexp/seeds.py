@@ -11,9 +11,11 @@ from capexp.data.errors import InputError
 from capexp.data.files import write_whole
 from capexp.experiment import Experiment
 from capexp.preparation import Prepared
+from capexp.registration import register_bundle
 from capexp.tracking.registry import Version
 from capexp.tracking.run import TrackedRun, nested_runs, run_tags, tracked_run
 from capexp.tracking.store import prepare_store
+from capexp.training.checkpoints import Checkpoints
 from capexp.training.fit import Epoch
 
 log = logging.getLogger(__name__)
@@ -129,8 +131,10 @@ def _summarize(
     tracked.log_metrics(logged, len(metrics), time.time_ns() // 1_000_000)
     best = min(metrics, key=lambda seed: _worth(metrics[seed], experiment))
     tracked.set_tags({"best_seed": str(best), "best_run": done[best]})
-    folder = runs.CHECKPOINTS / tracked.run_id / done[best]
-    version = runs.register_trial(tracked, folder, prepared, promote)
+    one = experiments.replace(experiment, {"seed": best})
+    bundle = Checkpoints(runs.CHECKPOINTS / tracked.run_id / done[best], one.training.keep).best()
+    assert bundle is not None
+    version = register_bundle(tracked, one, prepared, bundle, promote)
     return Seeds(tracked.run_id, metrics, spreads, version)
 
 

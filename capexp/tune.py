@@ -1,20 +1,20 @@
 """Searches settings with Optuna: every trial is an ordinary experiment, tracked under the study's run."""
 
+import math
 import re
-import shutil
+import sys
+import tempfile
 import time
-from collections.abc import Generator
+from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capexp import command
 
 if TYPE_CHECKING:
-    from capexp.runs import Result
-    from capexp.search import Value
-    from capexp.training.fit import Epoch
-
-STUDIES = Path("studies")
+    from capexp.search.study import Progress, Study
+    from capexp.tracking.run import TrackedRun
+    from capexp.trials import Trials
 
 
 def tune(argv: list[str] | None = None) -> int:
@@ -22,65 +22,146 @@ def tune(argv: list[str] | None = None) -> int:
     parser = command.Parser("tune", __doc__, "The search space is [tune.search] of the experiment's file.")
     command.add_experiment(parser)
     parser.add_argument("--trials", help="finished and pruned ones together, over all sittings (tune.trials)")
+    parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time, a process each")
     parser.add_argument("--study", help="the study's name (default: the experiment's)")
+    parser.add_argument("--storage", metavar="URL", help="a PostgreSQL database, for many machines (default: a file)")
     parser.add_argument("--timeout", type=float, metavar="S", help="begin no trial after so many seconds")
     parser.add_argument("--promote", action="store_true", help="make the best model champion whatever it scores")
+    parser.add_argument(
+        "--write-best",
+        nargs="?",
+        type=Path,
+        const=Path(),
+        metavar="FILE.toml",
+        help="write the best trial's experiment there (default: experiments/STUDY-best.toml)",
+    )
     arguments, settings = parser.parse(argv)
     if arguments.trials is not None:
         settings["tune.trials"] = arguments.trials
+    if arguments.workers < 1:
+        parser.error(f"--workers {arguments.workers}: at least 1")
+    if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
+        parser.error(f"--timeout {arguments.timeout:g}: a number of seconds")
 
-    from capexp import experiment as experiments, runs
-    from capexp.preparation import comparable, prepare
-    from capexp.search import Study
-    from capexp.tracking.store import check_store
+    from capexp import experiment as experiments
 
-    experiment = experiments.load(experiments.find(arguments.experiment), settings)
-    experiments.check_search_space(experiment)
     if not re.fullmatch(experiments.NAME, arguments.study or "study"):
         parser.error(f"--study {arguments.study!r}: letters, digits, blanks and . _ - only")
-    check_store()
-    prepared = prepare(experiment)
+    experiment = experiments.load(experiments.find(arguments.experiment), settings)
+    experiments.check_search_space(experiment)
     name = arguments.study or experiment.name
-    folder, config = STUDIES / name, experiment.tune
-    study = Study(STUDIES, name, config, experiment.seed, comparable(experiment, prepared))
-    print(f"study {name}: {study.counted()} of {config.trials} trials done, searching {', '.join(config.search)}")
-    try:
-        with runs.study_run(experiment, prepared, name, study.run_id) as tracked:
-            study.run_id = tracked.run_id
+    best_file: Path | None = arguments.write_best
+    if best_file == Path():
+        best_file = Path("experiments", f"{name}-best.toml")
+    else:
+        command.refuse_output(parser, best_file)
 
-            def objective(values: "dict[str, Value]") -> "Generator[Epoch, None, Result]":
-                trial = experiments.replace(experiment, values)
-                return runs.run(trial, prepared, parent=tracked.run_id, folder=folder, register_model=False)
+    from capexp.preparation import comparable, prepare, read
+    from capexp.search.storage import find_storage
+    from capexp.search.study import refuse_other
+    from capexp.tracking.store import check_store
+    from capexp.trials import Trials, study_run
+    from capexp.workers import STUDIES, Task, work, work_together
 
-            start = time.monotonic()
-            while study.counted() < config.trials:
-                if arguments.timeout is not None and time.monotonic() - start > arguments.timeout:
-                    print(f"--timeout {arguments.timeout:g}: no more trials are begun")
-                    break
-                print(study.run_trial(objective), flush=True)
-                best = study.best()
-                _keep_only(folder, best.run_id if best else None)
-            best = study.best()
-            if best is None:
-                print("no trial has finished: nothing to register")
-                return 1
-            version = runs.register_trial(tracked, folder / best.run_id, prepared, promote=arguments.promote)
-            tracked.set_tags({"best_trial": str(best.number), "best_run": best.run_id})
-            tracked.log_metrics({"best_dev_loss": best.dev_loss}, best.number, time.time_ns() // 1_000_000)
-    finally:
-        study.close()
+    storage = find_storage(arguments.storage, STUDIES, name, experiment.tune.heartbeat)
+    check_store()
+    data = read(experiment)
+    known = comparable(experiment, data)
+    refuse_other(storage, name, known)
+    prepared = prepare(experiment, data)
+    deadline = None if arguments.timeout is None else time.time() + arguments.timeout
+    task = Task(experiment, name, arguments.storage, deadline)
+    study = task.open(known)
+    trials = Trials(experiment, prepared, study, STUDIES / name)
+    counted = study.progress().counted
+    print(
+        f"study {name} in {storage.shown}: {counted} of {experiment.tune.trials} trials done, "
+        f"searching {', '.join(experiment.tune.search)}",
+        flush=True,
+    )
+    with study_run(experiment, prepared, study, name) as tracked:
+        trials.end_lost()
+        lines = work(task, trials) if arguments.workers == 1 else work_together(task, arguments.workers)
+        with closing(lines), closing(_Display(study)) as display:
+            for line in lines:
+                display.show(line)
+        trials.end_lost()
+        trials.tidy()
+        if not study.is_complete():
+            print(f"{study.progress().counted} of {experiment.tune.trials} trials are done; the same command goes on")
+            if study.at_work():
+                print("others are at work on the study: the last of them registers the best")
+                return 0
+        with study.alone():  # of two that end at once, the second finds what the first has registered
+            return _finish(trials, tracked, name, arguments.promote, best_file)
+
+
+def _finish(trials: "Trials", tracked: "TrackedRun", name: str, promote: bool, best_file: Path | None) -> int:
+    """Draws the study, registers its best, tells of it; returns the command's exit status."""
+    from capexp.data.files import write_whole, writing
+    from capexp.search.charts import draw_charts, importances
+
+    best = trials.study.best()
+    if best is None:
+        print("no trial has finished: nothing to register")
+        return 1
+    with tempfile.TemporaryDirectory() as folder:
+        for chart in draw_charts(trials.study.optuna, f"study {name}", Path(folder)):
+            tracked.log_artifact(chart)
+    version = trials.register_best(tracked, best, promote)
     print(f"\nbest        trial {best.number}, run {best.run_id}: dev loss {best.dev_loss:.4f} nats per token")
     for setting, value in best.values.items():
         print(f"            {setting} = {value}")
+    for setting, share in importances(trials.study.optuna).items():
+        print(f"importance  {share:.2f} {setting}")
     print(f"registered  {version.describe()}")
+    print(f"charts      study.html and pictures, among the artifacts of run {tracked.run_id}")
+    if best_file is not None:
+        with writing(best_file):
+            best_file.parent.mkdir(parents=True, exist_ok=True)
+        print(f"written     {write_whole(best_file, trials.best_experiment(best, best_file.stem))}")
     return 0
 
 
-def _keep_only(folder: Path, best_run: str | None) -> None:
-    """Only the best trial's checkpoints are needed again; the others are deleted."""
-    for trial in folder.iterdir():
-        if trial.name != best_run:
-            shutil.rmtree(trial, ignore_errors=True)
+class _Display:
+    """A line for each trial that ends; on a terminal, below them, one that tells how far the study is."""
+
+    def __init__(self, study: "Study") -> None:
+        from tqdm import tqdm
+
+        self._study = study
+        self._is_live = sys.stderr.isatty()
+        self._bar = tqdm(bar_format="{desc}", disable=not self._is_live, leave=False)
+        self._shown_at = 0.0
+        self.show(None)
+
+    def show(self, line: str | None) -> None:
+        """Tells a line, if any, and how far the study is."""
+        if line is not None:
+            self._bar.write(line)
+        if self._is_live and (line is not None or time.monotonic() - self._shown_at > 1):
+            self._bar.set_description_str(_told(self._study.progress()))
+            self._shown_at = time.monotonic()
+        elif line is not None:
+            self._bar.write(f"  {_told(self._study.progress())}")
+            sys.stdout.flush()
+
+    def close(self) -> None:
+        """Takes the line below away."""
+        self._bar.close()
+
+
+def _told(progress: "Progress") -> str:
+    parts = [f"{progress.counted} of {progress.wanted} trials done ({progress.pruned} pruned)"]
+    if progress.failed:
+        parts.append(f"{progress.failed} failed")
+    parts.append(f"{progress.running} running")
+    if progress.best is not None:
+        parts.append(f"best {progress.best.dev_loss:.4f} (trial {progress.best.number})")
+    if progress.seconds_left is not None and progress.counted < progress.wanted:
+        minutes = progress.seconds_left / 60
+        parts.append(f"about {f'{minutes:.0f} min' if minutes >= 2 else f'{progress.seconds_left:.0f} s'} left")
+    return ", ".join(parts)
 
 
 if __name__ == "__main__":

@@ -1,10 +1,15 @@
-"""Real data and a real browser for the tests that want them; where absent they skip, saying what is lacking."""
+"""Real data, a real browser and a real database for the tests that want them; where absent they skip, saying why."""
 
 import os
+import secrets
 import shutil
-from collections.abc import Iterator
+import socket
+import subprocess
+import tempfile
+import time
+from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import pytest
 
@@ -64,3 +69,60 @@ def chromium(tmp_path: Path) -> Iterator["Chrome"]:
         yield page
     finally:
         page.quit()
+
+
+@pytest.fixture(scope="session")
+def postgresql() -> Iterator[Callable[[str], str]]:
+    """A PostgreSQL server on the loopback; makes databases, and returns their URLs, a password in them."""
+    psycopg = pytest.importorskip("psycopg", reason="psycopg is not here; pip install 'psycopg[binary]'")
+    folders = [*Path("/usr/lib/postgresql").glob("*/bin"), *map(Path, os.get_exec_path())]
+    programs = next((f for f in folders if (f / "initdb").is_file() and (f / "postgres").is_file()), None)
+    if programs is None:
+        pytest.skip("PostgreSQL is not here; apt-get install postgresql")
+    # The server refuses to run as root: as the user that the distribution's package has made, then.
+    user: dict[str, Any] = {"user": "postgres", "group": "postgres"} if os.geteuid() == 0 else {}
+    folder = Path(tempfile.mkdtemp(prefix="capexp-postgresql-"))
+    password = f"p/w@{secrets.token_hex(8)}"
+    with socket.socket() as free:
+        free.bind(("127.0.0.1", 0))
+        port = free.getsockname()[1]
+    (folder / "password").write_text(password)
+    if user:
+        for path in (folder, folder / "password"):
+            shutil.chown(path, **user)
+    subprocess.run(
+        [programs / "initdb", "-D", folder / "data", "-U", "capexp", "--auth=scram-sha-256",
+         f"--pwfile={folder / 'password'}", "--no-sync"],
+        check=True, capture_output=True, cwd=folder, **user,
+    )  # fmt: skip
+    with (folder / "log").open("w") as log:
+        server = subprocess.Popen(
+            [programs / "postgres", "-D", folder / "data", "-p", str(port), "-c", "listen_addresses=127.0.0.1",
+             "-c", f"unix_socket_directories={folder}", "-c", "fsync=off"],
+            stdout=log, stderr=log, cwd=folder, **user,
+        )  # fmt: skip
+    quoted = password.replace("/", "%2F").replace("@", "%40")
+
+    def url(database: str) -> str:
+        return f"postgresql://capexp:{quoted}@127.0.0.1:{port}/{database}"
+
+    def make(database: str) -> str:
+        with psycopg.connect(url("postgres"), autocommit=True) as connection:
+            connection.execute(f'CREATE DATABASE "{database}"'.encode())
+        return url(database)
+
+    try:
+        end = time.monotonic() + 60
+        while True:
+            try:
+                make("ready")
+                break
+            except psycopg.OperationalError:
+                if server.poll() is not None or time.monotonic() > end:
+                    pytest.fail((folder / "log").read_text())
+                time.sleep(0.1)
+        yield make
+    finally:
+        server.send_signal(2)  # SIGINT: fast shutdown
+        server.wait(30)
+        shutil.rmtree(folder)

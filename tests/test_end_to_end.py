@@ -19,61 +19,18 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
-from mlflow.entities import Run
 from mlflow.entities.model_registry import ModelVersion
-from mlflow.tracking import MlflowClient
+from user_folder import ROOT, Folder, wait_for
 
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.train import train
 
-ROOT = Path(__file__).parents[1]
 SMALL = (
     *("--model.embedding_size", "48", "--model.lstm_units", "48", "--model.output_dropout", "0"),
     *("--training.learning_rate", "0.01"),
 )
 METRICS = {"train_loss", "dev_loss", "dev_perplexity", "learning_rate", "epoch_seconds", "tokens_per_second"}
-
-
-class Folder:
-    """A user's folder, with what the commands leave in it."""
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-        self.environment |= {
-            "PYTHONPATH": str(ROOT),
-            "TORCH_HOME": str(path / "torch"),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
-            "CAPEXP_OFFLINE": "1",
-            "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
-        }
-
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
-        return subprocess.Popen(
-            arguments, cwd=self.path, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
-            start_new_session=True,
-        )  # fmt: skip
-
-    def run(self, command: str, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
-        process = self.start(sys.executable, "-m", f"capexp.{command}", *arguments)
-        out, err = process.communicate(timeout=300)
-        assert process.returncode == status, f"{out}\n{err}"
-        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
-
-    @property
-    def client(self) -> MlflowClient:
-        return MlflowClient(f"sqlite:///{self.path}/mlflow.db")
-
-    def runs(self) -> list[Run]:
-        if not (self.path / "mlflow.db").exists():
-            return []
-        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
-        return list(self.client.search_runs(experiments, order_by=["attributes.start_time"]))
-
-    def artifact(self, run: Run, name: str) -> Path:
-        mlflow.set_tracking_uri(f"sqlite:///{self.path}/mlflow.db")
-        return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
 
 
 @pytest.fixture(scope="module")
@@ -284,13 +241,6 @@ def test_a_worse_model_is_registered_but_not_champion_unless_promoted(trained: T
     assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version == before
     folder.run("train", *SMALL, "--training.epochs", "1", "--promote")
     assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version != before
-
-
-def wait_for(condition: Callable[[], Any], seconds: float = 90) -> None:
-    end = time.monotonic() + seconds
-    while not condition():
-        assert time.monotonic() < end, "waited in vain"
-        time.sleep(0.2)
 
 
 def has_epoch(folder: Folder, number: int) -> Callable[[], bool]:

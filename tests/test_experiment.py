@@ -9,7 +9,7 @@ import pytest
 from capexp.data.errors import InputError
 from capexp.data.features import NETS
 from capexp.experiment import FOLDER, Experiment, find, flatten, load, replace, setting_names, setting_type
-from capexp.search import Choices
+from capexp.search.space import Choices
 
 FILES = sorted(FOLDER.glob("*.toml"))
 SMALL = 'name = "small"\n[captions]\nroot = "data"\n[registry]\nmodel = "capexp-small"\n'

@@ -1,4 +1,6 @@
-"""The error that a user can mend."""
+"""The error that a user can mend, told without anybody's password."""
+
+from urllib.parse import parse_qsl, unquote
 
 
 class InputError(ValueError):
@@ -7,6 +9,31 @@ class InputError(ValueError):
     The message is one line that names what is wrong, its value, and the remedy. Commands print it and end
     with exit status 2; any other exception is a defect of ours and keeps its traceback.
     """
+
+
+class Outage(InputError):
+    """What work needs beside its input is away: a server, a database, room on the disk.
+
+    The same work may go well later, so a study runs the trial again instead of calling it failed.
+    """
+
+
+def shown_uri(uri: str) -> str:
+    """A URI as it may be shown: without user, password and query."""
+    scheme, separator, rest = uri.partition("://")
+    return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
+
+
+def without_secrets(text: str, uri: str) -> str:
+    """A text with the URI, and whatever is secret in it, blotted out: libraries quote both in their errors."""
+    rest, _, query = uri.partition("://")[2].partition("?")
+    credentials = rest.rpartition("@")[0]
+    secrets = {credentials, credentials.partition(":")[2]}
+    secrets |= {value for name, value in parse_qsl(query) if "pass" in name}
+    text = text.replace(uri, shown_uri(uri))
+    for secret in sorted(secrets | {unquote(secret) for secret in secrets}, key=len, reverse=True):
+        text = text.replace(secret, "***") if secret else text
+    return text
 
 
 def listed(names: list[str], shown: int = 3) -> str:

@@ -7,7 +7,7 @@ from pathlib import Path
 
 from safetensors import SafetensorError
 
-from capexp.data.errors import InputError
+from capexp.data.errors import Outage
 
 _STREAMS = ("fd", "stdout", "stderr")
 
@@ -17,13 +17,13 @@ def writing(path: Path) -> Iterator[None]:
     """Tells a disk that is full, or a folder that may not be written, in one line.
 
     Raises:
-        InputError: in place of the system's error, or a library's about it.
+        Outage: in place of the system's error, or a library's about it.
     """
     try:
         yield
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        raise InputError(
+        raise Outage(
             f"{path}: cannot be written ({reason}); make room or mend it, then start the same again"
         ) from error
 

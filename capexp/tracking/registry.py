@@ -19,7 +19,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
-from capexp.data.errors import InputError
+from capexp.data.errors import InputError, shown_uri, without_secrets
 from capexp.data.features import State
 from capexp.tracking.score import Score
 from capexp.tracking.store import (
@@ -28,7 +28,6 @@ from capexp.tracking.store import (
     require_store,
     store_faults,
     store_lock,
-    tracking_uri,
 )
 
 ARTIFACT = "captioner"
@@ -186,9 +185,10 @@ def find_bundle(model: str) -> Path:
         try:
             local = Path(mlflow.artifacts.download_artifacts(model))
         except (MlflowException, OSError) as error:
-            reason = str(error).splitlines()[0]
+            uri = mlflow.get_registry_uri()
+            reason = without_secrets(str(error).splitlines()[0], uri)
             raise InputError(
-                f"--model {model}: not found in {tracking_uri()} ({reason}); `mlflow ui` lists them"
+                f"--model {model}: not found in {shown_uri(uri)} ({reason}); `mlflow ui` lists them"
             ) from None
     bundle = local / "artifacts" / "bundle"
     if not bundle.is_dir():

@@ -3,7 +3,7 @@
 import logging
 import os
 import subprocess
-from collections.abc import Iterator, Mapping
+from collections.abc import Callable, Iterator, Mapping, Sequence, Set
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
@@ -15,8 +15,8 @@ from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
-from capexp.data.errors import InputError
-from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults, tracking_uri
+from capexp.data.errors import InputError, shown_uri
+from capexp.tracking.store import artifact_faults, discreet, is_missing, local_write, require_store, store_faults
 
 log = logging.getLogger(__name__)
 
@@ -46,31 +46,40 @@ class TrackedRun:
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Logs the params that the run does not hold yet: ``mlflow run -P`` has logged its own as text."""
-        held = self._client.get_run(self.run_id).data.params
-        lacking = [Param(name, value[:_PARAM_LENGTH]) for name, value in params.items() if name not in held]
-        for start in range(0, len(lacking), _BATCH):
-            self._client.log_batch(self.run_id, params=lacking[start : start + _BATCH])
+        with local_write():
+            held = self._client.get_run(self.run_id).data.params
+            lacking = [Param(name, value[:_PARAM_LENGTH]) for name, value in params.items() if name not in held]
+            for start in range(0, len(lacking), _BATCH):
+                self._client.log_batch(self.run_id, params=lacking[start : start + _BATCH])
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
         """Logs values of one step; ``timestamp`` in milliseconds since 1970."""
-        self._client.log_batch(
-            self.run_id, metrics=[Metric(name, value, timestamp, step) for name, value in metrics.items()]
-        )
+        with local_write():
+            self._client.log_batch(
+                self.run_id, metrics=[Metric(name, value, timestamp, step) for name, value in metrics.items()]
+            )
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags, over those of the same name."""
-        self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        with local_write():
+            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
 
     def log_inputs(self, inputs: list[Input]) -> None:
         """Logs the splits as data sets."""
         for item in inputs:
             source = LocalArtifactDatasetSource(str(item.path.absolute()))
-            mlflow.log_input(MetaDataset(source, name=item.name, digest=item.digest[:36]), context=item.context)
+            with local_write():
+                mlflow.log_input(MetaDataset(source, name=item.name, digest=item.digest[:36]), context=item.context)
 
     def log_artifact(self, path: Path) -> None:
         """Copies a file to the run's artifacts."""
         with artifact_faults(self.run_id):
             self._client.log_artifact(self.run_id, str(path))
+
+    def log_artifacts(self, folder: Path, name: str) -> None:
+        """Copies what is in a folder to the run's artifacts, under a name."""
+        with artifact_faults(self.run_id):
+            self._client.log_artifacts(self.run_id, str(folder), name)
 
 
 def run_status(run_id: str) -> str:
@@ -81,7 +90,8 @@ def run_status(run_id: str) -> str:
     """
     run = _find(run_id)
     if run is None:
-        raise InputError(f"run {run_id}: no such run in {tracking_uri()}; `mlflow ui` lists them")
+        store = shown_uri(mlflow.get_tracking_uri())
+        raise InputError(f"run {run_id}: no such run in {store}; `mlflow ui` lists them")
     return str(run.info.status)
 
 
@@ -91,12 +101,61 @@ def run_tags(run_id: str) -> dict[str, str]:
     return {} if run is None else dict(run.data.tags)
 
 
-def nested_runs(run_id: str) -> list[Run]:
-    """The runs under a run, the first started first."""
+def find_nested(parents: Sequence[str], tag: str, value: str) -> str | None:
+    """The newest run under one of the parents with that tag, if any."""
+    for parent in parents:
+        for run in nested_runs(parent, f"tags.{tag} = '{value}'"):
+            return str(run.info.run_id)
+    return None
+
+
+def end_nested(parent: str, tag: str, values: Callable[[], Set[str]], error: str) -> list[str]:
+    """Ends FAILED the running runs under a parent whose tag is none of some values, and returns their ids.
+
+    The values are asked for between two looks at a run, so that neither one that begins meanwhile nor one that ends
+    is taken for dead.
+    """
     client = MlflowClient()
-    experiment = client.get_run(run_id).info.experiment_id
-    under = f"tags.`{PARENT}` = '{run_id}'"
-    return list(client.search_runs([experiment], under, max_results=10_000, order_by=["attributes.start_time"]))
+    ended = []
+    with store_faults():
+        running = [run for run in nested_runs(parent, "attributes.status = 'RUNNING'") if tag in run.data.tags]
+        alive = values() if running else set()
+        for run_id in (str(run.info.run_id) for run in running if run.data.tags[tag] not in alive):
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_tag(run_id, "error", error)
+                client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
+                ended.append(run_id)
+    return ended
+
+
+def keep_open(run_id: str) -> None:
+    """Makes an ended run a running one again: others are at work on it."""
+    with store_faults():
+        MlflowClient().update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
+
+
+def add_artifacts(run_id: str, folder: Path, name: str) -> None:
+    """Copies a folder to the artifacts of a run that may have ended."""
+    with store_faults():
+        TrackedRun(run_id, MlflowClient()).log_artifacts(folder, name)
+
+
+def fetch_artifacts(run_id: str, name: str) -> Path | None:
+    """A local copy of a folder of a run's artifacts; None where it has none of that name."""
+    with store_faults(), artifact_faults(run_id):
+        if not any(item.path == name for item in MlflowClient().list_artifacts(run_id)):
+            return None
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
+
+
+def nested_runs(parent: str, condition: str | None = None) -> list[Run]:
+    """The runs under a parent that fulfil a condition, the newest first."""
+    client = MlflowClient()
+    run = _find(parent)
+    if run is None:
+        return []
+    under = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
+    return list(client.search_runs([run.info.experiment_id], under, max_results=1000))
 
 
 def adopted_run() -> str | None:
@@ -136,7 +195,7 @@ def tracked_run(
         mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
     mlflow.set_system_metrics_samples_before_logging(1)
     client = MlflowClient()
-    with store_faults():
+    with store_faults(), local_write():
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
         run = mlflow.start_run(
@@ -162,7 +221,7 @@ def tracked_run(
         tracked.set_tags({"stopped": "interrupt"})
         raise
     except Exception as error:
-        tracked.set_tags({"error": f"{type(error).__name__}: {error}"[:500]})
+        tracked.set_tags({"error": discreet(f"{type(error).__name__}: {error}")[:500]})
         raise
     finally:
         mlflow.end_run(status)

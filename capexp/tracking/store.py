@@ -1,8 +1,10 @@
 """MLflow's store: made once, told of in one line when it fails, locked while a decision is taken."""
 
 import os
+import signal
+import threading
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, nullcontext
 from pathlib import Path
 
 import mlflow
@@ -11,7 +13,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from capexp.data.errors import InputError
+from capexp.data.errors import InputError, Outage, shown_uri, without_secrets
 
 _LOCK = ".mlflow.lock"
 _SQLITE = "sqlite:///"
@@ -54,9 +56,8 @@ def require_store() -> None:
         InputError: there is no store here.
     """
     if not store_exists():
-        raise InputError(
-            f"{tracking_uri()}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI"
-        )
+        uri = shown_uri(mlflow.get_tracking_uri())
+        raise InputError(f"{uri}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI")
 
 
 def store_exists() -> bool:
@@ -87,17 +88,44 @@ def store_lock() -> Iterator[None]:
 
 
 @contextmanager
+def undisturbed() -> Iterator[None]:
+    """Puts off an interrupt until the block is done: a version without its card would be a riddle."""
+    if threading.current_thread() is not threading.main_thread():
+        yield  # signals reach the main thread only
+        return
+    late: list[int] = []
+    before = {number: signal.signal(number, lambda n, _: late.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    try:
+        yield
+    finally:
+        for number, handler in before.items():
+            signal.signal(number, handler)
+    if late:
+        signal.raise_signal(signal.Signals(late[0]))
+
+
+@contextmanager
+def local_write() -> Iterator[None]:
+    """Puts off an interrupt until a local store is written: a transaction broken off would keep it locked.
+
+    A server keeps its own store, and may be long in answering.
+    """
+    with undisturbed() if mlflow.get_tracking_uri().startswith(_SQLITE) else nullcontext():
+        yield
+
+
+@contextmanager
 def artifact_faults(run_id: str) -> Iterator[None]:
     """Tells a fault of the place where artifacts are kept in one line.
 
     Raises:
-        InputError: in place of the system's error.
+        Outage: in place of the system's error.
     """
     try:
         yield
     except OSError as error:
         where = error.filename or mlflow.get_artifact_uri()
-        raise InputError(
+        raise Outage(
             f"{where}: MLflow's artifacts cannot be written ({error.strerror or error}); make room or mend it, then "
             f"python -m capexp.train --resume {run_id}"
         ) from error
@@ -108,23 +136,23 @@ def store_faults() -> Iterator[None]:
     """Tells a fault of the store or the server in one line.
 
     Raises:
-        InputError: in place of MLflow's and SQLAlchemy's errors.
+        Outage: in place of MLflow's and SQLAlchemy's errors.
     """
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        reason = str(error).strip().splitlines()[0][:200]
-        raise InputError(
-            f"MLflow's store {tracking_uri()}: {reason}; mend it, or name another with MLFLOW_TRACKING_URI"
+        uri = mlflow.get_tracking_uri()
+        reason = discreet(str(error).strip().splitlines()[0])[:200]
+        raise Outage(
+            f"MLflow's store {shown_uri(uri)}: {reason}; mend it, or name another with MLFLOW_TRACKING_URI"
         ) from None
+
+
+def discreet(text: str) -> str:
+    """A text without what is secret in the tracking URI."""
+    return without_secrets(text, mlflow.get_tracking_uri())
 
 
 def is_missing(error: MlflowException) -> bool:
     """Whether MLflow says that something is not there, rather than that it cannot answer."""
     return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
-
-
-def tracking_uri() -> str:
-    """Where MLflow tracks, without the user name and password that the URI may hold."""
-    scheme, separator, rest = str(mlflow.get_tracking_uri()).partition("://")
-    return f"{scheme}{separator}{rest.rpartition('@')[2]}"

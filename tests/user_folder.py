@@ -1,0 +1,67 @@
+"""A user's folder, in which commands run as real processes."""
+
+import os
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+from pathlib import Path
+from typing import Any
+
+import mlflow
+from mlflow.entities import Run
+from mlflow.tracking import MlflowClient
+
+ROOT = Path(__file__).parents[1]
+
+
+class Folder:
+    """A user's folder, with what the commands leave in it."""
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        self.environment |= {
+            "PYTHONPATH": str(ROOT),
+            "TORCH_HOME": str(path / "torch"),
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "CAPEXP_OFFLINE": "1",
+            "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
+        }
+
+    def start(self, *arguments: str) -> subprocess.Popen[str]:
+        return subprocess.Popen(
+            arguments, cwd=self.path, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            start_new_session=True,
+        )  # fmt: skip
+
+    def run(self, command: str, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
+        process = self.start(sys.executable, "-m", f"capexp.{command}", *arguments)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, f"{out}\n{err}"
+        return subprocess.CompletedProcess(arguments, process.returncode, out, err)
+
+    @property
+    def store(self) -> str:
+        return self.environment.get("MLFLOW_TRACKING_URI", f"sqlite:///{self.path}/mlflow.db")
+
+    @property
+    def client(self) -> MlflowClient:
+        return MlflowClient(self.store)
+
+    def runs(self) -> list[Run]:
+        if self.store.startswith("sqlite") and not (self.path / "mlflow.db").exists():
+            return []
+        experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
+        return list(self.client.search_runs(experiments, order_by=["attributes.start_time"]))
+
+    def artifact(self, run: Run, name: str) -> Path:
+        mlflow.set_tracking_uri(self.store)
+        return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
+
+
+def wait_for(condition: Callable[[], Any], seconds: float = 90) -> None:
+    end = time.monotonic() + seconds
+    while not condition():
+        assert time.monotonic() < end, "waited in vain"
+        time.sleep(0.2)
