@@ -63,7 +63,7 @@ def chromium(tmp_path: Path) -> Iterator["Chrome"]:
     for flag in _CHROMIUM_FLAGS:
         options.add_argument(flag)
     options.add_argument(f"--user-data-dir={tmp_path / 'chromium'}")
-    options.set_capability("goog:loggingPrefs", {"browser": "ALL"})
+    options.set_capability("goog:loggingPrefs", {"browser": "ALL", "performance": "ALL"})
     page = Chrome(options, Service(driver))
     try:
         yield page

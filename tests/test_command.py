@@ -8,19 +8,20 @@ import pytest
 import yaml
 
 COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download")
+HEAVY = {"torch", "mlflow", "optuna", "torchvision", "numpy", "streamlit"}
 CODE = """
 import sys
 from capexp import {command}
 try:
     {command}.{command}(["--help"])
 except SystemExit:
-    print(sorted({{"torch", "mlflow", "optuna", "torchvision", "numpy"}} & set(sys.modules)))
+    print(sorted({heavy} & set(sys.modules)))
 """
 
 
-@pytest.mark.parametrize("command", COMMANDS)
+@pytest.mark.parametrize("command", [*COMMANDS, "app"])
 def test_help_imports_nothing_heavy(command: str) -> None:
-    code = CODE.format(command=command)
+    code = CODE.format(command=command, heavy=HEAVY)
     root = Path(__file__).parents[1]
     printed = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "[]"

@@ -5,12 +5,9 @@ import json
 import os
 import shutil
 import signal
-import socket
 import subprocess
 import sys
 import time
-import urllib.error
-import urllib.request
 from collections.abc import Callable
 from pathlib import Path
 from typing import Any
@@ -581,56 +578,6 @@ def test_ctrl_c_under_mlflow_run_tags_the_run_and_keeps_the_model(tmp_path: Path
     assert run.data.tags["stopped"] == "interrupt"
     assert run.info.status in ("FAILED", "KILLED")
     assert (folder.artifact(run, "captioner") / "artifacts/bundle/manifest.json").is_file()
-
-
-@pytest.mark.slow
-def test_the_champion_is_served_over_http(vgg16: Path, scenes: Path, tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.run("train", *SMALL, "--training.epochs", "1", "--features.weights", str(vgg16))
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    model = "models:/capexp-scenes@champion"
-    server = folder.start("mlflow", "models", "serve", "-m", model, "--env-manager", "local", "--port", str(port))
-    try:
-        photo = base64.b64encode(min((scenes / "Scenes_Dataset").iterdir()).read_bytes()).decode()
-
-        def ask(body: bytes) -> tuple[int, Any]:
-            address = f"http://127.0.0.1:{port}/invocations"
-            request = urllib.request.Request(address, body, {"Content-Type": "application/json"})
-            try:
-                with urllib.request.urlopen(request, timeout=60) as answer:
-                    return answer.status, json.loads(answer.read())
-            except urllib.error.HTTPError as error:
-                return error.code, None
-
-        def up() -> bool:
-            try:
-                return bool(urllib.request.urlopen(f"http://127.0.0.1:{port}/ping", timeout=5).status == 200)
-            except OSError:
-                return False
-
-        wait_for(up)
-        rows = {"dataframe_split": {"columns": ["photo"], "data": [[photo], ["bm8gcGljdHVyZQ=="], [photo]]}}
-        status, answer = ask(json.dumps(rows).encode())
-        assert status == 200
-        first, bad, last = answer["predictions"]
-        assert first["caption"]
-        assert first == last
-        assert first["error"] is None
-        assert bad["caption"] is None
-        assert "not a picture" in bad["error"]
-        status, wide = ask(json.dumps(rows | {"params": {"method": "beam", "beam_width": 5}}).encode())
-        assert status == 200
-        assert wide["predictions"][0]["log_probability"] >= first["log_probability"]
-        assert wide["predictions"][1]["error"] == bad["error"]
-        for params in ({"method": "nucleus"}, {"beam_width": 0}, {"method": "beam", "beam_width": 9000}):
-            assert ask(json.dumps(rows | {"params": params}).encode())[0] == 400
-        assert ask(b"garbage")[0] == 400
-        assert ask(json.dumps(rows).encode())[0] == 200
-    finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.communicate(timeout=30)
 
 
 @pytest.mark.slow

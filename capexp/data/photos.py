@@ -13,6 +13,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from capexp.data.errors import InputError, listed
 
 MAXIMUM_PIXELS = 100_000_000  # a 100-megapixel photo; more is a decompression bomb, or no photo
+MAXIMUM_UPLOAD = 20 * 2**20  # bytes of a photo that a stranger sends
 
 
 def read_photo(source: Path | bytes) -> Image.Image:

@@ -5,6 +5,7 @@ MLflow runs this file when it loads the model ("models from code"), so nothing o
 
 import base64
 import binascii
+import threading
 from pathlib import Path
 from typing import Any
 
@@ -17,6 +18,12 @@ from pydantic import ValidationError
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoding import DecodingConfig, refuse_wide
 from capexp.data.errors import InputError
+from capexp.data.photos import MAXIMUM_UPLOAD
+
+# What one request may ask for; MLflow itself takes a body of any size.
+MAXIMUM_PHOTOS = 64
+MAXIMUM_BYTES = 64 * 2**20  # of all its pictures
+MAXIMUM_BEAM_WIDTH = 100
 
 
 class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
@@ -25,6 +32,8 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Loads the bundle; its encoder is loaded, or fetched, when the first photo comes."""
         self.captioner = Captioner.load(Path(context.artifacts["bundle"]))
+        # A request at a time: each takes all cores, and memory is that of one, however many ask at once.
+        self.turn = threading.Lock()
 
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
@@ -34,13 +43,16 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         Params: ``method`` and ``beam_width`` in place of the bundle's.
 
         Raises:
-            MlflowException: a param is not what it may be; a server answers 400.
+            MlflowException: a param is not what it may be, or the photos are too many; a server answers 400.
         """
+        values = list(model_input["photo"])
+        _refuse_many(values)
         decoding = self._decoding(params or {})
-        photos = [_decode(value) for value in model_input["photo"]]
+        photos = [_decode(value) for value in values]
         readable = [photo for photo in photos if isinstance(photo, bytes)]
         try:
-            results = iter(self.captioner.caption_photos(list(readable), decoding))
+            with self.turn:
+                results = iter(self.captioner.caption_photos(list(readable), decoding))
         except InputError as error:  # the encoder's weights cannot be had: so for every photo
             return [_record(photo if isinstance(photo, InputError) else error) for photo in photos]
         return [_record(photo if isinstance(photo, InputError) else next(results)) for photo in photos]
@@ -49,6 +61,8 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         given = {name: value for name, value in params.items() if value is not None}
         try:
             decoding = DecodingConfig.model_validate(self.captioner.decoding.model_dump() | given)
+            if decoding.beam_width > MAXIMUM_BEAM_WIDTH:
+                raise InputError(f"params.beam_width = {decoding.beam_width}: at most {MAXIMUM_BEAM_WIDTH} here")
             refuse_wide(decoding, self.captioner.vocabulary)
         except ValidationError as error:
             first = error.errors()[0]
@@ -60,13 +74,34 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         raise MlflowException(message, error_code=BAD_REQUEST)
 
 
+def _refuse_many(values: list[object]) -> None:
+    size = sum(_size(value) for value in values)
+    if len(values) > MAXIMUM_PHOTOS:
+        message = f"{len(values)} photos: a request holds at most {MAXIMUM_PHOTOS}; send them in several"
+    elif size > MAXIMUM_BYTES:
+        message = f"photos of {size:,} bytes: a request holds at most {MAXIMUM_BYTES:,}; send them in several"
+    else:
+        return
+    raise MlflowException(message, error_code=BAD_REQUEST)
+
+
+def _size(value: object) -> int:
+    """A picture's bytes; text is base64, four letters for three bytes."""
+    return len(value) if isinstance(value, bytes) else len(str(value)) * 3 // 4
+
+
 def _decode(value: object) -> bytes | InputError:
+    """The bytes of a picture; text is nothing but base64, so a path or an address opens nothing."""
+    if _size(value) > MAXIMUM_UPLOAD:
+        return InputError(f"the photo has {_size(value):,} bytes, over {MAXIMUM_UPLOAD:,}; scale it down")
     if isinstance(value, bytes):
         return value
     try:
-        return base64.b64decode("".join(str(value).split()), validate=True)  # line breaks, as base64 tools make
+        if isinstance(value, str):
+            return base64.b64decode("".join(value.split()), validate=True)  # line breaks, as base64 tools make
     except (binascii.Error, ValueError):
-        return InputError("the photo is not base64; send the file's bytes in base64")
+        pass
+    return InputError("the photo is not base64; send the file's bytes in base64, not its path or address")
 
 
 def _record(result: Any) -> dict[str, Any]:

@@ -1,0 +1,65 @@
+"""A page to try a captioner in a browser: drop a photo, see its caption, and what else could be said of it."""
+
+import argparse
+import socket
+
+from capexp import command
+
+
+def app(argv: list[str] | None = None) -> int:
+    """The command; it serves the page until it is interrupted."""
+    decides = "Only --features.weights, --decoding.* and --training.device decide something here."
+    parser = command.Parser("app", __doc__, decides)
+    command.add_model(parser)
+    parser.add_argument(
+        "--host", default="127.0.0.1", help="the address to listen at; other machines see the page at 0.0.0.0 only"
+    )
+    parser.add_argument("--port", type=_port, default=7860)
+    arguments, settings = parser.parse(argv)
+    command.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
+    weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
+
+    from capexp import experiment as experiments
+    from capexp.captioning.captioner import Captioner
+    from capexp.data.errors import InputError
+    from capexp.tracking.registry import find_bundle
+    from capexp.training.fit import choose_device
+
+    try:
+        from capexp import page
+    except ModuleNotFoundError as error:
+        if error.name != "streamlit":
+            raise
+        raise InputError("the page needs Streamlit; in the checkout: pip install -e '.[app]'") from None
+    _refuse_taken(arguments.host, arguments.port)
+    captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
+    decoding = experiments.override_decoding(captioner.decoding, settings)
+    captioner.use_encoder(weights)
+    print(f"a page to try {arguments.model}: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
+    page.serve(page.Shown(captioner, arguments.model, decoding), arguments.host, arguments.port)
+    return 0
+
+
+def _port(text: str) -> int:
+    port = int(text)
+    if not 1 <= port <= 65535:
+        raise argparse.ArgumentTypeError(f"{port} is not between 1 and 65535")
+    return port
+
+
+def _refuse_taken(host: str, port: int) -> None:
+    from capexp.data.errors import InputError
+
+    try:
+        family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
+        with socket.socket(family) as there:
+            there.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            there.bind(address)
+    except socket.gaierror as error:
+        raise InputError(f"--host {host}: {error.strerror}; give an address of this machine") from None
+    except OSError as error:
+        raise InputError(f"--host {host} --port {port}: {error.strerror}; give another") from None
+
+
+if __name__ == "__main__":
+    command.main("app", app)
