@@ -39,7 +39,7 @@ class Measured:
 def measure(experiment: Experiment, prepared: Prepared, captioner: Captioner) -> Measured:
     """Blind loss, captions and scores on the dev split; the test split is not read."""
     dev, features = prepared.splits["dev"], prepared.features["dev"]
-    batches = prepared.batches("dev", experiment.training.batch_size)
+    batches = prepared.batches("dev", experiment.training)
     blind = blind_cross_entropy(captioner.decoder, batches, len(dev.photos), experiment.seed)
     captions = captioner.caption_features(features.gather(np.arange(len(features))))
     train = [text for references in prepared.splits["train"].references for text in references]
@@ -75,7 +75,8 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
         )
     data = read_splits(experiment.captions, (split,))[split]
     features = read_features(experiment, [data], identity)[split]
-    batches = CaptionBatches(data, captioner.vocabulary, features, experiment.training.batch_size)
+    training = experiment.training
+    batches = CaptionBatches(data, captioner.vocabulary, features, training.batch_size, training.order)
     loss = cross_entropy(captioner.decoder, batches.in_order())
     blind = blind_cross_entropy(captioner.decoder, batches, len(data.photos), experiment.seed)
     start = time.perf_counter()

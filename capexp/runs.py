@@ -137,8 +137,8 @@ def run(
             try:
                 for epoch in fit(
                     captioner,
-                    prepared.batches("train", experiment.training.batch_size),
-                    prepared.batches("dev", experiment.training.batch_size),
+                    prepared.batches("train", experiment.training),
+                    prepared.batches("dev", experiment.training),
                     experiment.training,
                     seed=experiment.seed,
                     device=device,

@@ -12,7 +12,7 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from capexp.captioning.model import MergeDecoder
+from capexp.captioning.decoder import Decoder
 from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
@@ -49,7 +49,7 @@ class Hypothesis:
 
 
 def decode(
-    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
 ) -> list[tuple[Hypothesis, ...]]:
     """Hypotheses of each photo, the best first, from features ``(B, P, F)``: beam search gives as many as it keeps.
 
@@ -80,7 +80,7 @@ def refuse_wide(config: DecodingConfig, vocabulary: Vocabulary) -> None:
 
 @torch.inference_mode()
 def _beam(
-    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, width: int
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, width: int
 ) -> list[tuple[Hypothesis, ...]]:
     """Beam search; of width 1 it is greedy. A hypothesis that has ended keeps its place until better ones take it."""
     photos, device = len(features), features.device
@@ -123,7 +123,7 @@ def _beam(
 
 @torch.inference_mode()
 def _sample(
-    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
 ) -> list[tuple[Hypothesis, ...]]:
     """Words drawn at random (top-p: Holtzman et al., ICLR 2020), for each photo by a generator of its own."""
     photos, device = len(features), features.device

@@ -31,6 +31,8 @@ class TrainingState:
     optimizer: dict[str, Any]
     history: list[dict[str, Any]]
     """The epochs done, as plain values."""
+    average: dict[str, Any] | None = None
+    """The mean of the decoder's weights over the steps, where training keeps one."""
 
     @property
     def epochs(self) -> int:
@@ -164,9 +166,9 @@ def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments, two kept
-    # and the next.
-    need = 4 * parameters * (keep + 3 + 3 * 3) + 2**20
+    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean of
+    # the weights, two kept and the next.
+    need = 4 * parameters * (keep + 3 + 3 * 4) + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(
