@@ -44,14 +44,18 @@ class Grid:
         return replace(self, photos=photos, places=photos * most + rank, most=most)
 
     def look(self, queries: Tensor) -> tuple[Tensor, Tensor]:
-        """What each caption sees ``(B, H)`` by its query ``(B, A)``, and how it spreads its attention ``(B, P)``."""
+        """What captions see ``(B', H)`` by their queries ``(B', A)``, and how they spread their attention ``(B', P)``.
+
+        The first B' captions look; the others have ended.
+        """
         photos, positions, size = self.keys.shape
         # All captions of a photo share one product of matrices, instead of a copy of the grid each.
-        slots = queries.new_zeros(photos * self.most, size).index_copy(0, self.places, queries)
+        places = self.places[: len(queries)]
+        slots = queries.new_zeros(photos * self.most, size).index_copy(0, places, queries)
         scores = slots.view(photos, self.most, size) @ self.keys.transpose(1, 2) / math.sqrt(size)  # (N, K, P)
         weights = scores.softmax(-1)
         seen = weights.to(self.values.dtype) @ self.values  # (N, K, H)
-        return seen.flatten(0, 1)[self.places], weights.view(-1, positions)[self.places]
+        return seen.flatten(0, 1)[places], weights.view(-1, positions)[places]
 
 
 @dataclass(frozen=True)
@@ -122,21 +126,48 @@ class AttentionDecoder(Decoder):
         return AttentionState(grid, gates, (zeros, zeros), (zeros, zeros), nowhere)
 
     def advance(self, state: State, words: Tensor) -> tuple[Tensor, AttentionState]:
-        """Reads words ``(B, T)`` and gives the output before the vocabulary layer, ``(B, T, H)``."""
+        """Reads words ``(B, T)`` and gives the output before the vocabulary layer, ``(B, T, H)``.
+
+        PAD, which follows a caption, is not read: its outputs are zero, and the state stays where the caption ended.
+        """
         assert isinstance(state, AttentionState)
-        grid, weights = state.grid, state.weights
-        (h1, h2), (c1, c2) = state.hidden, state.cells
-        known = self.word_gates(self.dropout(self.embedding(words)))  # (B, T, 4H)
-        known = known + state.gates[grid.photos].unsqueeze(1)
-        outputs = []
-        for gates in known.unbind(1):
+        packed = _Packed.of(words)
+        known = state.gates[state.grid.photos[packed.rows]]
+        state = state.select(packed.order)
+        known = known + self.word_gates(self.dropout(self.embedding(words[packed.rows, packed.steps])))  # (M, 4H)
+        (h1, h2), (c1, c2), weights = state.hidden, state.cells, state.weights
+        outputs, ended = [], []
+        for gates in known.split(packed.counts):
+            reading = len(gates)
+            if reading < len(h1):
+                ended.append([value[reading:] for value in (h1, h2, c1, c2, weights)])
+                h1, h2, c1, c2, weights = (value[:reading] for value in (h1, h2, c1, c2, weights))
             h1, c1 = _lstm(gates + self.attention_gates(torch.cat([h1, h2], 1)), c1)
-            seen, weights = grid.look(self.queries(h1))
+            seen, weights = state.grid.look(self.queries(h1))
             h2, c2 = _lstm(self.language_gates(torch.cat([seen, h1, h2], 1)), c2)
             outputs.append(h2)
-        return self.output_dropout(torch.stack(outputs, 1)), replace(
-            state, hidden=(h1, h2), cells=(c1, c2), weights=weights
-        )
+        parts = [[h1, h2, c1, c2, weights], *reversed(ended)]
+        h1, h2, c1, c2, weights = (torch.cat(values) for values in zip(*parts, strict=True))
+        state = replace(state, hidden=(h1, h2), cells=(c1, c2), weights=weights)
+        said = h2.new_zeros(*words.shape, self.units).index_put((packed.rows, packed.steps), torch.cat(outputs))
+        return self.output_dropout(said), state.select(packed.order.argsort())
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """The M words of B captions, step after step, the captions with most words first: a step has those that go on."""
+
+    order: Tensor  # (B,): the captions, the longest first
+    rows: Tensor  # (M,): the caption of each word
+    steps: Tensor  # (M,): and its place there
+    counts: list[int]  # words of each step
+
+    @classmethod
+    def of(cls, words: Tensor) -> "_Packed":
+        real = words != PAD  # (B, T)
+        order = real.sum(1).argsort(descending=True, stable=True)
+        steps, captions = real[order].t().nonzero(as_tuple=True)
+        return cls(order, order[captions], steps, [count for count in real.sum(0).tolist() if count])
 
 
 def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
