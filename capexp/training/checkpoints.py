@@ -166,8 +166,8 @@ def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean of
-    # the weights, two kept and the next.
+    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean
+    # of the weights, two kept and the next.
     need = 4 * parameters * (keep + 3 + 3 * 4) + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
