@@ -121,8 +121,9 @@ class AttentionDecoder(Decoder):
         values = self.dropout(torch.relu(self.values(normalize(features, self.photo_norm))))  # (N, P, H)
         grid = Grid.of(self.keys(values), values)
         gates = self.photo_gates(values.mean(1))  # (N, 4H)
-        zeros = values.new_zeros(len(values), self.units)
-        nowhere = zeros.new_zeros(features.shape[:2])
+        # In the features' precision: in bfloat16, which the layers may give, a cell would forget by rounding.
+        zeros = features.new_zeros(len(values), self.units)
+        nowhere = features.new_zeros(features.shape[:2])
         return AttentionState(grid, gates, (zeros, zeros), (zeros, zeros), nowhere)
 
     def advance(self, state: State, words: Tensor) -> tuple[Tensor, AttentionState]:
