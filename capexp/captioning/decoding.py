@@ -14,7 +14,7 @@ from torch import Tensor
 
 from capexp.captioning.decoder import Decoder
 from capexp.data.errors import InputError
-from capexp.data.vocabulary import BOS, EOS, Vocabulary
+from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 
 
 class DecodingConfig(BaseModel):
@@ -150,6 +150,29 @@ def _sample(
         if bool(ended.all()):
             break
     return _hypotheses(sequences.unsqueeze(1), total.unsqueeze(1))
+
+
+@torch.no_grad()
+def draw(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int) -> Tensor:
+    """Captions drawn from the decoder's probabilities by torch's generator, as targets of training.
+
+    From features ``(N, P, F)`` so many of each photo, those of a photo together: ``(N * count, T)``, words and EOS,
+    then PAD.
+    """
+    state = decoder.start(features)
+    state = state.select(torch.arange(len(features), device=features.device).repeat_interleave(count))
+    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
+    words = torch.full((len(features) * count,), BOS, device=features.device)
+    drawn: list[Tensor] = []
+    for _ in range(maximum_length):
+        logits, state = decoder.step(state, words)  # (B, V)
+        following = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
+        following = following.where((words != EOS) & (words != PAD), PAD)
+        drawn.append(following)
+        words = following
+        if bool(((words == EOS) | (words == PAD)).all()):
+            break
+    return torch.stack(drawn, 1)
 
 
 def _uniform(features: Tensor, config: DecodingConfig) -> np.ndarray:

@@ -4,10 +4,10 @@ Shapes: B batch (captions), N photos, T steps, P grid positions, F feature.
 """
 
 from collections import deque
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal
+from typing import Literal, TypeVar
 
 import numpy as np
 import torch
@@ -20,6 +20,7 @@ from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 
 Order = Literal["captions", "photos"]
 _AHEAD = 2  # batches that are read before they are asked for
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -91,16 +92,12 @@ class CaptionBatches:
 
     def _batches(self, units: NDArray[np.int64], photos: NDArray[np.int64]) -> Iterator[Batch]:
         """The captions of some units in this order, where caption i sees photo ``photos[i]``."""
-        with ThreadPoolExecutor(1) as pool:
-            ahead: deque[Future[Batch]] = deque()
-            for start in range(0, len(units), self._units):
-                some = units[start : start + self._units]
-                captions = np.concatenate([np.arange(self._bounds[unit], self._bounds[unit + 1]) for unit in some])
-                ahead.append(pool.submit(self._batch, captions, photos))
-                if len(ahead) > _AHEAD:
-                    yield ahead.popleft().result()
-            while ahead:
-                yield ahead.popleft().result()
+
+        def make(some: NDArray[np.int64]) -> Batch:
+            captions = [np.arange(self._bounds[unit], self._bounds[unit + 1]) for unit in some]
+            return self._batch(np.concatenate(captions), photos)
+
+        return _ahead(make, units, self._units)
 
     def _batch(self, captions: NDArray[np.int64], photos: NDArray[np.int64]) -> Batch:
         lengths = self._lengths[captions]
@@ -118,3 +115,27 @@ class CaptionBatches:
             seen, rows = np.unique(seen, return_inverse=True)
         features = torch.from_numpy(self._features.gather(seen)).float()
         return Batch(features, torch.from_numpy(rows), torch.from_numpy(inputs), torch.from_numpy(targets))
+
+
+def photo_batches(features: Features, size: int, seed: int, number: int) -> Iterator[tuple[NDArray[np.int64], Tensor]]:
+    """All photos once, so many at a time: where they stand in the split, and their features ``(N, P, F)``.
+
+    The order depends on seed and epoch number only.
+    """
+
+    def make(photos: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
+        return photos, torch.from_numpy(features.gather(photos)).float()
+
+    return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features)), size)
+
+
+def _ahead(make: Callable[[NDArray[np.int64]], T], order: NDArray[np.int64], size: int) -> Iterator[T]:
+    """What is made of each part of an order, by a thread that is a few parts ahead."""
+    with ThreadPoolExecutor(1) as pool:
+        ahead: deque[Future[T]] = deque()
+        for start in range(0, len(order), size):
+            ahead.append(pool.submit(make, order[start : start + size]))
+            if len(ahead) > _AHEAD:
+                yield ahead.popleft().result()
+        while ahead:
+            yield ahead.popleft().result()
