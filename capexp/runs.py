@@ -28,6 +28,7 @@ from capexp.tracking.run import PARENT, Input, TrackedRun, adopted_run, git_comm
 from capexp.tracking.store import prepare_store
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
+from capexp.training.self_critical import refine
 
 log = logging.getLogger(__name__)
 
@@ -149,6 +150,25 @@ def run(
                     log.debug("%s", epoch)
                     _log_epoch(tracked, epoch)
                     yield epoch
+                if _has_second_phase(experiment):
+                    captioner = Captioner.load(_bundle(checkpoints), device)
+                    checkpoints = _second_phase(checkpoints, experiment)
+                    for epoch in refine(
+                        captioner,
+                        (prepared.splits["train"], prepared.features["train"]),
+                        (prepared.splits["dev"], prepared.features["dev"]),
+                        prepared.batches("dev", experiment.training),
+                        experiment.training,
+                        before=tuple(epochs),
+                        seed=experiment.seed,
+                        device=device,
+                        dev_digest=digest,
+                        checkpoints=checkpoints,
+                    ):
+                        epochs.append(epoch)
+                        log.debug("%s", epoch)
+                        _log_epoch(tracked, epoch)
+                        yield epoch
                 measured, samples = _report(tracked, experiment, prepared, checkpoints, epochs)
             except Pruned:
                 tracked.set_tags({"pruned": "true"})
@@ -201,7 +221,8 @@ def study_run(experiment: Experiment, prepared: Prepared, name: str, held: str |
 def register_trial(tracked: TrackedRun, folder: Path, prepared: Prepared, promote: bool) -> Version:
     """Registers the best captioner of a trial, from its checkpoints, under the study's run."""
     experiment = experiments.load(folder / SETTINGS, {})
-    captioner = Captioner.load(_bundle(Checkpoints(folder, experiment.training.keep)))
+    first = Checkpoints(folder, experiment.training.keep)
+    captioner = Captioner.load(_bundle(_second_phase(first, experiment) if _has_second_phase(experiment) else first))
     measured = measure(experiment, prepared, captioner)
     assert captioner.training is not None
     tracked.log_metrics(measured.metrics(), captioner.training.epoch, time.time_ns() // 1_000_000)
@@ -260,11 +281,28 @@ def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
         "epoch_seconds": epoch.seconds,
         "tokens_per_second": epoch.tokens_per_second,
     }
+    if epoch.reward is not None and epoch.dev_cider is not None:
+        metrics |= {"reward": epoch.reward, "epoch_dev_cider": epoch.dev_cider}
     tracked.log_metrics(metrics, step=epoch.number, timestamp=epoch.ended_at)
 
 
 def _best(epochs: list[Epoch]) -> Epoch:
-    return min(epochs, key=lambda epoch: epoch.dev_loss)
+    """The last improvement: by dev loss, or in the self-critical phase by dev CIDEr."""
+    return [epoch for epoch in epochs if epoch.improved][-1]
+
+
+def _has_second_phase(experiment: Experiment) -> bool:
+    return experiment.training.self_critical.epochs > 0
+
+
+def _second_phase(first: Checkpoints, experiment: Experiment) -> Checkpoints:
+    """The checkpoints of the self-critical phase, which leaves those of the first as they are."""
+    folder = first.folder / "self-critical"
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    second = Checkpoints(folder, experiment.training.keep)
+    second.clear_parts()
+    return second
 
 
 def _bundle(checkpoints: Checkpoints) -> Path:

@@ -101,9 +101,10 @@ def train(argv: list[str] | None = None) -> int:
 
 def _print_epoch(epoch: "Epoch", before: str = "") -> None:
     star = "  *" if epoch.improved else ""
+    second = "" if epoch.reward is None else f"reward {epoch.reward:.4f}   dev CIDEr {epoch.dev_cider:.4f}   "
     print(
         f"{before}epoch {epoch.number:3d}   train {epoch.train_loss:.4f}   dev {epoch.dev_loss:.4f}   "
-        f"{epoch.seconds:.1f} s{star}",
+        f"{second}{epoch.seconds:.1f} s{star}",
         flush=True,
     )
 

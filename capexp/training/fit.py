@@ -25,6 +25,20 @@ from capexp.scoring.evaluation import Loss, cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState
 
 
+class SelfCriticalConfig(BaseModel):
+    """The second phase, on the captions' scores: see :mod:`capexp.training.self_critical`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=0, ge=0, le=1_000_000)
+    """0: there is none."""
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    photos: int = Field(default=25, ge=1, le=1_000_000)
+    """A batch."""
+    samples: int = Field(default=5, ge=2, le=1000)
+    """Captions drawn of a photo."""
+
+
 class TrainingConfig(BaseModel):
     """How long, how fast and where a captioner is trained."""
 
@@ -53,16 +67,18 @@ class TrainingConfig(BaseModel):
     device: str = "auto"
     keep: int = Field(default=1, ge=1, le=1_000_000)
     """How many of the last improvements stay on disk; one more while an older state may need it."""
+    self_critical: SelfCriticalConfig = SelfCriticalConfig()
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the train captions. Losses are nats per token."""
+    """One pass over the train captions; in the self-critical phase over the train photos. Losses are nats per token."""
 
     number: int
     """From 1."""
     train_loss: float
-    """Running mean over the epoch in training mode (dropout on), as Keras reports it."""
+    """Running mean over the epoch in training mode (dropout on), as Keras reports it; in the self-critical phase of the
+    captions drawn, without dropout."""
     dev_loss: float
     """After the epoch, in evaluation mode, never smoothed."""
     learning_rate: float
@@ -74,6 +90,10 @@ class Epoch:
     improved: bool
     ended_at: int
     """Milliseconds since 1970."""
+    reward: float | None = None
+    """Of the self-critical phase: mean CIDEr-D, times ten, of the captions drawn, their end counted as a word."""
+    dev_cider: float | None = None
+    """Of the self-critical phase: CIDEr-D of the dev captions after the epoch."""
 
 
 def choose_device(name: str) -> torch.device:

@@ -1,30 +1,30 @@
 """Laws of training on the score itself."""
 
+from collections.abc import Generator, Iterable
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
 
-from capexp.captioning.captioner import Captioner
+from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.captioning.decoder import Decoder, ModelConfig
 from capexp.captioning.decoding import DecodingConfig, draw
 from capexp.captioning.model import build_decoder
+from capexp.data.batches import CaptionBatches
 from capexp.data.cache import Features
 from capexp.data.captions import Split, SplitName
+from capexp.data.errors import InputError
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.metrics import score
-from capexp.training.self_critical import (
-    Reward,
-    RewardEpoch,
-    SelfCriticalConfig,
-    advantages,
-    policy_loss,
-    refine,
-)
+from capexp.training.checkpoints import Checkpoints
+from capexp.training.fit import Epoch, SelfCriticalConfig, TrainingConfig
+from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
 
 CPU = torch.device("cpu")
+BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
 WORDS = Vocabulary((*COLOURS, *THINGS), "standard", "token")
 
@@ -94,7 +94,8 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
     probabilities = logits.softmax(0)[entries]
     (exact,) = torch.autograd.grad((probabilities * worth).sum(), [decoder.get_parameter("vocabulary.weight")])
     weighed = (probabilities * worth).detach() * len(entries)  # the loss is a mean over targets
-    loss = policy_loss(decoder, photo, entries.unsqueeze(1), weighed, WORDS)
+    targets = entries.unsqueeze(1)
+    loss = policy_loss(log_probabilities(decoder, photo, targets, WORDS), targets, weighed)
     (ours,) = torch.autograd.grad(loss, [decoder.get_parameter("vocabulary.weight")])
     torch.testing.assert_close(-ours, exact)
 
@@ -102,26 +103,78 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
 class Task:
     """A captioner that knows nothing yet, and what it is to say."""
 
-    def __init__(self) -> None:
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.checkpoints = Checkpoints(folder, 1)
         identity = EncoderIdentity("conv5_3", "max2", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
         config = ModelConfig(decoder="attention", embedding_size=16, lstm_units=16, dropout=0.2)
         self.captioner = Captioner.fresh(config, WORDS, identity, DecodingConfig(maximum_length=4), seed=1)
+        self.captioner.training = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
 
-    def refined(self, epochs: int) -> list[RewardEpoch]:
-        config = SelfCriticalConfig(epochs=epochs, photos=8, learning_rate=0.03, samples=8, precision="float32")
-        return list(refine(self.captioner, data("train", 64, 1), data("dev", 20, 2), config, seed=1, device=CPU))
+    def started(self, epochs: int, before: tuple[Epoch, ...] = BEFORE) -> Generator[Epoch, None, None]:
+        dev = data("dev", 20, 2)
+        config = TrainingConfig(
+            precision="float32",
+            self_critical=SelfCriticalConfig(epochs=epochs, photos=8, samples=8, learning_rate=0.03),
+        )
+        return refine(
+            self.captioner,
+            data("train", 64, 1),
+            dev,
+            CaptionBatches(dev[0], WORDS, dev[1], 8, "photos"),
+            config,
+            before=before,
+            seed=1,
+            device=CPU,
+            dev_digest="d",
+            checkpoints=self.checkpoints,
+        )
 
 
-def test_rewards_grow_and_dev_captions_with_them() -> None:
-    epochs = Task().refined(10)
-    assert epochs[-1].reward > epochs[0].reward + 0.5
-    assert epochs[-1].dev_cider > epochs[0].dev_cider
+def told(epochs: Iterable[Epoch]) -> list[tuple[int, float | None, float | None, float, bool]]:
+    return [(one.number, one.reward, one.dev_cider, one.dev_loss, one.improved) for one in epochs]
 
 
-def test_the_same_seed_gives_the_same_rewards_and_torchs_generator_is_left_alone() -> None:
+def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    before = dev_cider(task.captioner, *data("dev", 20, 2))
+    epochs = list(task.started(10))
+    rewards, ciders = [one.reward or 0 for one in epochs], [one.dev_cider or 0 for one in epochs]
+    assert rewards[-1] > rewards[0] + 0.5
+    assert max(ciders) > before + 0.5
+    assert [one.number for one in epochs] == list(range(2, 12))
+    # The captioner on disk is that of the best dev CIDEr, and says what it said then.
+    best = task.checkpoints.best()
+    assert best is not None and best.name.startswith(f"ep{2 + ciders.index(max(ciders)):03d}-")
+    assert dev_cider(Captioner.load(best), *data("dev", 20, 2)) == max(ciders)
+
+
+def test_where_nothing_is_better_the_first_phases_captioner_stays(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    digest = task.captioner.digest()
+    (epoch,) = task.started(1)
+    best = task.checkpoints.best()
+    assert best is not None
+    assert epoch.improved == (best.name[:5] == "ep002")
+    if not epoch.improved:
+        assert Captioner.load(best).digest() == digest
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    one = [epoch.reward for epoch in Task().refined(2)]
-    assert torch.equal(torch.rand(2), expected)
-    assert [epoch.reward for epoch in Task().refined(2)] == one
+    undisturbed = told(Task(tmp_path / "whole").started(3))
+    assert torch.equal(torch.rand(2), expected), "torch's generator is left alone"
+    running = Task(tmp_path / "parts").started(3)
+    for _ in range(stop_after):
+        next(running)
+    running.close()
+    assert told(Task(tmp_path / "parts").started(3)) == undisturbed
+
+
+def test_a_first_phase_that_has_gone_on_is_refused(tmp_path: Path) -> None:
+    list(Task(tmp_path).started(1))
+    with pytest.raises(InputError, match=r"training\.epochs"):
+        next(Task(tmp_path).started(2, (*BEFORE, replace(BEFORE[0], number=2))))
