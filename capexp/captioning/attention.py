@@ -11,7 +11,7 @@ import torch
 from torch import Tensor, nn
 
 from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
-from capexp.data.vocabulary import PAD
+from capexp.data.vocabulary import BOS, PAD
 
 
 @dataclass(frozen=True)
@@ -152,6 +152,16 @@ class AttentionDecoder(Decoder):
         state = replace(state, hidden=(h1, h2), cells=(c1, c2), weights=weights)
         said = h2.new_zeros(*words.shape, self.units).index_put((packed.rows, packed.steps), torch.cat(outputs))
         return self.output_dropout(said), state.select(packed.order.argsort())
+
+    @torch.inference_mode()
+    def look_back(self, features: Tensor, words: list[int]) -> Tensor:
+        """Where one photo, of features ``(1, P, F)``, was looked at for each of a caption's words: ``(T, P)``."""
+        self.eval()
+        state, weights = self.start(features), []
+        for word in [BOS, *words[:-1]]:
+            _, state = self.advance(state, torch.tensor([[word]], device=features.device))
+            weights.append(state.weights)
+        return torch.cat(weights)
 
 
 @dataclass(frozen=True)

@@ -54,3 +54,13 @@ def test_the_grids_are_not_copied_for_the_captions_of_a_beam(decoder: AttentionD
     assert wide.grid.keys is state.grid.keys
     assert wide.grid.values is state.grid.values
     assert wide.weights.shape == (15, P)
+
+
+def test_looking_back_finds_the_weights_of_each_word(decoder: AttentionDecoder) -> None:
+    features, words = torch.rand(1, P, F), [5, 9, 7]
+    looked = decoder.look_back(features, words)
+    assert looked.shape == (3, P)
+    state = decoder.start(features)
+    for row, word in zip(looked, [BOS, 5, 9], strict=True):
+        _, state = decoder.advance(state, torch.tensor([[word]]))
+        assert torch.equal(row, state.weights[0])
