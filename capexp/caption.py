@@ -2,6 +2,7 @@
 
 import json
 import sys
+from pathlib import Path
 
 from capexp import command
 
@@ -14,12 +15,15 @@ def caption(argv: list[str] | None = None) -> int:
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, with log-probability and alternatives"
     )
+    parser.add_argument(
+        "--maps", metavar="FOLDER", type=Path, help="of an attention captioner, a PNG a photo: where it looked"
+    )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", help="files, folders, or patterns in quotes")
     arguments, settings = parser.parse(argv)
     command.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
-    from capexp import experiment as experiments
+    from capexp import experiment as experiments, maps
     from capexp.captioning.captioner import Caption, Captioner
     from capexp.data.photos import find_photos
     from capexp.tracking.registry import find_bundle
@@ -28,9 +32,15 @@ def caption(argv: list[str] | None = None) -> int:
     photos = find_photos(arguments.photos)
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
     decoding = experiments.override_decoding(captioner.decoding, settings)
+    if arguments.maps is not None:
+        maps.refuse_blind(captioner)
     captioner.use_encoder(weights)
     status = 0
-    for photo, result in zip(photos, captioner.caption_photos([*photos], decoding), strict=True):
+    results = captioner.caption_photos([*photos], decoding)
+    for number, (photo, result) in enumerate(zip(photos, results, strict=True), start=1):
+        if arguments.maps is not None and isinstance(result, Caption) and result.text:
+            looked = maps.where_it_looked(captioner, photo, result.text)
+            maps.draw_maps(photo, result.text, looked, arguments.maps / f"{number:03d}-{photo.stem}.png")
         if not isinstance(result, Caption):
             print(f"capexp.caption: {result}", file=sys.stderr)
             status = 1

@@ -16,8 +16,8 @@ from typing import Annotated, Any
 import tomli_w
 from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 
+from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
-from capexp.captioning.model import ModelConfig
 from capexp.data.captions import CaptionsConfig
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, FeaturesConfig

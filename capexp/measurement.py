@@ -8,6 +8,7 @@ import numpy as np
 
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.data.batches import CaptionBatches
+from capexp.data.cache import Features
 from capexp.data.captions import Split, SplitName, read_splits, read_texts
 from capexp.data.errors import InputError
 from capexp.data.features import identify
@@ -18,6 +19,8 @@ from capexp.scoring.java_metrics import Unavailable, meteor, spice
 from capexp.scoring.metrics import Difference, paired_difference, score
 
 log = logging.getLogger(__name__)
+
+_PART = 512  # photos whose features are in memory at once
 
 
 @dataclass(frozen=True)
@@ -39,11 +42,16 @@ class Measured:
 def measure(experiment: Experiment, prepared: Prepared, captioner: Captioner) -> Measured:
     """Blind loss, captions and scores on the dev split; the test split is not read."""
     dev, features = prepared.splits["dev"], prepared.features["dev"]
-    batches = prepared.batches("dev", experiment.training.batch_size)
+    batches = prepared.batches("dev", experiment.training)
     blind = blind_cross_entropy(captioner.decoder, batches, len(dev.photos), experiment.seed)
-    captions = captioner.caption_features(features.gather(np.arange(len(features))))
+    captions = caption_all(captioner, features)
     train = [text for references in prepared.splits["train"].references for text in references]
     return Measured(blind, captions, score_captions(captions, dev, experiment.seed, train))
+
+
+def caption_all(captioner: Captioner, features: Features) -> list[Caption]:
+    """A caption of each photo; the features are read a part at a time."""
+    return [caption for part in features.parts(_PART) for caption in captioner.caption_features(part)]
 
 
 def refuse_other_data(experiment: Experiment, captioner: Captioner) -> None:
@@ -75,11 +83,12 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
         )
     data = read_splits(experiment.captions, (split,))[split]
     features = read_features(experiment, [data], identity)[split]
-    batches = CaptionBatches(data, captioner.vocabulary, features, experiment.training.batch_size)
+    training = experiment.training
+    batches = CaptionBatches(data, captioner.vocabulary, features, training.batch_size, training.order)
     loss = cross_entropy(captioner.decoder, batches.in_order())
     blind = blind_cross_entropy(captioner.decoder, batches, len(data.photos), experiment.seed)
     start = time.perf_counter()
-    captions = captioner.caption_features(features.gather(np.arange(len(features))))
+    captions = caption_all(captioner, features)
     seconds = time.perf_counter() - start
     scores = score_captions(captions, data, experiment.seed, read_texts(experiment.captions, "train"))
     return {
@@ -150,7 +159,7 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
         if identity.key() != encoder.key():
             raise InputError(f"a captioner takes features of {encoder}, not of {identity}; set features.weights")
         features = read_features(own, [data], identity)[split]
-        said.append(captioner.caption_features(features.gather(np.arange(len(features)))))
+        said.append(caption_all(captioner, features))
     first, second = (score([caption.text for caption in captions], data.references) for captions in said)
     order = np.argsort(first.cider - second.cider, kind="stable")
     most = tuple(

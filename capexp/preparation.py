@@ -15,7 +15,7 @@ from capexp.data.features import Encoder, EncoderIdentity, identify, load_encode
 from capexp.data.photos import digest_photos
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
-from capexp.training.fit import choose_device
+from capexp.training.fit import TrainingConfig, choose_device
 
 log = logging.getLogger(__name__)
 
@@ -30,9 +30,10 @@ class Prepared:
     encoder: EncoderIdentity
     decoder_parameters: int
 
-    def batches(self, split: SplitName, batch_size: int) -> CaptionBatches:
+    def batches(self, split: SplitName, training: TrainingConfig) -> CaptionBatches:
         """A split's captions as batches."""
-        return CaptionBatches(self.splits[split], self.vocabulary, self.features[split], batch_size)
+        size, order = training.batch_size, training.order
+        return CaptionBatches(self.splits[split], self.vocabulary, self.features[split], size, order)
 
     def data_digest(self) -> str:
         """Hexadecimal SHA-256 over the photos and captions of all splits."""

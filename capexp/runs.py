@@ -27,12 +27,14 @@ from capexp.tracking.run import PARENT, Input, TrackedRun, adopted_run, git_comm
 from capexp.tracking.store import discreet, prepare_store, store_faults
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.fit import Epoch, choose_device, fit, is_finished
+from capexp.training.self_critical import refine
 
 log = logging.getLogger(__name__)
 
 CHECKPOINTS = Path("checkpoints")
 SETTINGS = "experiment.toml"
 """What a run is resumed by, among its checkpoints."""
+_SELF_CRITICAL = "self-critical"  # the folder of the second phase
 _DIFFERENT_ON_RESUME = ("training.epochs", "training.patience")
 
 
@@ -138,8 +140,8 @@ def run(
             try:
                 for epoch in fit(
                     captioner,
-                    prepared.batches("train", experiment.training.batch_size),
-                    prepared.batches("dev", experiment.training.batch_size),
+                    prepared.batches("train", experiment.training),
+                    prepared.batches("dev", experiment.training),
                     experiment.training,
                     seed=experiment.seed,
                     device=device,
@@ -150,6 +152,25 @@ def run(
                     log.debug("%s", epoch)
                     _log_epoch(tracked, epoch)
                     yield epoch
+                if _has_second_phase(experiment):
+                    captioner = Captioner.load(_bundle(checkpoints), device)
+                    checkpoints = _second_phase(checkpoints, experiment, _best(epochs).number)
+                    for epoch in refine(
+                        captioner,
+                        (prepared.splits["train"], prepared.features["train"]),
+                        (prepared.splits["dev"], prepared.features["dev"]),
+                        prepared.batches("dev", experiment.training),
+                        experiment.training,
+                        before=tuple(epochs),
+                        seed=experiment.seed,
+                        device=device,
+                        dev_digest=digest,
+                        checkpoints=checkpoints,
+                    ):
+                        epochs.append(epoch)
+                        log.debug("%s", epoch)
+                        _log_epoch(tracked, epoch)
+                        yield epoch
                 measured, samples = _report(tracked, experiment, prepared, checkpoints, epochs)
             except Pruned:
                 tracked.set_tags({"pruned": "true"})
@@ -237,11 +258,34 @@ def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
         "epoch_seconds": epoch.seconds,
         "tokens_per_second": epoch.tokens_per_second,
     }
+    if epoch.reward is not None and epoch.dev_cider is not None:
+        metrics |= {"reward": epoch.reward, "epoch_dev_cider": epoch.dev_cider}
     tracked.log_metrics(metrics, step=epoch.number, timestamp=epoch.ended_at)
 
 
 def _best(epochs: list[Epoch]) -> Epoch:
-    return min(epochs, key=lambda epoch: epoch.dev_loss)
+    """The last improvement: by dev loss, or in the self-critical phase by dev CIDEr."""
+    return [epoch for epoch in epochs if epoch.improved][-1]
+
+
+def _has_second_phase(experiment: Experiment) -> bool:
+    return experiment.training.self_critical.epochs > 0
+
+
+def _second_phase(first: Checkpoints, experiment: Experiment, begins_with: int) -> Checkpoints:
+    """The checkpoints of the self-critical phase, which leaves those of the first as they are."""
+    folder = first.folder / _SELF_CRITICAL
+    with writing(folder):
+        folder.mkdir(exist_ok=True)
+    second = Checkpoints(folder, experiment.training.keep, begins_with)
+    second.clear_parts()
+    return second
+
+
+def best_bundle(folder: Path, experiment: Experiment) -> Path | None:
+    """The bundle of the best epoch among a finished run's checkpoints, of its last phase; None where there is none."""
+    last = folder / _SELF_CRITICAL if _has_second_phase(experiment) else folder
+    return Checkpoints(last, experiment.training.keep).best()
 
 
 def _bundle(checkpoints: Checkpoints) -> Path:

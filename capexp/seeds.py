@@ -15,7 +15,6 @@ from capexp.registration import register_bundle
 from capexp.tracking.registry import Version
 from capexp.tracking.run import TrackedRun, nested_runs, run_tags, tracked_run
 from capexp.tracking.store import prepare_store
-from capexp.training.checkpoints import Checkpoints
 from capexp.training.fit import Epoch
 
 log = logging.getLogger(__name__)
@@ -132,7 +131,7 @@ def _summarize(
     best = min(metrics, key=lambda seed: _worth(metrics[seed], experiment))
     tracked.set_tags({"best_seed": str(best), "best_run": done[best]})
     one = experiments.replace(experiment, {"seed": best})
-    bundle = Checkpoints(runs.CHECKPOINTS / tracked.run_id / done[best], one.training.keep).best()
+    bundle = runs.best_bundle(runs.CHECKPOINTS / tracked.run_id / done[best], one)
     assert bundle is not None
     version = register_bundle(tracked, one, prepared, bundle, promote)
     return Seeds(tracked.run_id, metrics, spreads, version)

@@ -72,10 +72,11 @@ def train(argv: list[str] | None = None) -> int:
     refuse_cramped(runs.CHECKPOINTS, data.decoder_parameters, experiment.training.keep)
     prepared = prepare(experiment, data)
     train_split, dev_split = prepared.splits["train"], prepared.splits["dev"]
+    train_batches, dev_batches = (prepared.batches(name, experiment.training) for name in ("train", "dev"))
     print(
         f"{len(train_split.photos):,} train and {len(dev_split.photos):,} dev photos, "
-        f"{prepared.batches('train', 1).targets:,} and {prepared.batches('dev', 1).targets:,} targets, "
-        f"longest caption {prepared.batches('train', 1).longest} tokens, "
+        f"{train_batches.targets:,} and {dev_batches.targets:,} targets, "
+        f"longest caption {train_batches.longest} tokens, "
         f"{len(prepared.vocabulary):,} entries, {prepared.decoder_parameters:,} trainable parameters",
         flush=True,
     )
@@ -100,9 +101,10 @@ def train(argv: list[str] | None = None) -> int:
 
 def _print_epoch(epoch: "Epoch", before: str = "") -> None:
     star = "  *" if epoch.improved else ""
+    second = "" if epoch.reward is None else f"reward {epoch.reward:.4f}   dev CIDEr {epoch.dev_cider:.4f}   "
     print(
         f"{before}epoch {epoch.number:3d}   train {epoch.train_loss:.4f}   dev {epoch.dev_loss:.4f}   "
-        f"{epoch.seconds:.1f} s{star}",
+        f"{second}{epoch.seconds:.1f} s{star}",
         flush=True,
     )
 

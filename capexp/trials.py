@@ -26,7 +26,6 @@ from capexp.tracking.run import (
     tracked_run,
 )
 from capexp.tracking.store import prepare_store
-from capexp.training.checkpoints import Checkpoints
 from capexp.training.fit import Epoch
 
 TRIAL = "trial"
@@ -96,7 +95,8 @@ class Trials:
         Raises:
             InputError: its trial was run on another machine, and the captioner is nowhere to be found.
         """
-        bundle = Checkpoints(self.folder / best.run_id, keep=1).best() or fetch_artifacts(best.run_id, _BUNDLE)
+        local = runs.best_bundle(self.folder / best.run_id, self.experiment)
+        bundle = local or fetch_artifacts(best.run_id, _BUNDLE)
         if bundle is None:
             raise InputError(
                 f"trial {best.number} is the best, but its captioner is not in {self.folder / best.run_id}; "

@@ -19,8 +19,8 @@ sys.path.insert(0, str(Path(__file__).parents[1]))
 import torch
 
 from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig, Hypothesis, decode
-from capexp.captioning.model import ModelConfig
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
 from capexp.tracking.registry import find_bundle

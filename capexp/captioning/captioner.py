@@ -20,8 +20,9 @@ from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from capexp.captioning.decoder import Decoder, ModelConfig
 from capexp.captioning.decoding import DecodingConfig, decode
-from capexp.captioning.model import MergeDecoder, ModelConfig, build_decoder
+from capexp.captioning.model import build_decoder
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, Encoder, EncoderIdentity, FeaturesConfig, State, load_encoder
 from capexp.data.files import sync, writing
@@ -86,7 +87,7 @@ class Captioner:
     def __init__(
         self,
         model: ModelConfig,
-        decoder: MergeDecoder,
+        decoder: Decoder,
         vocabulary: Vocabulary,
         encoder: EncoderIdentity,
         decoding: DecodingConfig,

@@ -12,9 +12,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
-from capexp.captioning.model import MergeDecoder
+from capexp.captioning.decoder import Decoder
 from capexp.data.errors import InputError
-from capexp.data.vocabulary import BOS, EOS, Vocabulary
+from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 
 
 class DecodingConfig(BaseModel):
@@ -54,7 +54,7 @@ class Hypothesis:
 
 
 def decode(
-    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
 ) -> list[tuple[Hypothesis, ...]]:
     """Hypotheses of each photo, the best first, from features ``(B, P, F)``: beam search gives as many as it keeps.
 
@@ -85,7 +85,7 @@ def refuse_wide(config: DecodingConfig, vocabulary: Vocabulary) -> None:
 
 @torch.inference_mode()
 def _beam(
-    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, width: int
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, width: int
 ) -> list[tuple[Hypothesis, ...]]:
     """Beam search; of width 1 it is greedy. A hypothesis that has ended keeps its place until better ones take it."""
     photos, device = len(features), features.device
@@ -128,7 +128,7 @@ def _beam(
 
 @torch.inference_mode()
 def _sample(
-    decoder: MergeDecoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
 ) -> list[tuple[Hypothesis, ...]]:
     """Words drawn at random (top-p: Holtzman et al., ICLR 2020), for each photo by a generator of its own."""
     photos, device = len(features), features.device
@@ -155,6 +155,29 @@ def _sample(
         if bool(ended.all()):
             break
     return _hypotheses(sequences.unsqueeze(1), total.unsqueeze(1))
+
+
+@torch.no_grad()
+def draw(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int) -> Tensor:
+    """Captions drawn from the decoder's probabilities by torch's generator, as targets of training.
+
+    From features ``(N, P, F)`` so many of each photo, those of a photo together: ``(N * count, T)``, words and EOS,
+    then PAD.
+    """
+    state = decoder.start(features)
+    state = state.select(torch.arange(len(features), device=features.device).repeat_interleave(count))
+    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
+    words = torch.full((len(features) * count,), BOS, device=features.device)
+    drawn: list[Tensor] = []
+    for _ in range(maximum_length):
+        logits, state = decoder.step(state, words)  # (B, V)
+        following = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
+        following = following.where((words != EOS) & (words != PAD), PAD)
+        drawn.append(following)
+        words = following
+        if bool(((words == EOS) | (words == PAD)).all()):
+            break
+    return torch.stack(drawn, 1)
 
 
 def _uniform(features: Tensor, config: DecodingConfig) -> np.ndarray:

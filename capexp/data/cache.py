@@ -8,6 +8,7 @@ photo has another digest and so a record of its own.
 
 import json
 import logging
+import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator
@@ -33,6 +34,7 @@ log = logging.getLogger(__name__)
 _MAGIC = b"capexp features 1\n"
 _HEADER = 4096
 _COPIED = 256  # records at a time
+_BLOCK = 2**26  # bytes that are checked before their pages are let go
 
 
 class FeatureCache:
@@ -45,34 +47,42 @@ class FeatureCache:
         self._record = np.dtype([("photo", "S32"), ("check", "<u4"), ("features", "<f2", identity.shape)])
 
     def lookup(self, digests: list[bytes]) -> NDArray[np.int64]:
-        """The record of each photo, -1 where there is none or a damaged one.
+        """The record of each photo, -1 where there is none or a damaged one; reads the file once, in blocks.
 
         Raises:
             InputError: the file belongs to another encoder, or is no feature cache.
         """
-        return self._rows(self._records(), digests)
+        return self._rows(*self._records(), digests)
 
-    def _rows(self, records: NDArray[Any], digests: list[bytes]) -> NDArray[np.int64]:
-        rows = {}
+    def _rows(self, records: NDArray[Any], mapping: mmap.mmap | None, digests: list[bytes]) -> NDArray[np.int64]:
         wanted = set(digests)
-        for row, photo in enumerate(records["photo"]):
-            # NumPy strips zero bytes from the end of a byte string.
-            key = bytes(photo).ljust(32, b"\0")
-            if key in wanted:
-                rows[key] = row  # the last record of a photo counts: it mends a damaged one
-        damaged = [key for key, row in rows.items() if zlib.crc32(records["features"][row]) != records["check"][row]]
+        rows: dict[bytes, int] = {}
+        step = max(1, _BLOCK // self._record.itemsize)
+        for start in range(0, len(records), step):
+            block = records[start : start + step]
+            for row, photo in enumerate(block["photo"], start):
+                # NumPy strips zero bytes from the end of a byte string.
+                key = bytes(photo).ljust(32, b"\0")
+                if key in wanted:  # the last record of a photo counts: it mends a damaged one
+                    whole = zlib.crc32(block["features"][row - start]) == block["check"][row - start]
+                    rows[key] = row if whole else -1
+            _release(mapping)
+        damaged = sum(row < 0 for row in rows.values())
         if damaged:
-            log.warning("%s: %d damaged records; these photos are computed again", self.path, len(damaged))
-        for key in damaged:
-            del rows[key]
+            log.warning("%s: %d damaged records; these photos are computed again", self.path, damaged)
         return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
+
+    def find(self, digests: list[bytes]) -> "Features | None":
+        """The features of photos, or None where the cache lacks some."""
+        records, mapping = self._records()
+        rows = self._rows(records, mapping, digests)
+        return Features(records["features"], rows, mapping) if (rows >= 0).all() else None
 
     def open(self, digests: list[bytes]) -> "Features":
         """The features of photos that are all in the cache."""
-        records = self._records()
-        rows = self._rows(records, digests)
-        assert (rows >= 0).all(), f"{self.path}: {(rows < 0).sum()} photos are not in the cache"
-        return Features(records["features"], rows)
+        features = self.find(digests)
+        assert features is not None, f"{self.path}: photos are not in the cache"
+        return features
 
     def extend(
         self, photos: list[Path], digests: list[bytes], encoder: Encoder, batch_size: int, anew: bool = False
@@ -140,12 +150,12 @@ class FeatureCache:
                 "what is there is kept"
             ) from None
 
-    def _records(self) -> NDArray[Any]:
-        """The whole records of the file, memory-mapped."""
+    def _records(self) -> tuple[NDArray[Any], mmap.mmap | None]:
+        """The whole records of the file, and the memory map that holds them."""
         if self.path.parent.exists() and not self.path.parent.is_dir():
             raise InputError(f"features.cache = '{self.path.parent}': a file; name a folder")
         if not self.path.is_file() or self.path.stat().st_size == 0:
-            return np.empty(0, self._record)
+            return np.empty(0, self._record), None
         with self.path.open("rb") as file:
             header = file.read(_HEADER)
         if len(header) < _HEADER or not header.startswith(_MAGIC):
@@ -154,8 +164,10 @@ class FeatureCache:
             raise InputError(f"{self.path}: features of another encoder than {self.identity}; delete it")
         count = (self.path.stat().st_size - _HEADER) // self._record.itemsize
         if count == 0:
-            return np.empty(0, self._record)
-        return np.memmap(self.path, self._record, mode="r", offset=_HEADER, shape=(count,))
+            return np.empty(0, self._record), None
+        with self.path.open("rb") as file:
+            mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+        return np.frombuffer(mapping, self._record, count, _HEADER), mapping
 
     @property
     def _beside(self) -> Path:
@@ -164,7 +176,7 @@ class FeatureCache:
     @contextmanager
     def _renewing(self, photos: set[bytes]) -> Iterator[Any]:
         """A file with the records of all but some photos, which takes the place of the old one after the block."""
-        records = self._records()
+        records, mapping = self._records()
         try:
             with self._beside.open("wb", buffering=0) as file:
                 self._write(file, self._header())
@@ -172,6 +184,7 @@ class FeatureCache:
                     part = records[start : start + _COPIED]
                     kept = [bytes(photo).ljust(32, b"\0") not in photos for photo in part["photo"]]
                     self._write(file, part[kept].tobytes())
+                    _release(mapping)
                 yield file
                 with writing(self.path):
                     os.fsync(file.fileno())
@@ -181,7 +194,7 @@ class FeatureCache:
 
     def _appending(self) -> Any:
         """The file, open at the end of its last whole record."""
-        count = len(self._records())
+        count = len(self._records()[0])
         if not self.path.is_file() or self.path.stat().st_size == 0:
             try:
                 with writing(self.path):
@@ -203,9 +216,10 @@ class FeatureCache:
 class Features:
     """Photos' features by position in a list of photos, read from the memory map as they are asked for."""
 
-    def __init__(self, records: NDArray[np.float16], rows: NDArray[np.int64]) -> None:
+    def __init__(self, records: NDArray[np.float16], rows: NDArray[np.int64], mapping: mmap.mmap | None = None) -> None:
         self._records = records
         self._rows = rows
+        self._mapping = mapping
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -218,12 +232,27 @@ class Features:
 
     def part(self, start: int, stop: int) -> "Features":
         """The features of a slice of the photos."""
-        return Features(self._records, self._rows[start:stop])
+        return Features(self._records, self._rows[start:stop], self._mapping)
 
     def gather(self, photos: NDArray[np.int64]) -> NDArray[np.float16]:
         """The features of some photos: (B, P, F)."""
         found: NDArray[np.float16] = self._records[self._rows[photos]]
+        _release(self._mapping)
         return found
+
+    def parts(self, size: int) -> Iterator[NDArray[np.float16]]:
+        """The features of all photos, of so many at a time: (B, P, F)."""
+        for start in range(0, len(self), size):
+            yield self.gather(np.arange(start, min(start + size, len(self))))
+
+
+def _release(mapping: mmap.mmap | None) -> None:
+    """Lets go of the pages that were read, which the system keeps as long as nobody else wants the memory.
+
+    Otherwise a process comes to hold the whole file, and where memory is limited that counts as its own.
+    """
+    if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
+        mapping.madvise(mmap.MADV_DONTNEED)
 
 
 def cache_features(
@@ -238,9 +267,11 @@ def cache_features(
     """
     digests = digest_photos(photos)
     cache.tidy()
-    if anew or (cache.lookup(digests) < 0).any():
+    found = None if anew else cache.find(digests)
+    if found is None:
         cache.extend(photos, digests, encoder(), batch_size, anew)
-    return cache.open(digests)
+        found = cache.open(digests)
+    return found
 
 
 def _decoded(

@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 from torch import nn
 
 from capexp.captioning.captioner import Caption
-from capexp.captioning.model import MergeDecoder
+from capexp.captioning.decoder import Decoder
 from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.vocabulary import PAD
@@ -45,7 +45,7 @@ def perplexity(nats_per_token: float) -> float:
 
 
 @torch.inference_mode()
-def cross_entropy(decoder: MergeDecoder, batches: Iterable[Batch]) -> Loss:
+def cross_entropy(decoder: Decoder, batches: Iterable[Batch]) -> Loss:
     """The decoder's loss in evaluation mode, in float32, summed over all targets."""
     decoder.eval()
     device = next(decoder.parameters()).device
@@ -53,13 +53,13 @@ def cross_entropy(decoder: MergeDecoder, batches: Iterable[Batch]) -> Loss:
     for batch in batches:
         on_device = batch.to(device)
         real = on_device.targets != PAD  # (B, T)
-        logits = decoder(on_device.features, on_device.inputs, real)  # (N, V)
+        logits = decoder(on_device.features, on_device.inputs, real, on_device.photos)  # (N, V)
         total += float(nn.functional.cross_entropy(logits, on_device.targets[real], reduction="sum"))
         targets += len(logits)
     return Loss(total, targets)
 
 
-def blind_cross_entropy(decoder: MergeDecoder, batches: CaptionBatches, photos: int, seed: int) -> Loss:
+def blind_cross_entropy(decoder: Decoder, batches: CaptionBatches, photos: int, seed: int) -> Loss:
     """The loss where each photo's captions are read beside another photo: what the photo is not worth.
 
     The photos are shuffled so that none stays in its place (a cycle in random order).

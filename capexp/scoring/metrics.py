@@ -18,14 +18,11 @@ from numpy.typing import NDArray
 from capexp.data import vocabulary
 from capexp.data.errors import InputError
 from capexp.data.vocabulary import Cleaning
+from capexp.scoring.cider import ORDERS, CiderReferences, Tokens, ngrams
 
-Tokens = tuple[str, ...]
 Scores = dict[str, NDArray[np.float64]]
 
-ORDERS = 4  # n-grams of 1 to 4 words
-
 _ROUGE_BETA = 1.2
-_CIDER_SIGMA = 6.0
 _TUTORIAL_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0), (0.3, 0.3, 0.3, 0.0), (0.25, 0.25, 0.25, 0.25))
 _BLOCK = 2**20  # photos drawn at once: bounds memory, 8 MB an array
 
@@ -133,9 +130,9 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Pho
         InputError: no photos, or a photo without references.
     """
     photos = tokenized(hypotheses, references)
-    frequencies = Counter(ngram for _, captions in photos for ngram in set().union(*map(_ngrams, captions)))
     bleu = [_bleu_counts(*photo) for photo in photos]
-    cider = np.array([_cider(*photo, frequencies, len(photos)) for photo in photos])  # (N, 2)
+    people = CiderReferences([captions for _, captions in photos])
+    cider = np.array([people.score(photo, hypothesis) for photo, (hypothesis, _) in enumerate(photos)])  # (N, 2)
     return PhotoScores(
         matches=np.array([matches for matches, _, _ in bleu], dtype=np.int64),
         guesses=np.array([guesses for _, guesses, _ in bleu], dtype=np.int64),
@@ -209,18 +206,13 @@ def tutorial_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]
     }
 
 
-def _ngrams(tokens: Tokens) -> Counter[Tokens]:
-    """How often a caption holds each n-gram of any order."""
-    return Counter(tokens[i : i + n] for n in range(1, ORDERS + 1) for i in range(len(tokens) - n + 1))
-
-
 def _bleu_counts(hypothesis: Tokens, references: list[Tokens]) -> tuple[list[int], list[int], int]:
     """Matches and guesses of each order, and the closest reference length."""
     allowed: Counter[Tokens] = Counter()
     for reference in references:
-        allowed |= _ngrams(reference)
+        allowed |= ngrams(reference)
     matches = [0] * ORDERS
-    for ngram, count in (_ngrams(hypothesis) & allowed).items():
+    for ngram, count in (ngrams(hypothesis) & allowed).items():
         matches[len(ngram) - 1] += count
     guesses = [max(0, len(hypothesis) - order) for order in range(ORDERS)]
     closest = min((len(reference) for reference in references), key=lambda r: (abs(r - len(hypothesis)), r))
@@ -249,35 +241,3 @@ def _common_subsequence(first: Tokens, second: Tokens) -> int:
             row.append(above[column] + 1 if token == other else max(above[column + 1], row[column]))
         above = row
     return above[-1]
-
-
-def _cider(
-    hypothesis: Tokens, references: list[Tokens], frequencies: Counter[Tokens], photos: int
-) -> tuple[float, float]:
-    """CIDEr-D and CIDEr of one photo, given how many photos' references hold each n-gram.
-
-    As in the COCO scorer, a term's frequency is its count, not its share of the caption (a cosine cannot tell,
-    CIDEr-D's clipping can), and the lengths that the penalty compares are numbers of word pairs.
-    """
-
-    def weighed(tokens: Tokens) -> tuple[dict[Tokens, float], list[float]]:
-        """TF-IDF of each n-gram, and the Euclidean norm of each order."""
-        counts, squares = _ngrams(tokens), [0.0] * ORDERS
-        vector = {ngram: count * math.log(photos / max(1, frequencies[ngram])) for ngram, count in counts.items()}
-        for ngram, value in vector.items():
-            squares[len(ngram) - 1] += value * value
-        return vector, [math.sqrt(square) for square in squares]
-
-    vector, norms = weighed(hypothesis)
-    clipped, plain = 0.0, 0.0
-    for reference in references:
-        other, other_norms = weighed(reference)
-        longer = max(1, len(hypothesis)) - max(1, len(reference))
-        penalty = math.exp(-(longer**2) / (2 * _CIDER_SIGMA**2))
-        for ngram, value in vector.items():  # in the caption's order: the sum's last digits are always the same
-            norm = norms[len(ngram) - 1] * other_norms[len(ngram) - 1]
-            if norm and ngram in other:
-                clipped += penalty * min(value, other[ngram]) * other[ngram] / norm
-                plain += value * other[ngram] / norm
-    scale = 10 / (ORDERS * len(references))
-    return scale * clipped, scale * plain

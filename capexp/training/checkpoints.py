@@ -31,6 +31,8 @@ class TrainingState:
     optimizer: dict[str, Any]
     history: list[dict[str, Any]]
     """The epochs done, as plain values."""
+    average: dict[str, Any] | None = None
+    """The mean of the decoder's weights over the steps, where training keeps one."""
 
     @property
     def epochs(self) -> int:
@@ -51,9 +53,11 @@ class Checkpoints:
     whenever the process is killed.
     """
 
-    def __init__(self, folder: Path, keep: int) -> None:
+    def __init__(self, folder: Path, keep: int, begins_with: int = 1) -> None:
+        """``begins_with`` is the epoch of the captioner that is saved before the first state."""
         self.folder = folder
         self.keep = keep
+        self.begins_with = begins_with
 
     def best(self) -> Path | None:
         """The bundle of the best epoch so far: improvements are saved only, so the last one."""
@@ -146,8 +150,7 @@ class Checkpoints:
                 faults.append(f"{path}: its captioner is damaged ({error})")
                 continue
             return state, faults
-        # A kill before the first state was saved leaves at most the captioner of the first epoch.
-        if not there and bundles.keys() - {1}:
+        if not there and bundles.keys() - {self.begins_with}:
             faults.append(f"{_LAST} is missing")
         if faults:
             raise InputError(f"{self.folder}: nothing to go on from ({'; '.join(faults)}); restore it, or train anew")
@@ -170,9 +173,9 @@ def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments, two kept
-    # and the next.
-    need = 4 * parameters * (keep + 3 + 3 * 3) + 2**20
+    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean
+    # of the weights, two kept and the next.
+    need = 4 * parameters * (keep + 3 + 3 * 4) + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(

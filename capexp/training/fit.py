@@ -3,6 +3,7 @@
 Shapes: B batch, T steps, V vocabulary.
 """
 
+import copy
 import math
 import re
 import time
@@ -12,16 +13,30 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import nn
+from torch import Tensor, nn
 
 from capexp.captioning.captioner import Captioner, TrainingRecord
-from capexp.captioning.model import MergeDecoder
-from capexp.data.batches import CaptionBatches
+from capexp.captioning.decoder import Decoder
+from capexp.data.batches import CaptionBatches, Order
 from capexp.data.errors import InputError
 from capexp.data.features import Precision, use_bfloat16
 from capexp.data.vocabulary import PAD
 from capexp.scoring.evaluation import Loss, cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState
+
+
+class SelfCriticalConfig(BaseModel):
+    """The second phase, on the captions' scores: see :mod:`capexp.training.self_critical`."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epochs: int = Field(default=0, ge=0, le=1_000_000)
+    """0: there is none."""
+    learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    photos: int = Field(default=25, ge=1, le=1_000_000)
+    """A batch."""
+    samples: int = Field(default=5, ge=2, le=1000)
+    """Captions drawn of a photo."""
 
 
 class TrainingConfig(BaseModel):
@@ -34,25 +49,36 @@ class TrainingConfig(BaseModel):
     """Epochs without a better dev loss after which training stops."""
     batch_size: int = Field(default=64, ge=1, le=1_000_000)
     """Captions a batch."""
+    order: Order = "captions"
+    """``photos`` puts all captions of a photo into one batch: its features are read and projected once an epoch."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "cosine"] = "constant"
     """``cosine`` lowers the learning rate from step to step, to zero at the end of ``epochs``."""
     clip_norm: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """The gradient's norm is cut to this."""
+    label_smoothing: float = Field(default=0.0, ge=0, lt=1)
+    """How much of a target's probability the loss that is minimised spreads over the vocabulary; the losses reported
+    are without it."""
+    weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
+    average: float = Field(default=0.0, ge=0, lt=1)
+    """Above 0 the captioner is the mean of the weights over the steps so far, each counted so much less than the one
+    after it; dev loss is of that mean."""
     precision: Precision = "auto"
     device: str = "auto"
     keep: int = Field(default=1, ge=1, le=1_000_000)
     """How many of the last improvements stay on disk; one more while an older state may need it."""
+    self_critical: SelfCriticalConfig = SelfCriticalConfig()
 
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the train captions. Losses are nats per token."""
+    """One pass over the train captions; in the self-critical phase over the train photos. Losses are nats per token."""
 
     number: int
     """From 1."""
     train_loss: float
-    """Running mean over the epoch in training mode (dropout on), as Keras reports it."""
+    """Running mean over the epoch in training mode (dropout on), as Keras reports it; in the self-critical phase of the
+    captions drawn, without dropout."""
     dev_loss: float
     """After the epoch, in evaluation mode, never smoothed."""
     learning_rate: float
@@ -64,6 +90,10 @@ class Epoch:
     improved: bool
     ended_at: int
     """Milliseconds since 1970."""
+    reward: float | None = None
+    """Of the self-critical phase: mean CIDEr-D, times ten, of the captions drawn, their end counted as a word."""
+    dev_cider: float | None = None
+    """Of the self-critical phase: CIDEr-D of the dev captions after the epoch."""
 
 
 def choose_device(name: str) -> torch.device:
@@ -105,17 +135,20 @@ def fit(
         InputError: the loss is not finite any more, or the GPU's memory does not suffice.
     """
     decoder = captioner.decoder.to(device)
-    optimizer = torch.optim.Adam(
-        [value for value in decoder.parameters() if value.requires_grad],
+    trained = copy.deepcopy(decoder) if config.average else decoder
+    optimizer = torch.optim.AdamW(
+        [value for value in trained.parameters() if value.requires_grad],
         lr=config.learning_rate,
         eps=1e-7,  # Keras's value
+        weight_decay=config.weight_decay,
         fused=True,
     )
     history: list[Epoch] = []
     state = checkpoints.go_back()
     if state is not None:
         try:
-            decoder.load_state_dict(state.decoder)
+            trained.load_state_dict(state.decoder)
+            decoder.load_state_dict(state.average or state.decoder)
             optimizer.load_state_dict(state.optimizer)
             history = [Epoch(**record) for record in state.history]
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
@@ -129,8 +162,8 @@ def fit(
         number = len(history) + 1
         start = time.perf_counter()
         try:
-            train_loss = _train_epoch(decoder, optimizer, train, config, seed, number, device)
-            trained = time.perf_counter()
+            train_loss = _train_epoch(trained, decoder, optimizer, train, config, seed, number, device)
+            middle = time.perf_counter()
             dev_loss = cross_entropy(decoder, dev.in_order()).per_token
         except torch.OutOfMemoryError:
             raise InputError(
@@ -148,7 +181,7 @@ def fit(
             dev_loss=dev_loss,
             learning_rate=_learning_rate(config, number - 1),
             seconds=time.perf_counter() - start,
-            tokens_per_second=train_loss.targets / (trained - start),
+            tokens_per_second=train_loss.targets / (middle - start),
             improved=dev_loss < best,
             ended_at=time.time_ns() // 1_000_000,
         )
@@ -160,7 +193,12 @@ def fit(
             )
             checkpoints.save_captioner(captioner)
         checkpoints.save_state(
-            TrainingState(decoder.state_dict(), optimizer.state_dict(), [vars(past) for past in history])
+            TrainingState(
+                trained.state_dict(),
+                optimizer.state_dict(),
+                [vars(past) for past in history],
+                decoder.state_dict() if config.average else None,
+            )
         )
         yield epoch
 
@@ -174,7 +212,8 @@ def is_finished(history: list[Epoch], config: TrainingConfig) -> bool:
 
 
 def _train_epoch(
-    decoder: MergeDecoder,
+    decoder: Decoder,
+    average: Decoder,
     optimizer: torch.optim.Optimizer,
     batches: CaptionBatches,
     config: TrainingConfig,
@@ -193,8 +232,8 @@ def _train_epoch(
             on_device = batch.to(device)
             real = on_device.targets != PAD  # (B, T)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
-                logits = decoder(on_device.features, on_device.inputs, real)  # (N, V)
-                loss = nn.functional.cross_entropy(logits.float(), on_device.targets[real])
+                logits = decoder(on_device.features, on_device.inputs, real, on_device.photos)  # (N, V)
+                loss, smoothed = _losses(logits.float(), on_device.targets[real], config.label_smoothing)
             value = loss.item()
             if not torch.isfinite(loss):
                 raise InputError(
@@ -202,12 +241,30 @@ def _train_epoch(
                     f"lower training.learning_rate = {config.learning_rate}"
                 )
             optimizer.zero_grad()
-            torch.autograd.backward(loss)
+            torch.autograd.backward(smoothed)
             nn.utils.clip_grad_norm_(decoder.parameters(), config.clip_norm)
             optimizer.step()
+            if average is not decoder:
+                _average(average, decoder, config.average, (number - 1) * len(batches) + step)
             total += value * len(logits)
             targets += len(logits)
     return Loss(total, targets)
+
+
+def _losses(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
+    """Mean cross-entropy of targets ``(M,)``, and the one that is minimised (Szegedy et al., CVPR 2016)."""
+    log_probabilities = logits.log_softmax(1)
+    loss = nn.functional.nll_loss(log_probabilities, targets)
+    if smoothing == 0:
+        return loss, loss
+    return loss, (1 - smoothing) * loss - smoothing * log_probabilities.mean()
+
+
+@torch.no_grad()
+def _average(average: Decoder, decoder: Decoder, share: float, steps: int) -> None:
+    """Takes the weights after so many steps into their mean; the first steps, far off still, are soon forgotten."""
+    share = min(share, (1 + steps) / (10 + steps))
+    torch._foreach_lerp_(list(average.parameters()), list(decoder.parameters()), 1 - share)
 
 
 def _learning_rate(config: TrainingConfig, epochs_done: float) -> float:

@@ -13,8 +13,8 @@ from PIL import Image
 from safetensors.numpy import load_file
 
 from capexp.captioning.captioner import FORMAT_VERSION, Caption, Captioner, TrainingRecord
+from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
-from capexp.captioning.model import ModelConfig
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, EncoderIdentity, FeaturesConfig, load_encoder
 from capexp.data.vocabulary import Vocabulary
@@ -23,10 +23,12 @@ DIGEST = NETS["IMAGENET1K_FEATURES"].digests["conv5_3"]
 WORDS = Vocabulary(("a", "dog", "runs", "café", "日本"), "standard", "token")
 
 
-def fresh(digest: str = DIGEST, seed: int = 1) -> Captioner:
+def fresh(digest: str = DIGEST, seed: int = 1, attends: bool = False) -> Captioner:
     net = NETS["IMAGENET1K_FEATURES"]
-    identity = EncoderIdentity("conv5_3", "mean", net.mean, net.std, digest, "IMAGENET1K_FEATURES")
-    small = ModelConfig(embedding_size=8, lstm_units=8)
+    identity = EncoderIdentity(
+        "conv5_3", "max2" if attends else "mean", net.mean, net.std, digest, "IMAGENET1K_FEATURES"
+    )
+    small = ModelConfig(decoder="attention" if attends else "merge", embedding_size=8, lstm_units=8)
     captioner = Captioner.fresh(small, WORDS, identity, DecodingConfig(maximum_length=6), seed)
     captioner.training = TrainingRecord(epoch=3, train_loss=3.245, dev_loss=3.612, dev_digest="d")
     return captioner
@@ -37,11 +39,13 @@ def bundle(tmp_path: Path) -> Path:
     return fresh().save(tmp_path / "bundle")
 
 
-def test_loaded_again_it_says_the_same(bundle: Path, tmp_path: Path) -> None:
-    features = np.random.default_rng(0).random((10, 1, 512)).astype(np.float16)
+@pytest.mark.parametrize("attends", [False, True], ids=["merge", "attention"])
+def test_loaded_again_it_says_the_same(tmp_path: Path, attends: bool) -> None:
+    bundle = fresh(attends=attends).save(tmp_path / "bundle")
+    features = np.random.default_rng(0).random((10, 49 if attends else 1, 512)).astype(np.float16)
     moved = shutil.copytree(bundle, tmp_path / "elsewhere")
     again = Captioner.load(moved)
-    assert again.caption_features(features) == fresh().caption_features(features)
+    assert again.caption_features(features) == fresh(attends=attends).caption_features(features)
     assert again.training == fresh().training
     assert again.vocabulary == WORDS
 
@@ -52,8 +56,8 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -
     torch.manual_seed(7)
     one, two, other = fresh(), fresh(), fresh(seed=2)
     assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(one.decoder.dense.weight, two.decoder.dense.weight)
-    assert not torch.equal(one.decoder.dense.weight, other.decoder.dense.weight)
+    assert torch.equal(one.decoder.vocabulary.weight, two.decoder.vocabulary.weight)
+    assert not torch.equal(one.decoder.vocabulary.weight, other.decoder.vocabulary.weight)
 
 
 FILES = ("captioner.json", "vocabulary.json", "decoder.safetensors", "manifest.json")

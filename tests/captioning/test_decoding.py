@@ -2,12 +2,14 @@
 
 import itertools
 from collections import Counter
+from typing import Literal
 
 import pytest
 import torch
 
+from capexp.captioning.decoder import Decoder, ModelConfig
 from capexp.captioning.decoding import DecodingConfig, Hypothesis, decode
-from capexp.captioning.model import MergeDecoder, ModelConfig, build_decoder
+from capexp.captioning.model import build_decoder
 from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS, EOS, PAD, UNK, Unknown, Vocabulary
 
@@ -24,24 +26,33 @@ def vocabulary(unknown: Unknown = "token", words: int = 12) -> Vocabulary:
     return Vocabulary(tuple(f"w{i}" for i in range(words)), "standard", unknown)
 
 
-def decoder_for(words: Vocabulary, seed: int = 0, sharp: float = 1.0) -> MergeDecoder:
+Kind = Literal["merge", "attention"]
+POSITIONS = {"merge": 1, "attention": 3}
+kinds = pytest.mark.parametrize("kind", POSITIONS)
+
+
+def decoder_for(words: Vocabulary, seed: int = 0, sharp: float = 1.0, kind: Kind = "merge") -> Decoder:
     torch.manual_seed(seed)
-    decoder = build_decoder(ModelConfig(embedding_size=8, lstm_units=8), (1, 5), len(words)).eval()
+    config = ModelConfig(decoder=kind, embedding_size=8, lstm_units=8)
+    decoder = build_decoder(config, (POSITIONS[kind], 5), len(words)).eval()
     with torch.no_grad():
         decoder.vocabulary.weight *= sharp
+        if kind == "attention":  # behind two LSTMs that are fresh, words follow less from photos
+            decoder.vocabulary.weight *= 8
+            decoder.vocabulary.bias[EOS] -= 2
         decoder.embedding.weight *= 20
     return decoder
 
 
-def photos(count: int, seed: int = 4) -> torch.Tensor:
-    return 5 * torch.randn(count, 1, 5, generator=torch.Generator().manual_seed(seed))
+def photos(count: int, seed: int = 4, kind: Kind = "merge") -> torch.Tensor:
+    return 5 * torch.randn(count, POSITIONS[kind], 5, generator=torch.Generator().manual_seed(seed))
 
 
-def best(decoder: MergeDecoder, features: torch.Tensor, words: Vocabulary, config: DecodingConfig) -> list[Hypothesis]:
+def best(decoder: Decoder, features: torch.Tensor, words: Vocabulary, config: DecodingConfig) -> list[Hypothesis]:
     return [hypotheses[0] for hypotheses in decode(decoder, features, words, config)]
 
 
-def log_probability(decoder: MergeDecoder, photo: torch.Tensor, words: Vocabulary, tokens: list[int]) -> float:
+def log_probability(decoder: Decoder, photo: torch.Tensor, words: Vocabulary, tokens: list[int]) -> float:
     """Of entries, EOS among them, by teacher forcing, among the entries that may be emitted."""
     with torch.no_grad():
         logits = decoder(photo.unsqueeze(0), torch.tensor([[BOS, *tokens[:-1]]]))[0]
@@ -51,13 +62,18 @@ def log_probability(decoder: MergeDecoder, photo: torch.Tensor, words: Vocabular
 
 @methods
 @pytest.mark.parametrize("unknown", ["token", "drop"])
-def test_pad_bos_and_unk_are_never_emitted_however_probable(unknown: Unknown, config: DecodingConfig) -> None:
+@kinds
+def test_pad_bos_and_unk_are_never_emitted_however_probable(
+    unknown: Unknown, config: DecodingConfig, kind: Kind
+) -> None:
     words = vocabulary(unknown)
-    decoder = decoder_for(words)
+    decoder = decoder_for(words, kind=kind)
     with torch.no_grad():
         for entry in words.never_emitted:
             decoder.vocabulary.bias[entry] = 100
-    tokens = {token for found in decode(decoder, photos(20), words, config) for h in found for token in h.tokens}
+    tokens = {
+        token for found in decode(decoder, photos(20, kind=kind), words, config) for h in found for token in h.tokens
+    }
     assert tokens
     assert not {PAD, BOS, EOS} & tokens
     assert unknown == "drop" or UNK not in tokens
@@ -75,10 +91,11 @@ def test_every_caption_ends(length: int, config: DecodingConfig) -> None:
 
 
 @methods
-def test_a_batch_gives_each_photo_the_captions_it_gets_alone(config: DecodingConfig) -> None:
+@kinds
+def test_a_batch_gives_each_photo_the_captions_it_gets_alone(config: DecodingConfig, kind: Kind) -> None:
     words = vocabulary()
-    decoder = decoder_for(words, seed=3)
-    features = photos(16)
+    decoder = decoder_for(words, seed=3, kind=kind)
+    features = photos(16, kind=kind)
     together = decode(decoder, features, words, config)
     alone = [decode(decoder, row.unsqueeze(0), words, config)[0] for row in features]
     assert [[h.tokens for h in found] for found in together] == [[h.tokens for h in found] for found in alone]
@@ -88,11 +105,12 @@ def test_a_batch_gives_each_photo_the_captions_it_gets_alone(config: DecodingCon
 
 
 @methods
-def test_the_log_probability_is_that_of_teacher_forcing(config: DecodingConfig) -> None:
+@kinds
+def test_the_log_probability_is_that_of_teacher_forcing(config: DecodingConfig, kind: Kind) -> None:
     words = vocabulary()
-    decoder = decoder_for(words, seed=5)
+    decoder = decoder_for(words, seed=5, kind=kind)
     free = config.model_copy(update={"repeat_trigrams": True})
-    features = photos(6)
+    features = photos(6, kind=kind)
     for photo, found in zip(features, decode(decoder, features, words, free), strict=True):
         for hypothesis in found:
             tokens = [*hypothesis.tokens, EOS] if len(hypothesis.tokens) < 8 else list(hypothesis.tokens)
@@ -100,10 +118,11 @@ def test_the_log_probability_is_that_of_teacher_forcing(config: DecodingConfig) 
             assert hypothesis.log_probability == pytest.approx(expected, abs=1e-4)
 
 
-def test_greedy_and_a_beam_of_one_take_the_most_probable_word_each_time() -> None:
+@kinds
+def test_greedy_and_a_beam_of_one_take_the_most_probable_word_each_time(kind: Kind) -> None:
     words = vocabulary()
-    decoder = decoder_for(words, seed=6)
-    features = photos(20)
+    decoder = decoder_for(words, seed=6, kind=kind)
+    features = photos(20, kind=kind)
     for method in ("greedy", "beam"):
         config = DecodingConfig.model_validate({"method": method, "beam_width": 1, "maximum_length": 6})
         for photo, hypothesis in zip(features, best(decoder, features, words, config), strict=True):
@@ -121,12 +140,13 @@ def test_greedy_and_a_beam_of_one_take_the_most_probable_word_each_time() -> Non
 
 @pytest.mark.parametrize("penalty", [0.0, 0.7, 1.0])
 @pytest.mark.parametrize("unknown", ["token", "drop"])
-def test_a_wide_beam_finds_what_trying_everything_finds(penalty: float, unknown: Unknown) -> None:
+@kinds
+def test_a_wide_beam_finds_what_trying_everything_finds(penalty: float, unknown: Unknown, kind: Kind) -> None:
     words = vocabulary(unknown, words=3)
     entries = range(words.first_word, len(words))
     for seed in range(5):
-        decoder = decoder_for(words, seed, sharp=3)
-        (photo,) = photos(1, seed)
+        decoder = decoder_for(words, seed, sharp=3, kind=kind)
+        (photo,) = photos(1, seed, kind)
         every = {}
         for length in range(4):
             for tokens in itertools.product(entries, repeat=length):

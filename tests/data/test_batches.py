@@ -36,16 +36,16 @@ RECORDS = np.empty((PHOTOS, 3, 2), np.float16)
 RECORDS[ROWS] = np.arange(PHOTOS)[:, None, None]
 
 
-@pytest.fixture
-def batches() -> CaptionBatches:
-    return CaptionBatches(SPLIT, VOCABULARY, Features(RECORDS, ROWS), BATCH_SIZE)
+@pytest.fixture(params=["captions", "photos"])
+def batches(request: pytest.FixtureRequest) -> CaptionBatches:
+    return CaptionBatches(SPLIT, VOCABULARY, Features(RECORDS, ROWS), BATCH_SIZE, request.param)
 
 
 def read(batches: Iterable[Batch]) -> Iterator[tuple[str, int]]:
     """Each caption, as its targets spell it, with the photo that it sees."""
     for batch in batches:
-        for targets, features in zip(batch.targets.tolist(), batch.features, strict=True):
-            (photo,) = features.unique().tolist()
+        for targets, row in zip(batch.targets.tolist(), batch.photos, strict=True):
+            (photo,) = set(batch.features[row].flatten().tolist())
             yield VOCABULARY.decode(targets), int(photo)
 
 
@@ -78,7 +78,22 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else(batches: CaptionBat
 def test_batches_are_full_but_the_last_and_as_many_as_announced(batches: CaptionBatches) -> None:
     sizes = [len(batch.inputs) for batch in batches.epoch(seed=1, number=1)]
     assert len(sizes) == len(batches)
-    assert sum(sizes) == len(CAPTIONS) and sum(size != BATCH_SIZE for size in sizes) <= 1
+    assert sum(sizes) == len(CAPTIONS)
+    if batches.order == "captions":
+        assert sum(size != BATCH_SIZE for size in sizes) <= 1
+
+
+def test_in_the_order_of_photos_each_comes_once_with_all_its_captions() -> None:
+    batches = CaptionBatches(SPLIT, VOCABULARY, Features(RECORDS, ROWS), 30, "photos")
+    for made in (batches.epoch(seed=1, number=1), batches.in_order()):
+        seen = []
+        for batch in made:
+            photos = batch.features[:, 0, 0].int().tolist()
+            assert len(set(photos)) == len(photos)
+            assert batch.photos.bincount().tolist() == [len(SPLIT.references[photo]) for photo in photos]
+            seen += photos
+        assert sorted(seen) == list(range(PHOTOS))
+    assert len(CAPTIONS) / len(batches) == pytest.approx(30, rel=0.1)
 
 
 def test_targets_are_inputs_one_step_ahead_and_padding_is_at_the_end_only(batches: CaptionBatches) -> None:

@@ -2,6 +2,7 @@
 
 import hashlib
 import io
+import mmap
 import os
 import shutil
 import subprocess
@@ -335,3 +336,28 @@ def test_two_processes_at_once_store_each_photo_once(tmp_path: Path, weights: Pa
     cache = FeatureCache(tmp_path / "cache", encoder.identity)
     assert sorted(digests_in(cache)) == sorted(digest_photos(photos))
     cache_features(photos, cache, never, 1)
+
+
+@pytest.mark.skipif(not Path("/proc/self/status").exists(), reason="memory by kind is told by Linux alone")
+def test_what_was_read_is_let_go_of(tmp_path: Path) -> None:
+    """However large the file, the process holds what it gathers, not the file."""
+
+    def held() -> int:
+        lines = Path("/proc/self/status").read_text().splitlines()
+        return next(int(line.split()[1]) for line in lines if line.startswith("RssFile")) * 1024
+
+    photos, shape = 1500, (49, 512)
+    record = 2 * shape[0] * shape[1]
+    path = tmp_path / "features"
+    path.write_bytes(bytes(record) * photos)
+    with path.open("rb") as file:
+        mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
+    records = np.frombuffer(mapping, np.float16).reshape(photos, *shape)
+    features = Features(records, np.arange(photos), mapping)
+    order = np.random.default_rng(0).permutation(photos)
+    before = held()
+    for some in np.array_split(order, 50):
+        assert features.gather(some).shape == (30, *shape)
+    assert held() - before < photos * record / 5
+    assert records.any(axis=(1, 2)).sum() == 0
+    assert held() - before > photos * record / 2, "what reading without letting go comes to"

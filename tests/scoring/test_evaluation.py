@@ -9,7 +9,8 @@ import torch
 from torch import nn
 
 from capexp.captioning.captioner import Caption
-from capexp.captioning.model import ModelConfig, build_decoder
+from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
@@ -55,7 +56,7 @@ def test_blind_is_another_loss_only_for_a_decoder_that_looks() -> None:
     seeing, blind = cross_entropy(decoder, some.in_order()), blind_cross_entropy(decoder, some, PHOTOS, seed=1)
     assert seeing.targets == blind.targets
     assert abs(seeing.per_token - blind.per_token) > 1e-4
-    nn.init.zeros_(decoder.photo.weight)
+    nn.init.zeros_(decoder.get_parameter("photo.weight"))
     assert cross_entropy(decoder, some.in_order()) == blind_cross_entropy(decoder, some, PHOTOS, seed=1)
 
 

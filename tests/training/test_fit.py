@@ -2,36 +2,40 @@
 
 from collections.abc import Generator
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from torch import nn
 
 from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
-from capexp.captioning.model import ModelConfig
-from capexp.data.batches import CaptionBatches
+from capexp.data.batches import CaptionBatches, Order
 from capexp.data.cache import Features
 from capexp.data.captions import Split, SplitName
 from capexp.data.errors import InputError
-from capexp.data.features import EncoderIdentity
+from capexp.data.features import EncoderIdentity, FeaturesConfig, Pool
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.scoring.evaluation import cross_entropy
 from capexp.training.checkpoints import Checkpoints
-from capexp.training.fit import Epoch, TrainingConfig, choose_device, fit
+from capexp.training.fit import Epoch, TrainingConfig, _losses, choose_device, fit
 
 CPU = torch.device("cpu")
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
 CONFIG = TrainingConfig(epochs=4, patience=4, batch_size=16, learning_rate=0.01, precision="float32", device="cpu")
 
 
-def data(name: SplitName, photos: int, seed: int) -> tuple[Split, Features]:
-    """Photos whose features tell a colour and a thing, with captions that say them."""
+def data(name: SplitName, photos: int, seed: int, pool: Pool = "mean") -> tuple[Split, Features]:
+    """Photos whose features tell a colour and a thing, in a grid at a place of its own, with captions that say them."""
     rng = np.random.default_rng(seed)
     colours, things = rng.integers(0, 4, photos), rng.integers(0, 5, photos)
-    features = np.zeros((photos, 1, 512), np.float16)
-    features[np.arange(photos), 0, colours] = 1
-    features[np.arange(photos), 0, 4 + things] = 1
+    positions, _ = FeaturesConfig(layer="conv5_3", pool=pool, weights="IMAGENET1K_FEATURES").shape
+    features = np.zeros((photos, positions, 512), np.float16)
+    places = rng.integers(0, positions, photos)
+    features[np.arange(photos), places, colours] = 1
+    features[np.arange(photos), places, 4 + things] = 1
     texts = tuple(
         (f"a {COLOURS[c]} {THINGS[t]}", f"the {THINGS[t]} is {COLOURS[c]}")
         for c, t in zip(colours, things, strict=True)
@@ -40,21 +44,26 @@ def data(name: SplitName, photos: int, seed: int) -> tuple[Split, Features]:
     return Split(name, Path(), names, texts), Features(features, np.arange(photos))
 
 
+Kind = Literal["merge", "attention"]
+kinds = pytest.mark.parametrize(("decoder", "order"), [("merge", "captions"), ("attention", "photos")])
+
+
 class Task:
     """Something to train on, made anew for each training."""
 
-    def __init__(self, folder: Path, keep: int = 1) -> None:
-        train, train_features = data("train", 80, 1)
-        dev, dev_features = data("dev", 20, 2)
+    def __init__(self, folder: Path, keep: int = 1, decoder: Kind = "merge", order: Order = "captions") -> None:
+        pool: Pool = "mean" if decoder == "merge" else "max2"
+        train, train_features = data("train", 80, 1, pool)
+        dev, dev_features = data("dev", 20, 2, pool)
         words = build_vocabulary(
             (text for photo in train.references for text in photo), VocabularyConfig(minimum_count=1)
         )
-        self.train = CaptionBatches(train, words, train_features, 16)
-        self.dev = CaptionBatches(dev, words, dev_features, 16)
+        self.train = CaptionBatches(train, words, train_features, 16, order)
+        self.dev = CaptionBatches(dev, words, dev_features, 16, order)
         folder.mkdir(exist_ok=True)
         self.checkpoints = Checkpoints(folder, keep)
-        identity = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
-        small = ModelConfig(embedding_size=16, lstm_units=16, dropout=0.2)
+        identity = EncoderIdentity("conv5_3", pool, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
+        small = ModelConfig(decoder=decoder, embedding_size=16, lstm_units=16, dropout=0.2)
         self.captioner = Captioner.fresh(small, words, identity, DecodingConfig(), seed=1)
 
     def started(self, config: TrainingConfig = CONFIG, seed: int = 1) -> Generator[Epoch, None, None]:
@@ -77,8 +86,9 @@ def losses(epochs: list[Epoch]) -> list[tuple[float, float]]:
     return [(epoch.train_loss, epoch.dev_loss) for epoch in epochs]
 
 
-def test_it_learns_to_look_at_the_photo(tmp_path: Path) -> None:
-    task = Task(tmp_path)
+@kinds
+def test_it_learns_to_look_at_the_photo(tmp_path: Path, decoder: Kind, order: Order) -> None:
+    task = Task(tmp_path, decoder=decoder, order=order)
     epochs = task.epochs(replace_epochs(12))
     assert epochs[-1].dev_loss < 0.6 * epochs[0].dev_loss
 
@@ -103,15 +113,20 @@ def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
-def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
-    undisturbed = Task(tmp_path / "whole").epochs()
-    stopped = Task(tmp_path / "parts")
-    running = stopped.started()
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@kinds
+def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
+    tmp_path: Path, decoder: Kind, order: Order, average: float, stop_after: int
+) -> None:
+    config = replace_epochs(4, average=average, label_smoothing=average / 9, schedule="cosine")
+    undisturbed = Task(tmp_path / "whole", 1, decoder, order).epochs(config)
+    stopped = Task(tmp_path / "parts", 1, decoder, order)
+    running = stopped.started(config)
     for _ in range(stop_after):
         next(running)
     running.close()
-    resumed = Task(tmp_path / "parts")
-    assert losses(resumed.epochs()) == losses(undisturbed)
+    resumed = Task(tmp_path / "parts", 1, decoder, order)
+    assert losses(resumed.epochs(config)) == losses(undisturbed)
     whole, parts = Task(tmp_path / "whole").checkpoints.best(), resumed.checkpoints.best()
     assert whole is not None
     assert parts is not None
@@ -119,9 +134,13 @@ def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(tmp
     assert (whole / "decoder.safetensors").read_bytes() == (parts / "decoder.safetensors").read_bytes()
 
 
-def test_the_bundle_on_disk_is_the_epoch_its_name_tells(tmp_path: Path) -> None:
-    task = Task(tmp_path)
-    epochs = task.epochs()
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@kinds
+def test_the_bundle_on_disk_is_the_epoch_its_name_tells(
+    tmp_path: Path, decoder: Kind, order: Order, average: float
+) -> None:
+    task = Task(tmp_path, 1, decoder, order)
+    epochs = task.epochs(replace_epochs(4, average=average))
     best = min(epochs, key=lambda epoch: epoch.dev_loss)
     bundle = task.checkpoints.best()
     assert bundle is not None
@@ -138,6 +157,30 @@ def test_disk_holds_as_many_improvements_as_are_kept(tmp_path: Path, keep: int) 
     before_last = [number for number in improved if number < epochs[-1].number][-1:]  # of the previous state
     assert names == [f"ep{number:03d}" for number in sorted({*improved[-keep:], *before_last})]
     assert sorted(path.name for path in tmp_path.glob("*.pt")) == ["last.pt", "previous.pt"]
+
+
+def test_label_smoothing_is_minimised_and_not_reported(tmp_path: Path) -> None:
+    targets, logits = torch.tensor([3, 1]), torch.randn(2, 5)
+    plain, smoothed = _losses(logits, targets, 0.1)
+    assert plain == nn.functional.cross_entropy(logits, targets)
+    assert smoothed == pytest.approx(nn.functional.cross_entropy(logits, targets, label_smoothing=0.1))
+    # A step that moves nothing tells what is reported: the same, smoothed or not.
+    still = [
+        Task(tmp_path / str(s)).epochs(replace_epochs(1, learning_rate=1e-12, label_smoothing=s)) for s in (0, 0.5)
+    ]
+    assert still[0][0].train_loss == pytest.approx(still[1][0].train_loss, abs=1e-6)
+    moved = [Task(tmp_path / f"m{s}").epochs(replace_epochs(3, label_smoothing=s)) for s in (0, 0.5)]
+    assert abs(moved[0][-1].train_loss - moved[1][-1].train_loss) > 0.01
+
+
+def test_the_captioner_is_the_mean_of_the_weights_as_defined(tmp_path: Path) -> None:
+    """With all but the newest weights forgotten it is the plain training; a long mean lags behind it."""
+    plain = Task(tmp_path / "plain").epochs()
+    short = Task(tmp_path / "short").epochs(replace_epochs(4, average=1e-9))
+    long = Task(tmp_path / "long").epochs(replace_epochs(4, average=0.99))
+    assert [epoch.train_loss for epoch in long] == [epoch.train_loss for epoch in plain]
+    assert [epoch.dev_loss for epoch in short] == pytest.approx([epoch.dev_loss for epoch in plain], abs=1e-5)
+    assert abs(long[0].dev_loss - plain[0].dev_loss) > 1e-3
 
 
 def test_it_stops_when_patience_is_at_its_end(tmp_path: Path) -> None:
@@ -160,10 +203,10 @@ def test_a_loss_that_is_not_finite_stops_before_the_update_and_tells_the_step(tm
     decoder = task.captioner.decoder
     with torch.no_grad():
         decoder.vocabulary.bias[5] = torch.inf
-    before = decoder.dense.weight.clone()
+    before = decoder.vocabulary.weight.clone()
     with pytest.raises(InputError, match=r"nan at step 1 of epoch 1.*training\.learning_rate"):
         task.epochs()
-    assert torch.equal(decoder.dense.weight, before)
+    assert torch.equal(decoder.vocabulary.weight, before)
     assert task.checkpoints.best() is None
 
 

@@ -1,0 +1,188 @@
+"""The attention decoder: at each word it looks at the places of a photo's grid that matter for the next one.
+
+Shapes: N photos, B captions, T steps, V vocabulary, P grid positions, F feature, E embedding, H hidden, A attention,
+K captions of one photo.
+"""
+
+import math
+from dataclasses import dataclass, replace
+
+import torch
+from torch import Tensor, nn
+
+from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
+from capexp.data.vocabulary import BOS, PAD
+
+
+@dataclass(frozen=True)
+class Grid:
+    """The grids of N photos, at which B captions look: computed once a photo, however many captions it has."""
+
+    keys: Tensor  # (N, P, A): what is compared with what a caption looks for
+    values: Tensor  # (N, P, H): what it sees there
+    photos: Tensor  # (B,): the photo of each caption
+    places: Tensor  # (B,): a place for each caption, K a photo
+    most: int  # K, the most captions that one photo has
+
+    @classmethod
+    def of(cls, keys: Tensor, values: Tensor) -> "Grid":
+        """With one caption a photo."""
+        each = torch.arange(len(keys), device=keys.device)
+        return cls(keys, values, each, each, 1)
+
+    def select(self, rows: Tensor) -> "Grid":
+        """For some of the captions; the photos' grids are not copied."""
+        photos = self.photos[rows]
+        if torch.equal(photos, self.photos):  # beam search reorders the captions of a photo only
+            return self
+        counts = photos.bincount(minlength=len(self.keys))
+        most = int(counts.max())
+        order = photos.argsort(stable=True)
+        first = counts.cumsum(0) - counts
+        rank = torch.empty_like(photos)
+        rank[order] = torch.arange(len(photos), device=photos.device) - first[photos[order]]
+        return replace(self, photos=photos, places=photos * most + rank, most=most)
+
+    def look(self, queries: Tensor) -> tuple[Tensor, Tensor]:
+        """What captions see ``(B', H)`` by their queries ``(B', A)``, and how they spread their attention ``(B', P)``.
+
+        The first B' captions look; the others have ended.
+        """
+        photos, positions, size = self.keys.shape
+        # All captions of a photo share one product of matrices, instead of a copy of the grid each.
+        places = self.places[: len(queries)]
+        slots = queries.new_zeros(photos * self.most, size).index_copy(0, places, queries)
+        scores = slots.view(photos, self.most, size) @ self.keys.transpose(1, 2) / math.sqrt(size)  # (N, K, P)
+        weights = scores.softmax(-1)
+        seen = weights.to(self.values.dtype) @ self.values  # (N, K, H)
+        return seen.flatten(0, 1)[places], weights.view(-1, positions)[places]
+
+
+@dataclass(frozen=True)
+class AttentionState(State):
+    """Where both LSTMs stand, and where they look."""
+
+    grid: Grid
+    gates: Tensor  # (N, 4H): the photo's part in the attention LSTM's gates
+    hidden: tuple[Tensor, Tensor]  # (B, H) each: of the attention LSTM, of the language LSTM
+    cells: tuple[Tensor, Tensor]  # (B, H) each
+    weights: Tensor  # (B, P): where the last word was looked for; they sum to 1
+
+    def select(self, rows: Tensor) -> "AttentionState":
+        """The state of some of the captions."""
+        (h1, h2), (c1, c2) = self.hidden, self.cells
+        return AttentionState(
+            self.grid.select(rows), self.gates, (h1[rows], h2[rows]), (c1[rows], c2[rows]), self.weights[rows]
+        )
+
+
+class AttentionDecoder(Decoder):
+    """Two LSTMs over a grid of features (Anderson et al., "Bottom-up and top-down attention", CVPR 2018).
+
+    The attention LSTM reads the word, the whole photo and what the language LSTM has said, and from its output the
+    grid is looked at; the language LSTM reads what was seen and says the next word. Attention is a scaled dot product
+    instead of their additive one: it is a product of matrices for all captions of a photo together.
+    """
+
+    def __init__(self, config: ModelConfig, features: tuple[int, int], vocabulary_size: int) -> None:
+        super().__init__()
+        _, size = features
+        units = config.lstm_units
+        self.units = units
+        self.photo_norm = config.photo_norm
+        self.dropout = nn.Dropout(config.dropout)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
+        self.values = nn.Linear(size, units)
+        self.keys = nn.Linear(units, config.attention_size, bias=False)
+        self.queries = nn.Linear(units, config.attention_size, bias=False)
+        # The attention LSTM's gates are a sum: what is known of all steps at once, and what each step adds.
+        self.word_gates = nn.Linear(config.embedding_size, 4 * units)
+        self.photo_gates = nn.Linear(units, 4 * units, bias=False)
+        self.attention_gates = nn.Linear(2 * units, 4 * units, bias=False)
+        self.language_gates = nn.Linear(3 * units, 4 * units)
+        self.vocabulary = nn.Linear(units, vocabulary_size)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        for module in self.modules():
+            if isinstance(module, nn.Linear):
+                nn.init.xavier_uniform_(module.weight)
+                if module.bias is not None:
+                    nn.init.zeros_(module.bias)
+        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        with torch.no_grad():
+            self.embedding.weight[PAD] = 0
+            for gates in (self.word_gates, self.language_gates):
+                gates.bias[self.units : 2 * self.units] = 1  # remember, to begin with
+
+    def start(self, features: Tensor) -> AttentionState:
+        """The state before the first word, from features ``(N, P, F)``."""
+        values = self.dropout(torch.relu(self.values(normalize(features, self.photo_norm))))  # (N, P, H)
+        grid = Grid.of(self.keys(values), values)
+        gates = self.photo_gates(values.mean(1))  # (N, 4H)
+        # In the features' precision: in bfloat16, which the layers may give, a cell would forget by rounding.
+        zeros = features.new_zeros(len(values), self.units)
+        nowhere = features.new_zeros(features.shape[:2])
+        return AttentionState(grid, gates, (zeros, zeros), (zeros, zeros), nowhere)
+
+    def advance(self, state: State, words: Tensor) -> tuple[Tensor, AttentionState]:
+        """Reads words ``(B, T)`` and gives the output before the vocabulary layer, ``(B, T, H)``.
+
+        PAD, which follows a caption, is not read: its outputs are zero, and the state stays where the caption ended.
+        """
+        assert isinstance(state, AttentionState)
+        packed = _Packed.of(words)
+        known = state.gates[state.grid.photos[packed.rows]]
+        state = state.select(packed.order)
+        known = known + self.word_gates(self.dropout(self.embedding(words[packed.rows, packed.steps])))  # (M, 4H)
+        (h1, h2), (c1, c2), weights = state.hidden, state.cells, state.weights
+        outputs, ended = [], []
+        for gates in known.split(packed.counts):
+            reading = len(gates)
+            if reading < len(h1):
+                ended.append([value[reading:] for value in (h1, h2, c1, c2, weights)])
+                h1, h2, c1, c2, weights = (value[:reading] for value in (h1, h2, c1, c2, weights))
+            h1, c1 = _lstm(gates + self.attention_gates(torch.cat([h1, h2], 1)), c1)
+            seen, weights = state.grid.look(self.queries(h1))
+            h2, c2 = _lstm(self.language_gates(torch.cat([seen, h1, h2], 1)), c2)
+            outputs.append(h2)
+        parts = [[h1, h2, c1, c2, weights], *reversed(ended)]
+        h1, h2, c1, c2, weights = (torch.cat(values) for values in zip(*parts, strict=True))
+        state = replace(state, hidden=(h1, h2), cells=(c1, c2), weights=weights)
+        said = h2.new_zeros(*words.shape, self.units).index_put((packed.rows, packed.steps), torch.cat(outputs))
+        return self.output_dropout(said), state.select(packed.order.argsort())
+
+    @torch.inference_mode()
+    def look_back(self, features: Tensor, words: list[int]) -> Tensor:
+        """Where one photo, of features ``(1, P, F)``, was looked at for each of a caption's words: ``(T, P)``."""
+        self.eval()
+        state, weights = self.start(features), []
+        for word in [BOS, *words[:-1]]:
+            _, state = self.advance(state, torch.tensor([[word]], device=features.device))
+            weights.append(state.weights)
+        return torch.cat(weights)
+
+
+@dataclass(frozen=True)
+class _Packed:
+    """The M words of B captions, step after step, the captions with most words first: a step has those that go on."""
+
+    order: Tensor  # (B,): the captions, the longest first
+    rows: Tensor  # (M,): the caption of each word
+    steps: Tensor  # (M,): and its place there
+    counts: list[int]  # words of each step
+
+    @classmethod
+    def of(cls, words: Tensor) -> "_Packed":
+        real = words != PAD  # (B, T)
+        order = real.sum(1).argsort(descending=True, stable=True)
+        steps, captions = real[order].t().nonzero(as_tuple=True)
+        return cls(order, order[captions], steps, [count for count in real.sum(0).tolist() if count])
+
+
+def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
+    """One step of an LSTM from its gates ``(B, 4H)`` before their functions: output and cell, ``(B, H)`` each."""
+    enter, keep, new, leave = gates.chunk(4, 1)
+    cell = keep.sigmoid() * cell + enter.sigmoid() * new.tanh()
+    return leave.sigmoid() * cell.tanh(), cell

@@ -1,0 +1,86 @@
+"""The merge decoder, the tutorial's: the LSTM reads words only, the photo is added afterwards.
+
+Shapes: B captions, T steps, V vocabulary, F feature, E embedding, H hidden.
+"""
+
+from dataclasses import dataclass
+
+import torch
+from torch import Tensor, nn
+
+from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
+from capexp.data.errors import InputError
+from capexp.data.vocabulary import PAD
+
+
+@dataclass(frozen=True)
+class MergeState(State):
+    """The photo as the decoder adds it, and where the LSTM stands."""
+
+    photo: Tensor  # (B, H)
+    hidden: Tensor  # (1, B, H)
+    cell: Tensor  # (1, B, H)
+
+    def select(self, rows: Tensor) -> "MergeState":
+        """The state of some of the captions."""
+        return MergeState(self.photo[rows], self.hidden[:, rows], self.cell[:, rows])
+
+
+class MergeDecoder(Decoder):
+    """The merge model (Tanti, Gatt and Camilleri, 2018), with the layers of the Flickr8k tutorial.
+
+    The LSTM reads words only; the photo, made as wide as the LSTM's output, is added to it afterwards. So one
+    pass over a whole caption gives the logits of all its prefixes.
+    """
+
+    def __init__(self, config: ModelConfig, features: tuple[int, int], vocabulary_size: int) -> None:
+        super().__init__()
+        positions, size = features
+        if positions != 1:
+            raise InputError(
+                f"model.decoder = 'merge' takes one vector a photo, not a grid of {positions}; "
+                "set features.pool = 'mean' or features.layer = 'fc2', or model.decoder = 'attention'"
+            )
+        units = config.lstm_units
+        self.photo_norm = config.photo_norm
+        self.dropout = nn.Dropout(config.dropout)
+        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.photo = nn.Linear(size, units)
+        self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
+        self.lstm = nn.LSTM(config.embedding_size, units, batch_first=True)
+        self.dense = nn.Linear(units, units)
+        self.vocabulary = nn.Linear(units, vocabulary_size)
+        self._initialize()
+
+    def _initialize(self) -> None:
+        """Keras's initial values, which the tutorial trains from."""
+        for layer in (self.photo, self.dense, self.vocabulary):
+            nn.init.xavier_uniform_(layer.weight)
+            nn.init.zeros_(layer.bias)
+        nn.init.uniform_(self.embedding.weight, -0.05, 0.05)
+        with torch.no_grad():
+            self.embedding.weight[PAD] = 0
+        lstm = dict(self.lstm.named_parameters())
+        nn.init.xavier_uniform_(lstm["weight_ih_l0"])
+        nn.init.orthogonal_(lstm["weight_hh_l0"])
+        nn.init.zeros_(lstm["bias_ih_l0"])
+        units = self.lstm.hidden_size
+        nn.init.ones_(lstm["bias_ih_l0"].data[units : 2 * units])  # remember, to begin with
+        # Torch gives an LSTM two biases that are only ever added; one is enough.
+        nn.init.zeros_(lstm["bias_hh_l0"])
+        lstm["bias_hh_l0"].requires_grad_(False)
+
+    def start(self, features: Tensor) -> MergeState:
+        """The state before the first word, from features ``(B, 1, F)``."""
+        photo = normalize(features, self.photo_norm)[:, 0]  # (B, F)
+        photo = torch.relu(self.photo(self.dropout(photo)))  # (B, H)
+        zeros = photo.new_zeros(1, len(photo), self.lstm.hidden_size)
+        return MergeState(photo, zeros, zeros)
+
+    def advance(self, state: State, words: Tensor) -> tuple[Tensor, MergeState]:
+        """Reads words ``(B, T)`` and gives the output before the vocabulary layer, ``(B, T, H)``."""
+        assert isinstance(state, MergeState)
+        embedded = self.dropout(self.embedding(words))  # (B, T, E)
+        outputs, (hidden, cell) = self.lstm(embedded, (state.hidden, state.cell))  # (B, T, H)
+        merged = torch.relu(self.dense(outputs + state.photo.unsqueeze(1)))
+        return self.output_dropout(merged), MergeState(state.photo, hidden, cell)

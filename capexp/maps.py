@@ -1,0 +1,77 @@
+"""Where an attention captioner looked: a PNG of a photo, word by word."""
+
+import math
+from pathlib import Path
+
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from PIL import Image
+
+from capexp.captioning.attention import AttentionDecoder
+from capexp.captioning.captioner import Captioner
+from capexp.data.errors import InputError
+from capexp.data.files import writing
+from capexp.data.photos import read_photo, squash
+
+_COLUMNS, _SIDE = 5, 360  # panels in a row; a panel's longer side in pixels
+
+
+def refuse_blind(captioner: Captioner) -> None:
+    """Refuses a captioner that looks at no places.
+
+    Raises:
+        InputError: its decoder is not the attention decoder.
+    """
+    if not isinstance(captioner.decoder, AttentionDecoder):
+        raise InputError(
+            f"--maps: the captioner's model.decoder is '{captioner.model.decoder}', which looks at the photo as a "
+            "whole; give one with 'attention'"
+        )
+
+
+def where_it_looked(captioner: Captioner, photo: Path, caption: str) -> NDArray[np.float32]:
+    """How its attention was spread over the grid as it said each word of a caption: ``(T, side, side)``.
+
+    Raises:
+        InputError: the photo cannot be read, or the encoder's weights cannot be had.
+    """
+    decoder = captioner.decoder
+    assert isinstance(decoder, AttentionDecoder)
+    pixels = squash(read_photo(photo), captioner.encoder_identity.size)
+    features = torch.from_numpy(captioner.use_encoder().encode([pixels])).float().to(captioner.device)
+    weights = decoder.look_back(features, captioner.vocabulary.encode(caption))  # (T, P)
+    side = math.isqrt(weights.shape[1])
+    maps: NDArray[np.float32] = weights.view(-1, side, side).float().cpu().numpy()
+    return maps
+
+
+def draw_maps(photo: Path, caption: str, maps: NDArray[np.float32], path: Path) -> Path:
+    """The photo, and for each word the photo lit where the attention was; the brightest place of each is full light.
+
+    Raises:
+        InputError: the file cannot be written.
+    """
+    from matplotlib.figure import Figure
+
+    image = read_photo(photo)
+    image.thumbnail((_SIDE, _SIDE))
+    pixels = np.asarray(image, np.float32) / 255
+    panels = [("", pixels)]
+    for word, weights in zip(caption.split(), maps, strict=True):
+        light = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
+        panels.append((word, pixels * (0.15 + 0.85 * np.clip(np.asarray(light), 0, 1)[:, :, None])))
+    rows = -(-len(panels) // _COLUMNS)
+    high = image.height / image.width
+    figure = Figure(figsize=(2.2 * _COLUMNS, (2.2 * high + 0.35) * rows + 0.4), layout="constrained")
+    figure.suptitle(caption)
+    for place, axes in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
+        axes.axis("off")
+        if place < len(panels):
+            word, shown = panels[place]
+            axes.imshow(shown)
+            axes.set_title(word, fontsize=11)
+    with writing(path):
+        path.parent.mkdir(parents=True, exist_ok=True)
+        figure.savefig(path, dpi=110)
+    return path

@@ -1,0 +1,208 @@
+"""Training on the score itself: captions are drawn, and made more or less probable by what they are worth.
+
+Self-critical sequence training (Rennie et al., CVPR 2017), with CIDEr-D as the reward and, in place of a greedy
+caption's, the mean reward of the photo's other captions as the baseline (Luo, 2020).
+
+Shapes: N photos, K captions of each, B = N * K, T steps, M targets, V vocabulary.
+"""
+
+import math
+import time
+from collections.abc import Generator, Sequence
+from typing import Any
+
+import torch
+from torch import Tensor, nn
+
+from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.decoder import Decoder
+from capexp.captioning.decoding import draw
+from capexp.data.batches import CaptionBatches, photo_batches
+from capexp.data.cache import Features
+from capexp.data.captions import Split
+from capexp.data.errors import InputError
+from capexp.data.features import use_bfloat16
+from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from capexp.scoring.cider import CiderReferences
+from capexp.scoring.evaluation import Loss, cross_entropy
+from capexp.scoring.metrics import score, tokenize
+from capexp.training.checkpoints import Checkpoints, TrainingState
+from capexp.training.fit import Epoch, TrainingConfig
+
+_END = ""  # where a caption ends is part of what is rewarded: otherwise it comes to end on "in a"
+_PART = 512  # dev photos at a time
+
+
+class Reward:
+    """What captions of a split's photos are worth; the references' n-grams are counted once."""
+
+    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+        self._people = CiderReferences([[(*tokenize(one), _END) for one in captions] for captions in references])
+
+    def of(self, photo: int, caption: str) -> float:
+        """CIDEr-D, times ten, of a caption of the photo in that place of the split."""
+        return self._people.score(photo, (*tokenize(caption), _END))[0]
+
+    def of_drawn(self, photos: list[int], drawn: Tensor, vocabulary: Vocabulary) -> Tensor:
+        """Of captions ``(B, T)``, as many of each photo: ``(B,)``."""
+        samples = len(drawn) // len(photos)
+        texts = [vocabulary.decode([entry for entry in row if entry not in (EOS, PAD)]) for row in drawn.tolist()]
+        return torch.tensor([self.of(photos[i // samples], text) for i, text in enumerate(texts)])
+
+
+def refine(
+    captioner: Captioner,
+    train: tuple[Split, Features],
+    dev: tuple[Split, Features],
+    dev_batches: CaptionBatches,
+    config: TrainingConfig,
+    *,
+    before: Sequence[Epoch],
+    seed: int,
+    device: torch.device,
+    dev_digest: str,
+    checkpoints: Checkpoints,
+) -> Generator[Epoch, None, None]:
+    """Goes on with the captioner of the best epoch ``before``; yields each new epoch when its checkpoint is on disk.
+
+    Whether an epoch is an improvement is told by the CIDEr-D of the dev captions, decoded as the captioner decodes.
+    ``checkpoints`` is a folder of this phase alone, which begins with that captioner; the first phase's stays as it is.
+    A stopped and resumed training gives the same epochs as an undisturbed one, as that of :func:`fit` does.
+
+    Raises:
+        InputError: the loss is not finite any more, or the first phase has gone on since this one began.
+    """
+    settings = config.self_critical
+    decoder = captioner.decoder.to(device)
+    optimizer = torch.optim.Adam(
+        [value for value in decoder.parameters() if value.requires_grad], lr=settings.learning_rate, fused=True
+    )
+    best = dev_cider(captioner, *dev)
+    state = checkpoints.go_back()
+    if state is None:
+        history = list(before)
+        checkpoints.save_captioner(captioner)
+        checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
+    else:
+        decoder.load_state_dict(state.decoder)
+        optimizer.load_state_dict(state.optimizer)
+        history = [Epoch(**record) for record in state.history]
+        if history[: len(before)] != list(before):
+            raise InputError(
+                f"{checkpoints.folder}: self-critical training began after fewer epochs; set training.epochs back"
+            )
+        yield from history[len(before) :]
+        best = max([best, *(epoch.dev_cider or 0 for epoch in history[len(before) :])])
+    reward = Reward(train[0].references)
+    while len(history) < len(before) + settings.epochs:
+        number = len(history) + 1
+        start = time.perf_counter()
+        drawn, mean = _train_epoch(captioner, optimizer, train[1], reward, config, seed, number, device)
+        middle = time.perf_counter()
+        cider = dev_cider(captioner, *dev)
+        epoch = Epoch(
+            number=number,
+            train_loss=drawn.per_token,
+            dev_loss=cross_entropy(decoder, dev_batches.in_order()).per_token,
+            learning_rate=settings.learning_rate,
+            seconds=time.perf_counter() - start,
+            tokens_per_second=drawn.targets / (middle - start),
+            improved=cider > best,
+            ended_at=time.time_ns() // 1_000_000,
+            reward=mean,
+            dev_cider=cider,
+        )
+        history.append(epoch)
+        if epoch.improved:
+            best = cider
+            captioner.training = TrainingRecord(
+                epoch=number, train_loss=epoch.train_loss, dev_loss=epoch.dev_loss, dev_digest=dev_digest
+            )
+            checkpoints.save_captioner(captioner)
+        checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
+        yield epoch
+
+
+def _plain(history: Sequence[Epoch]) -> list[dict[str, Any]]:
+    return [vars(past) for past in history]
+
+
+def dev_cider(captioner: Captioner, split: Split, features: Features) -> float:
+    """CIDEr-D of a captioner's captions of a split, decoded as it says."""
+    texts = [one.text for part in features.parts(_PART) for one in captioner.caption_features(part)]
+    return score(texts, split.references).corpus()["cider"]
+
+
+def _train_epoch(
+    captioner: Captioner,
+    optimizer: torch.optim.Optimizer,
+    features: Features,
+    reward: Reward,
+    config: TrainingConfig,
+    seed: int,
+    number: int,
+    device: torch.device,
+) -> tuple[Loss, float]:
+    """The loss over what was drawn, and its mean reward."""
+    decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
+    _train_without_dropout(decoder)
+    nats, targets, total, captions = 0.0, 0, 0.0, 0
+    with torch.random.fork_rng():
+        torch.manual_seed(seed * 1_000_003 + number)
+        for photos, held in photo_batches(features, settings.photos, seed, number):
+            seen = held.to(device)
+            with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
+                drawn = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)  # (B, T)
+                rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
+                chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
+                loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
+            if not math.isfinite(loss.item()):
+                raise InputError(
+                    f"the loss is {loss.item()} in epoch {number}; weights are kept as they were: "
+                    f"lower training.self_critical.learning_rate = {settings.learning_rate}"
+                )
+            optimizer.zero_grad()
+            torch.autograd.backward(loss)
+            nn.utils.clip_grad_norm_(decoder.parameters(), config.clip_norm)
+            optimizer.step()
+            nats -= float(chosen.detach().sum())
+            targets += len(chosen)
+            total += float(rewards.sum())
+            captions += len(rewards)
+    return Loss(nats, targets), total / captions
+
+
+def _train_without_dropout(decoder: Decoder) -> None:
+    """In training mode, which an LSTM on a GPU needs for gradients, but with the probabilities that are drawn from."""
+    decoder.train()
+    for module in decoder.modules():
+        if isinstance(module, nn.Dropout):
+            module.eval()
+
+
+def advantages(rewards: Tensor, samples: int) -> Tensor:
+    """How much better than the photo's other captions each is, ``(B,)``; those of a photo sum to 0."""
+    by_photo = rewards.view(-1, samples)  # (N, K)
+    others = (by_photo.sum(1, keepdim=True) - by_photo) / (samples - 1)
+    return (by_photo - others).flatten()
+
+
+def log_probabilities(decoder: Decoder, features: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Of each target that is not PAD, ``(M,)``, among the entries that may be emitted."""
+    photos = torch.arange(len(features), device=targets.device).repeat_interleave(len(targets) // len(features))
+    inputs = torch.cat([torch.full_like(targets[:, :1], BOS), targets[:, :-1]], 1)
+    inputs = inputs.where(inputs != EOS, PAD)
+    real = targets != PAD  # (B, T)
+    logits: Tensor = decoder(features, inputs, real, photos)  # (M, V)
+    forbidden = torch.tensor(vocabulary.never_emitted, device=targets.device)
+    values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
+    return values.gather(1, targets[real].unsqueeze(1)).squeeze(1)
+
+
+def policy_loss(chosen: Tensor, targets: Tensor, advantage: Tensor) -> Tensor:
+    """Minus the log-probability of each target ``(M,)``, by its caption's advantage ``(B,)``, mean over targets.
+
+    Its gradient is that of the expected reward, up to sign and scale (REINFORCE: Williams, 1992).
+    """
+    each = advantage.to(chosen.device).unsqueeze(1).expand_as(targets)[targets != PAD]  # (M,)
+    return -(chosen * each).mean()

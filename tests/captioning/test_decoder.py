@@ -1,0 +1,142 @@
+"""Laws of every decoder."""
+
+import math
+from typing import Literal
+
+import pytest
+import torch
+from torch import Tensor, nn
+
+from capexp.captioning.decoder import Decoder, ModelConfig
+from capexp.captioning.model import build_decoder
+from capexp.data.vocabulary import BOS, PAD
+
+V, F = 30, 7
+POSITIONS = {"merge": 1, "attention": 6}
+
+
+@pytest.fixture(params=POSITIONS)
+def decoder(request: pytest.FixtureRequest) -> Decoder:
+    return make(request.param)
+
+
+def make(name: Literal["merge", "attention"]) -> Decoder:
+    torch.manual_seed(0)
+    small = ModelConfig(decoder=name, embedding_size=5, lstm_units=6, attention_size=4, dropout=0.5)
+    return build_decoder(small, (POSITIONS[name], F), V).eval()
+
+
+def some_inputs(decoder: Decoder, captions: int = 4, steps: int = 9) -> tuple[Tensor, Tensor]:
+    generator = torch.Generator().manual_seed(1)
+    positions = next(count for name, count in POSITIONS.items() if name in type(decoder).__name__.lower())
+    features = torch.rand(captions, positions, F, generator=generator)
+    inputs = torch.randint(3, V, (captions, steps), generator=generator)
+    inputs[:, 0] = BOS
+    return features, inputs
+
+
+def test_a_later_word_cannot_change_an_earlier_prediction(decoder: Decoder) -> None:
+    features, inputs = some_inputs(decoder)
+    changed = inputs.clone()
+    changed[:, 5] = (changed[:, 5] + 1) % V
+    before, after = decoder(features, inputs), decoder(features, changed)
+    assert torch.equal(before[:, :5], after[:, :5])
+    assert not torch.allclose(before[:, 5:], after[:, 5:])
+
+
+def test_another_photo_changes_every_prediction(decoder: Decoder) -> None:
+    features, inputs = some_inputs(decoder)
+    one, other = decoder(features, inputs), decoder(features.flip(0), inputs)
+    assert ((one - other).abs().amax(2) > 1e-6).all()
+
+
+def test_one_pass_over_a_caption_equals_its_prefixes_one_by_one(decoder: Decoder) -> None:
+    """The tutorial makes a sample of each prefix; one pass gives them all at once: same logits, same loss."""
+    features, inputs = some_inputs(decoder)
+    targets = inputs.roll(-1, 1)
+    whole = decoder(features, inputs)
+    expanded = []
+    for caption in range(len(inputs)):
+        for length in range(1, inputs.shape[1] + 1):
+            prefix = inputs[caption : caption + 1, :length]
+            expanded.append(decoder(features[caption : caption + 1], prefix)[0, -1])
+    prefixes = torch.stack(expanded).view_as(whole)
+    torch.testing.assert_close(prefixes, whole, rtol=1e-5, atol=1e-6)
+    sums = [
+        nn.functional.cross_entropy(logits.flatten(0, 1), targets.flatten(), reduction="sum")
+        for logits in (whole, prefixes)
+    ]
+    torch.testing.assert_close(sums[0], sums[1])
+
+
+def test_step_by_step_equals_one_pass(decoder: Decoder) -> None:
+    features, inputs = some_inputs(decoder)
+    state = decoder.start(features)
+    steps = []
+    for words in inputs.unbind(1):
+        logits, state = decoder.step(state, words)
+        steps.append(logits)
+    torch.testing.assert_close(torch.stack(steps, 1), decoder(features, inputs), rtol=1e-5, atol=1e-6)
+
+
+def test_a_selected_state_goes_on_as_the_captions_it_names(decoder: Decoder) -> None:
+    """As beam search needs it: captions dropped, repeated and in another order, more than once."""
+    features, inputs = some_inputs(decoder)
+    _, state = decoder.advance(decoder.start(features), inputs[:, :4])
+    rows, again = torch.tensor([2, 0, 0, 3, 2, 2]), torch.tensor([5, 1, 0, 1])
+    _, selected = decoder.advance(state.select(rows), inputs[rows, 4:6])
+    logits, _ = decoder.step(selected.select(again), inputs[rows[again], 6])
+    torch.testing.assert_close(logits, decoder(features, inputs)[rows[again], 6], rtol=1e-5, atol=1e-6)
+
+
+def test_captions_that_share_a_photo_are_as_with_a_copy_each(decoder: Decoder) -> None:
+    features, inputs = some_inputs(decoder, captions=7)
+    photos = torch.tensor([1, 0, 1, 1, 3, 0, 1])  # photo 2 has none
+    shared, copied = decoder(features[:4], inputs, photos=photos), decoder(features[photos], inputs)
+    torch.testing.assert_close(shared, copied, rtol=1e-5, atol=1e-6)
+
+
+def test_padding_changes_nothing_before_it(decoder: Decoder) -> None:
+    features, inputs = some_inputs(decoder)
+    padded = torch.cat([inputs, torch.full((len(inputs), 3), PAD)], 1)
+    torch.testing.assert_close(decoder(features, padded)[:, : inputs.shape[1]], decoder(features, inputs))
+
+
+def test_only_marked_steps_pass_the_vocabulary_layer(decoder: Decoder) -> None:
+    features, inputs = some_inputs(decoder)
+    where = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    seen: list[int] = []
+    decoder.vocabulary.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].shape[0]))
+    logits = decoder(features, inputs, where)
+    assert seen == [int(where.sum())]
+    torch.testing.assert_close(logits, decoder(features, inputs)[where])
+
+
+def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(decoder: Decoder) -> None:
+    nn.init.zeros_(decoder.vocabulary.weight)
+    nn.init.zeros_(decoder.vocabulary.bias)
+    features, inputs = some_inputs(decoder)
+    loss = nn.functional.cross_entropy(decoder(features, inputs).flatten(0, 1), inputs.flatten())
+    assert loss.item() == pytest.approx(math.log(V), abs=1e-6)
+
+
+def test_every_weight_that_trains_has_a_gradient(decoder: Decoder) -> None:
+    features, inputs = some_inputs(decoder)
+    decoder(features, inputs).logsumexp(2).sum().backward()
+    idle = [name for name, value in decoder.named_parameters() if value.requires_grad and not _moves(value)]
+    assert not idle
+
+
+def _moves(value: Tensor) -> bool:
+    return value.grad is not None and bool(value.grad.any())
+
+
+@pytest.mark.parametrize("name", POSITIONS)
+@pytest.mark.parametrize("norm", ["unit", "standard"])
+def test_a_norm_makes_a_photos_brightness_count_for_nothing(
+    name: Literal["merge", "attention"], norm: Literal["unit", "standard"]
+) -> None:
+    config = ModelConfig(decoder=name, embedding_size=5, lstm_units=6, photo_norm=norm)
+    decoder = build_decoder(config, (POSITIONS[name], F), V).eval()
+    features, inputs = some_inputs(decoder)
+    torch.testing.assert_close(decoder(100 * features, inputs), decoder(200 * features, inputs))

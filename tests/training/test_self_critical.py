@@ -1,0 +1,180 @@
+"""Laws of training on the score itself."""
+
+from collections.abc import Generator, Iterable
+from dataclasses import replace
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.decoder import Decoder, ModelConfig
+from capexp.captioning.decoding import DecodingConfig, draw
+from capexp.captioning.model import build_decoder
+from capexp.data.batches import CaptionBatches
+from capexp.data.cache import Features
+from capexp.data.captions import Split, SplitName
+from capexp.data.errors import InputError
+from capexp.data.features import EncoderIdentity
+from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from capexp.scoring.metrics import score
+from capexp.training.checkpoints import Checkpoints
+from capexp.training.fit import Epoch, SelfCriticalConfig, TrainingConfig
+from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
+
+CPU = torch.device("cpu")
+BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
+COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
+WORDS = Vocabulary((*COLOURS, *THINGS), "standard", "token")
+
+
+def small(positions: int = 4) -> Decoder:
+    torch.manual_seed(0)
+    config = ModelConfig(decoder="attention", embedding_size=6, lstm_units=6, dropout=0.5)
+    return build_decoder(config, (positions, 5), len(WORDS)).eval()
+
+
+def data(name: SplitName, photos: int, seed: int) -> tuple[Split, Features]:
+    """Photos whose features tell a colour and a thing, with captions that say them."""
+    rng = np.random.default_rng(seed)
+    colours, things = rng.integers(0, 4, photos), rng.integers(0, 5, photos)
+    features = np.zeros((photos, 49, 512), np.float16)
+    features[np.arange(photos), rng.integers(0, 49, photos), colours] = 1
+    features[np.arange(photos), rng.integers(0, 49, photos), 4 + things] = 1
+    texts = tuple((f"{COLOURS[c]} {THINGS[t]}",) for c, t in zip(colours, things, strict=True))
+    return Split(name, Path(), tuple(map(str, range(photos))), texts), Features(features, np.arange(photos))
+
+
+def test_the_reward_is_cider_of_captions_whose_end_is_a_word() -> None:
+    references = [["a red dog runs", "the dog is red"], ["two cats sleep"], ["a ball lies on the grass", "a ball"]]
+    said = ["a red dog", "two cats sleep", "a ball on the"]
+    reward = Reward(references)
+    ended = score([f"{one} zzz" for one in said], [[f"{one} zzz" for one in photo] for photo in references])
+    assert [reward.of(i, one) for i, one in enumerate(said)] == pytest.approx(ended.cider.tolist())
+    assert reward.of(2, "a ball lies on the grass") > reward.of(2, "a ball lies on the")
+
+
+def test_a_captions_baseline_is_the_mean_of_the_others_of_its_photo() -> None:
+    found = advantages(torch.tensor([1.0, 2.0, 6.0, 5.0, 5.0, 5.0]), 3)
+    torch.testing.assert_close(found, torch.tensor([-3.0, -1.5, 4.5, 0.0, 0.0, 0.0]))
+
+
+def test_what_is_drawn_is_words_then_the_end_then_padding() -> None:
+    decoder = small()
+    drawn = draw(decoder, torch.rand(50, 4, 5), WORDS, 4, maximum_length=6)
+    assert drawn.shape[0] == 200 and drawn.shape[1] <= 6
+    for row in drawn.tolist():
+        length = row.index(EOS) if EOS in row else len(row)
+        assert all(entry >= WORDS.first_word for entry in row[:length])
+        assert all(entry == PAD for entry in row[length + 1 :])
+    assert len({tuple(row) for row in drawn.tolist()}) > 100
+
+
+def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
+    decoder = small()
+    photo = torch.rand(1, 4, 5)
+    torch.manual_seed(1)
+    drawn = draw(decoder, photo, WORDS, 20_000, maximum_length=1)[:, 0]
+    with torch.no_grad():
+        logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
+    logits[list(WORDS.never_emitted)] = -torch.inf
+    expected = 20_000 * logits.softmax(0)
+    assert ((drawn.bincount(minlength=len(WORDS)) - expected).abs() < 5 * expected.clamp(min=1).sqrt()).all()
+
+
+def test_the_gradient_is_that_of_the_expected_reward() -> None:
+    """Over all captions of one word, weighed by their probabilities, against the expectation itself."""
+    decoder = small()
+    photo = torch.rand(1, 4, 5)
+    entries = torch.tensor([EOS, *range(WORDS.first_word, len(WORDS))])
+    worth = torch.rand(len(entries))
+    logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
+    logits = logits.index_fill(0, torch.tensor(WORDS.never_emitted), -torch.inf)
+    probabilities = logits.softmax(0)[entries]
+    (exact,) = torch.autograd.grad((probabilities * worth).sum(), [decoder.get_parameter("vocabulary.weight")])
+    weighed = (probabilities * worth).detach() * len(entries)  # the loss is a mean over targets
+    targets = entries.unsqueeze(1)
+    loss = policy_loss(log_probabilities(decoder, photo, targets, WORDS), targets, weighed)
+    (ours,) = torch.autograd.grad(loss, [decoder.get_parameter("vocabulary.weight")])
+    torch.testing.assert_close(-ours, exact)
+
+
+class Task:
+    """A captioner that knows nothing yet, and what it is to say."""
+
+    def __init__(self, folder: Path) -> None:
+        folder.mkdir(exist_ok=True)
+        self.checkpoints = Checkpoints(folder, 1)
+        identity = EncoderIdentity("conv5_3", "max2", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
+        config = ModelConfig(decoder="attention", embedding_size=16, lstm_units=16, dropout=0.2)
+        self.captioner = Captioner.fresh(config, WORDS, identity, DecodingConfig(maximum_length=4), seed=1)
+        self.captioner.training = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
+
+    def started(self, epochs: int, before: tuple[Epoch, ...] = BEFORE) -> Generator[Epoch, None, None]:
+        dev = data("dev", 20, 2)
+        config = TrainingConfig(
+            precision="float32",
+            self_critical=SelfCriticalConfig(epochs=epochs, photos=8, samples=8, learning_rate=0.03),
+        )
+        return refine(
+            self.captioner,
+            data("train", 64, 1),
+            dev,
+            CaptionBatches(dev[0], WORDS, dev[1], 8, "photos"),
+            config,
+            before=before,
+            seed=1,
+            device=CPU,
+            dev_digest="d",
+            checkpoints=self.checkpoints,
+        )
+
+
+def told(epochs: Iterable[Epoch]) -> list[tuple[int, float | None, float | None, float, bool]]:
+    return [(one.number, one.reward, one.dev_cider, one.dev_loss, one.improved) for one in epochs]
+
+
+def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    before = dev_cider(task.captioner, *data("dev", 20, 2))
+    epochs = list(task.started(10))
+    rewards, ciders = [one.reward or 0 for one in epochs], [one.dev_cider or 0 for one in epochs]
+    assert rewards[-1] > rewards[0] + 0.5
+    assert max(ciders) > before + 0.5
+    assert [one.number for one in epochs] == list(range(2, 12))
+    # The captioner on disk is that of the best dev CIDEr, and says what it said then.
+    best = task.checkpoints.best()
+    assert best is not None and best.name.startswith(f"ep{2 + ciders.index(max(ciders)):03d}-")
+    assert dev_cider(Captioner.load(best), *data("dev", 20, 2)) == max(ciders)
+
+
+def test_where_nothing_is_better_the_first_phases_captioner_stays(tmp_path: Path) -> None:
+    task = Task(tmp_path)
+    digest = task.captioner.digest()
+    (epoch,) = task.started(1)
+    best = task.checkpoints.best()
+    assert best is not None
+    assert epoch.improved == (best.name[:5] == "ep002")
+    if not epoch.improved:
+        assert Captioner.load(best).digest() == digest
+
+
+@pytest.mark.parametrize("stop_after", [1, 2])
+def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
+    torch.manual_seed(3)
+    expected = torch.rand(2)
+    torch.manual_seed(3)
+    undisturbed = told(Task(tmp_path / "whole").started(3))
+    assert torch.equal(torch.rand(2), expected), "torch's generator is left alone"
+    running = Task(tmp_path / "parts").started(3)
+    for _ in range(stop_after):
+        next(running)
+    running.close()
+    assert told(Task(tmp_path / "parts").started(3)) == undisturbed
+
+
+def test_a_first_phase_that_has_gone_on_is_refused(tmp_path: Path) -> None:
+    list(Task(tmp_path).started(1))
+    with pytest.raises(InputError, match=r"training\.epochs"):
+        next(Task(tmp_path).started(2, (*BEFORE, replace(BEFORE[0], number=2))))
