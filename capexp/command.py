@@ -130,6 +130,9 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the server's password, if any
     logging.getLogger("alembic").setLevel(logging.WARNING)
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # that it tries again
+    for told_in_one_line_below in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+        logging.getLogger(told_in_one_line_below).setLevel(logging.CRITICAL)
     # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
     # Large photos are refused at a limit of our own.

@@ -6,6 +6,7 @@
 import hashlib
 import os
 import pickle
+import shlex
 import shutil
 import signal
 import struct
@@ -407,6 +408,12 @@ ROWS = {
     ),
     "one seed": Row(("--seeds 1: fewer than two seeds",), arguments="--seeds 1"),
     "seeds of a run at one": Row(("leave --seeds out",), arguments="--seeds 2 --resume {run}"),
+    "database that is a folder": Row(
+        ("mlflow.db: MLflow's database is to be a file",), both(gone("mlflow.db"), lambda: Path("mlflow.db").mkdir())
+    ),
+    "artifacts that are a file": Row(
+        ("mlruns: MLflow's artifacts go into a folder",), both(gone("mlruns"), lambda: Path("mlruns").touch())
+    ),
     "database that is none": Row(
         ("mlflow.db", "file is not a database"),
         lambda: replace("mlflow.db", b"junk" * 5000),
@@ -440,7 +447,7 @@ def snapshot(folder: Path) -> dict[str, str]:
 
 
 def runs() -> list[tuple[str, str]]:
-    if not Path("mlflow.db").exists() or not Path("mlflow.db").read_bytes().startswith(b"SQLite"):
+    if not Path("mlflow.db").is_file() or not Path("mlflow.db").read_bytes().startswith(b"SQLite"):
         return []
     client = MlflowClient()
     experiments = [experiment.experiment_id for experiment in client.search_experiments()]
@@ -531,6 +538,41 @@ def test_features_that_find_no_room_are_told_in_one_line(tmp_path: Path, vgg16: 
     line = printed.stderr.splitlines()[-1]
     assert "No space left on device; make room or set features.cache" in line
     print(line)
+
+
+FILLING = """
+import runpy, sys, threading, time
+from pathlib import Path
+
+def fill():
+    while not list(Path().glob("checkpoints/*/ep*")):
+        time.sleep(0.01)
+    with open("fill", "wb", 0) as file:
+        try:
+            while True:
+                file.write(bytes(4096))
+        except OSError:
+            pass
+
+threading.Thread(target=fill, daemon=True).start()
+runpy.run_module("capexp.train", run_name="__main__", alter_sys=True)
+"""
+
+
+@pytest.mark.slow
+def test_a_disk_that_fills_up_during_a_run_is_told_in_one_line_and_the_run_goes_on_later(tmp_path: Path) -> None:
+    (tmp_path / "all").mkdir()
+    again = f"rm fill; exec {shlex.quote(sys.executable)} -m capexp.train --resume $(ls checkpoints)"
+    words = shlex.join([sys.executable, "-c", FILLING, "--training.epochs", "3", *TRAIN[4:]])
+    both = f"{words}; echo status $? >&2; {again}"
+    program = f"import subprocess, sys; sys.exit(subprocess.run({both!r}, shell=True).returncode)"
+    printed = on_a_disk_of("30m", tmp_path / "all", "", "-c", program)
+    assert printed.returncode == 0, printed.stderr
+    first, _, _ = printed.stderr.partition("status 2\n")
+    told = [line for line in first.splitlines() if "features" not in line and line.strip()]
+    assert len(told) == 1, first
+    assert "full" in told[0] or "No space left" in told[0]
+    assert "registered  capexp-scenes version 1 @champion" in printed.stdout
 
 
 FILLED = """

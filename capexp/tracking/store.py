@@ -11,12 +11,15 @@ import mlflow
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from capexp.data.errors import InputError, Outage, shown_uri, without_secrets
 
 _LOCK = ".mlflow.lock"
 _SQLITE = "sqlite:///"
+_TIMEOUTS = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # of each one's driver
+_CONNECT_SECONDS = 10
 _QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 
 
@@ -36,8 +39,13 @@ def check_store() -> None:
     Raises:
         InputError: it cannot.
     """
-    if mlflow.get_tracking_uri().startswith(_SQLITE) and Path("mlruns").is_dir() and not os.access("mlruns", os.W_OK):
-        raise InputError(f"{Path('mlruns').absolute()}: MLflow's artifacts cannot be written; mend its permissions")
+    artifacts = Path("mlruns").absolute()
+    if mlflow.get_tracking_uri().startswith(_SQLITE) and artifacts.exists():
+        if not artifacts.is_dir():
+            raise InputError(f"{artifacts}: MLflow's artifacts go into a folder of that name; move the file away")
+        if not os.access(artifacts, os.W_OK):
+            raise InputError(f"{artifacts}: MLflow's artifacts cannot be written; mend its permissions")
+    _refuse_unreachable()
     if store_exists():
         before = {name: os.environ.get(name) for name in _QUICK}
         os.environ.update({name: value for name, value in _QUICK.items() if before[name] is None})
@@ -55,9 +63,29 @@ def require_store() -> None:
     Raises:
         InputError: there is no store here.
     """
+    _refuse_unreachable()
     if not store_exists():
         uri = shown_uri(mlflow.get_tracking_uri())
         raise InputError(f"{uri}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI")
+
+
+def _refuse_unreachable() -> None:
+    """Asks a database for a connection: MLflow itself would ask again and again, for minutes."""
+    uri = str(mlflow.get_tracking_uri())
+    if uri.startswith(_SQLITE):
+        path = Path(uri.removeprefix(_SQLITE))
+        if path.exists() and not path.is_file():
+            raise InputError(f"{path}: MLflow's database is to be a file; move it away")
+    elif (kind := uri.partition(":")[0].partition("+")[0]) in _TIMEOUTS:
+        with store_faults():
+            try:
+                engine = create_engine(uri, connect_args={_TIMEOUTS[kind]: _CONNECT_SECONDS})
+            except ImportError as error:
+                raise InputError(f"{shown_uri(uri)}: needs the module {error.name}; pip install its package") from None
+            try:
+                engine.connect().close()
+            finally:
+                engine.dispose()
 
 
 def store_exists() -> bool:
@@ -142,7 +170,9 @@ def store_faults() -> Iterator[None]:
         yield
     except (MlflowException, SQLAlchemyError) as error:
         uri = mlflow.get_tracking_uri()
-        reason = discreet(str(error).strip().splitlines()[0])[:200]
+        lines = str(error).strip().splitlines()
+        told = [line for line in lines if not line.startswith("(raised as a result of")]  # where, not what
+        reason = discreet((told or lines or [type(error).__name__])[0])[:200]
         raise Outage(
             f"MLflow's store {shown_uri(uri)}: {reason}; mend it, or name another with MLFLOW_TRACKING_URI"
         ) from None
