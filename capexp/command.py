@@ -93,14 +93,14 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_output(parser: Parser, output: Path | None) -> None:
+def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -> None:
     """Refuses a file that could not be written, before any work is done."""
     if output is None:
         return
     if not output.absolute().parent.is_dir():
-        parser.error(f"--output {output}: no folder {output.parent}; make it first")
+        parser.error(f"{flag} {output}: no folder {output.parent}; make it first")
     if output.is_dir():
-        parser.error(f"--output {output}: a folder; name a file in it")
+        parser.error(f"{flag} {output}: a folder; name a file in it")
 
 
 def refuse_idle(parser: Parser, settings: dict[str, str], used: tuple[str, ...]) -> None:

@@ -20,7 +20,7 @@ from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
 from capexp.scoring.evaluation import perplexity
-from capexp.search.study import Pruned
+from capexp.search.trial import Pruned
 from capexp.tracking import registry
 from capexp.tracking.registry import Version
 from capexp.tracking.report import Sample, draw_curves, write_gallery

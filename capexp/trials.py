@@ -14,7 +14,8 @@ from capexp.experiment import Experiment
 from capexp.measurement import measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
-from capexp.search.study import Attempt, Study, Trial
+from capexp.search.study import Study
+from capexp.search.trial import Attempt, Trial
 from capexp.tracking.registry import Version
 from capexp.tracking.run import (
     TrackedRun,
