@@ -7,6 +7,8 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from capexp import experiment as experiments, runs
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError, Outage
@@ -63,7 +65,7 @@ class Trials:
             )
         except Outage:
             raise
-        except InputError:
+        except (InputError, torch.OutOfMemoryError):
             failed = find_nested(parents, runs.TRIAL, str(attempt.number))
             if failed is not None:
                 shutil.rmtree(self.folder / failed, ignore_errors=True)
