@@ -99,17 +99,17 @@ def add_model(parser: argparse.ArgumentParser) -> None:
     )
 
 
-def refuse_output(parser: Parser, output: Path | None) -> None:
+def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -> None:
     """Refuses a file that could not be written, before any work is done."""
     if output is None:
         return
     folder = Path(os.path.realpath(output)).parent
     if not folder.is_dir() and not output.exists():
-        parser.error(f"--output {output}: no folder {folder if output.is_symlink() else output.parent}; make it first")
+        parser.error(f"{flag} {output}: no folder {folder if output.is_symlink() else output.parent}; make it first")
     if Path(os.path.realpath(output)).is_symlink():
-        parser.error(f"--output {output}: a link that leads to itself")
+        parser.error(f"{flag} {output}: a link that leads to itself")
     if output.is_dir():
-        parser.error(f"--output {output}: a folder; name a file in it")
+        parser.error(f"{flag} {output}: a folder; name a file in it")
 
 
 def refuse_idle(parser: Parser, settings: dict[str, str], used: tuple[str, ...]) -> None:

@@ -18,7 +18,7 @@ from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
 from capexp.scoring.evaluation import perplexity
-from capexp.search.study import Pruned
+from capexp.search.trial import Pruned
 from capexp.tracking import registry
 from capexp.tracking.gallery import Card, Heading, choose, make_cards, write_gallery
 from capexp.tracking.plots import draw_histogram, draw_losses, draw_scores

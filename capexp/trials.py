@@ -7,12 +7,15 @@ from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 
+import torch
+
 from capexp import experiment as experiments, runs
 from capexp.data.errors import InputError, Outage
 from capexp.experiment import Experiment
 from capexp.preparation import Prepared
 from capexp.registration import register_bundle
-from capexp.search.study import Attempt, Study, Trial
+from capexp.search.study import Study
+from capexp.search.trial import Attempt, Trial
 from capexp.tracking.registry import Version
 from capexp.tracking.run import (
     TrackedRun,
@@ -62,7 +65,7 @@ class Trials:
             )
         except Outage:
             raise
-        except InputError:
+        except (InputError, torch.OutOfMemoryError):
             failed = find_nested(parents, TRIAL, str(attempt.number))
             if failed is not None:
                 shutil.rmtree(self.folder / failed, ignore_errors=True)

@@ -12,7 +12,8 @@ from typing import TYPE_CHECKING
 from capexp import command
 
 if TYPE_CHECKING:
-    from capexp.search.study import Progress, Study
+    from capexp.search.study import Study
+    from capexp.search.trial import Progress
     from capexp.tracking.run import TrackedRun
     from capexp.trials import Trials
 
@@ -54,7 +55,7 @@ def tune(argv: list[str] | None = None) -> int:
     if best_file == Path():
         best_file = Path("experiments", f"{name}-best.toml")
     else:
-        command.refuse_output(parser, best_file)
+        command.refuse_output(parser, best_file, "--write-best")
 
     from capexp.preparation import comparable, prepare, read
     from capexp.search.storage import find_storage

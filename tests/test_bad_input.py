@@ -282,6 +282,40 @@ ROWS = {
         arguments='--trials 1 --tune.search {"model.width":{"low":1,"high":2}}',
         command="tune",
     ),
+    "study of no trials": Row(
+        ("--tune.trials 0: ", "greater than or equal to 1"), arguments="--trials 0", command="tune"
+    ),
+    "study of no dimension": Row(("at least 1 item",), arguments="--tune.search {}", command="tune"),
+    "search of the seed": Row(
+        ("tune.search: seed: ", "do not compare"), arguments='--tune.search {"seed":{"low":1,"high":2}}', command="tune"
+    ),
+    "search in endless steps": Row(
+        ("step = 1e-300 from 0.1 to 0.5; give one of 1 to 1,000,000 steps",),
+        arguments='--tune.search {"model.dropout":{"low":0.1,"high":0.5,"step":1e-300}}',
+        command="tune",
+    ),
+    "no such pruner": Row(("--tune.pruner racing: ", "'median'"), arguments="--tune.pruner racing", command="tune"),
+    "no workers": Row(("--workers 0: at least 1",), arguments="--workers 0", command="tune"),
+    "no time": Row(("--timeout 0: ",), arguments="--timeout 0", command="tune"),
+    "study in no folder": Row(("--study 'a/b'",), arguments="--study a/b", command="tune"),
+    "best into no folder": Row(
+        ("--write-best no/best.toml: no folder no",), arguments="--write-best no/best.toml", command="tune"
+    ),
+    "storage that is away": Row(
+        ("--storage postgresql://127.0.0.1:9/studies: ", "Connection refused"),
+        arguments="--storage postgresql://me:geheim@127.0.0.1:9/studies",
+        command="tune",
+    ),
+    "storage that is no address": Row(
+        ("--storage: not a URL; give postgresql://USER@HOST:PORT/DATABASE",),
+        arguments="--storage postgresql://me:geheim@127.0.0.1:port/studies",
+        command="tune",
+    ),
+    "storage for one machine": Row(
+        ("--storage sqlite:///studies.db: not a PostgreSQL database",),
+        arguments="--storage sqlite:///studies.db",
+        command="tune",
+    ),
     "bundle with a file missing": Row(
         ("decoder.safetensors: missing from the bundle",),
         lambda: gone(bundle("decoder.safetensors"))(),
@@ -482,6 +516,7 @@ def test_each_fault_is_one_line_and_changes_nothing(
     )
     for part in row.says:
         assert part in line
+    assert "geheim" not in err
     assert snapshot(folder) == before
     assert runs() == tracked
     assert not Path("executed").exists(), "code in a pickle was run"

@@ -11,7 +11,6 @@ import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
-from typing import Any
 from urllib.parse import unquote
 
 import optuna
@@ -152,6 +151,11 @@ def test_ctrl_c_ends_the_trials_killed_and_the_same_command_goes_on(tmp_path: Pa
     assert stopped <= {run.data.params["model.dropout"] for run in done}
     assert "registered  capexp-scenes version 1 @champion" in out
 
+    before = (tmp_path / "studies/scenes.journal").read_bytes()
+    other = end(start(folder, *command, "--training.epochs", "5"), status=2)
+    assert "--study scenes: was made for another experiment or other data: training.epochs was 4, now it is 5" in other
+    assert (tmp_path / "studies/scenes.journal").read_bytes() == before
+
     path = tmp_path / "experiments/scenes-best.toml"
     assert tomllib.loads(path.read_text())["name"] == "scenes-best"
     best = min(float(run.data.metrics["best_dev_loss"]) for run in done)
@@ -202,39 +206,31 @@ def test_machines_share_a_study_through_postgresql_and_an_mlflow_server(
         (tmp_path / name).mkdir()
         folders.append(Folder(tmp_path / name))
         folders[-1].environment["MLFLOW_TRACKING_URI"] = tracking
-    command = ("--trials", "6", "--storage", storage, "--tune.heartbeat", "1", "--training.epochs", "4")
+    command = ("--trials", "8", "--storage", storage, "--tune.heartbeat", "1", "--training.epochs", "4")
     first = start(folders[0], *command, "--workers", "2")
 
     def study() -> optuna.Study:
         return optuna.load_study(study_name="scenes", storage=storage)
 
-    def running() -> list[Any]:
-        return [trial for trial in study().get_trials() if trial.state.name == "RUNNING" and trial.intermediate_values]
-
-    def begun() -> bool:
-        try:
-            return len(running()) == 2
-        except KeyError:  # the study is not there yet
-            return False
-
-    wait_for(begun, 300)
+    wait_for(lambda: list(folders[0].path.glob("studies/scenes/*/last.pt")), 300)
     second = start(folders[1], *command)
-    wait_for(lambda: len(running()) == 3, 300)
+    wait_for(lambda: list(folders[1].path.glob("studies/scenes/*/last.pt")), 300)
+    wait_for(lambda: list(folders[0].path.glob("studies/scenes/*/ep001*")), 300)  # in the middle of a trial
     kill_all(first)  # the machine is gone, and its files are out of reach
     said = end(second)
     assert "was broken off; it is run again" in said
-    assert "6 of 6 trials done" in said
+    assert "8 of 8 trials done" in said
     parent = parent_of(folders[1])
     assert parent.info.status == "FINISHED"
     runs = nested(folders[1], parent)
-    assert_counted_once(study(), runs, 6)
+    assert_counted_once(study(), runs, 8)
     lost = [run for run in runs if run.info.status == "FAILED"]
-    assert len(lost) == 2, "begun anew elsewhere, so their runs have ended"
+    assert lost, "begun anew elsewhere, so their runs have ended"
     assert all("its worker vanished" in run.data.tags["error"] for run in lost)
 
     # A third machine, which has trained nothing, finds the best captioner: it is registered already.
     out = end(start(folders[2], *command))
-    assert "6 of 6 trials done" in out
+    assert "8 of 8 trials done" in out
     (version,) = folders[1].client.search_model_versions("name='capexp-scenes'")
     assert "capexp-scenes version 1 @champion" in out
     assert version.run_id == parent.info.run_id
@@ -260,3 +256,20 @@ def test_a_storage_that_goes_away_is_told_in_one_line(postgresql: Callable[[str]
     assert "password authentication failed" in wrong
     assert storage.split(":")[2].split("@")[0] not in refused + wrong
     assert list(tmp_path.iterdir()) == [], "nothing was made"
+
+
+@pytest.mark.slow
+def test_one_failing_trial_is_told_and_the_study_goes_on(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    space = json.dumps({"training.learning_rate": {"choices": [0.01, 1e30]}})
+    said = end(folder.start(
+        sys.executable, "-m", "capexp.tune", "--trials", "2", "--training.epochs", "1", "--model.lstm_units", "16",
+        "--tune.sampler", "random", "--seed", "4", "--tune.search", space,
+    ))  # fmt: skip
+    parent = parent_of(folder)
+    failed = [run for run in nested(folder, parent) if run.info.status == "FAILED"]
+    assert failed, said
+    assert all("lower training.learning_rate" in run.data.tags["error"] for run in failed)
+    assert f"{len(failed)} failed" in said
+    assert parent.info.status == "FINISHED"
+    assert len(list((tmp_path / "studies/scenes").iterdir())) == 1, "what failed leaves no checkpoints"

@@ -8,17 +8,17 @@ import datetime
 import logging
 import statistics
 import warnings
-from collections.abc import Callable, Generator, Iterator, Mapping
+from collections.abc import Callable, Generator, Iterator
 from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import torch
 
 from capexp.data.errors import InputError, Outage
-from capexp.search.space import TuneConfig, Value
+from capexp.search.space import TuneConfig
 from capexp.search.storage import Storage
+from capexp.search.trial import Attempt, Progress, Pruned, Trial, shown_values
 from capexp.training.fit import Epoch
 
 log = logging.getLogger(__name__)
@@ -35,49 +35,6 @@ _ERROR = "error"  # why it failed; a failed trial without one is run again
 _STOPPED = "stopped"  # by an interrupt or an outage, not by its worker's death
 _EARLIER = "earlier"  # the numbers under which it was run before
 _VANISHED = "vanished"  # how many of these vanished with their workers
-
-
-class Pruned(Exception):
-    """Thrown into a trial that is not worth going on with."""
-
-
-@dataclass(frozen=True)
-class Attempt:
-    """A trial to be run."""
-
-    number: int
-    values: dict[str, Value]
-    earlier: tuple[int, ...]
-    """The numbers under which the same values were tried before, and broken off; the last one first."""
-
-
-@dataclass(frozen=True)
-class Trial:
-    """A finished trial."""
-
-    number: int
-    run_id: str
-    dev_loss: float
-    values: dict[str, Value]
-
-
-@dataclass(frozen=True)
-class Progress:
-    """How far a study is, over all its workers."""
-
-    wanted: int
-    finished: int
-    pruned: int
-    failed: int
-    running: int
-    best: Trial | None
-    seconds_left: float | None
-    """None as long as no trial has ended."""
-
-    @property
-    def counted(self) -> int:
-        """Finished and pruned trials."""
-        return self.finished + self.pruned
 
 
 Objective = Callable[[Attempt], Generator[Epoch, None, Any]]
@@ -108,11 +65,12 @@ class Study:
         with self.alone(), storage.faults():
             held = _held(kept, name)
             if held is None:
-                self._study = optuna.create_study(storage=kept, study_name=name)
-                self._study.set_user_attr(_COMPARABLE, comparable)
-            else:
-                _refuse_other(held, name, comparable)
-                self._study = held
+                held = optuna.create_study(storage=kept, study_name=name)
+            _refuse_other(held, name, comparable)
+            self._study = held
+            if _COMPARABLE not in held.user_attrs:
+                self._name_metric()
+                held.set_user_attr(_COMPARABLE, comparable)
         self._study.pruner = {
             "median": lambda: optuna.pruners.MedianPruner(n_startup_trials=5, n_warmup_steps=2),
             "hyperband": lambda: optuna.pruners.HyperbandPruner(min_resource=1, max_resource=epochs),
@@ -252,6 +210,14 @@ class Study:
             raise InputError(f"{_FAILED_IN_A_ROW} trials in a row have failed, the last so: {note}")
         return f"trial {attempt.number}: {shown_values(attempt.values)}: {note}"
 
+    def _name_metric(self) -> None:
+        """For Optuna's own tools, such as its dashboard."""
+        import optuna
+
+        with warnings.catch_warnings():
+            warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
+            self._study.set_metric_names(["dev loss"])
+
     def _begin(self, life: ExitStack) -> tuple[Any, Attempt] | None:
         """Draws the next trial, whose signs of life end with ``life``; None where none is wanted now."""
         from optuna.trial import TrialState
@@ -337,15 +303,6 @@ def refuse_other(storage: Storage, name: str, comparable: dict[str, str]) -> Non
                 _refuse_other(held, name, comparable)
 
 
-def shown_values(values: Mapping[str, Value]) -> str:
-    """Values by their settings, in a line."""
-    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
-
-
-def _shown(value: Value) -> str:
-    return f"{value:.3g}" if isinstance(value, float) else str(value)
-
-
 def _held(kept: Any, name: str) -> Any:
     """The study of that name, or None."""
     import optuna
@@ -358,6 +315,8 @@ def _held(kept: Any, name: str) -> Any:
 
 def _refuse_other(held: Any, name: str, comparable: dict[str, str]) -> None:
     before = held.user_attrs.get(_COMPARABLE)
+    if before is None and not held.get_trials(deepcopy=False):
+        return  # who made it was killed on the spot
     if not isinstance(before, dict):
         raise InputError(f"--study {name}: is not a study of this program, or of an older one; give another name")
     for setting in dict.fromkeys([*comparable, *before]):

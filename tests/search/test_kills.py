@@ -16,7 +16,8 @@ from user_folder import wait_for
 
 from capexp.search.space import Range, TuneConfig
 from capexp.search.storage import find_storage
-from capexp.search.study import Attempt, Study
+from capexp.search.study import Study
+from capexp.search.trial import Attempt
 from capexp.training.fit import Epoch
 
 WANTED = 40

@@ -9,13 +9,15 @@ from typing import Any
 
 import pytest
 import torch
+from optuna import create_study
 from optuna.trial import TrialState
 
 from capexp.data.errors import InputError, Outage
 from capexp.search.charts import draw_charts, importances
 from capexp.search.space import Range, TuneConfig
 from capexp.search.storage import Journal, find_storage
-from capexp.search.study import Attempt, Pruned, Study, refuse_other
+from capexp.search.study import Study, refuse_other
+from capexp.search.trial import Attempt, Pruned
 from capexp.training.fit import Epoch
 
 SPACE = {"x": Range(low=-1.0, high=1.0), "n": Range(low=1, high=64, log=True)}
@@ -238,6 +240,20 @@ def test_a_study_of_something_else_is_refused_by_what_differs_and_left_alone(
     refuse_other(storage, "study", KNOWN)
     refuse_other(Journal(tmp_path / "elsewhere", "study"), "study", KNOWN)
     assert not (tmp_path / "elsewhere").exists(), "looking makes nothing"
+
+
+def test_a_study_whose_maker_was_killed_on_the_spot_is_taken_over(tmp_path: Path) -> None:
+    create_study(storage=Journal(tmp_path, "study").open(), study_name="study")
+    run_all(open_study(tmp_path, 2))
+    with pytest.raises(InputError, match=r"training\.epochs was 3"):
+        refuse_other(Journal(tmp_path, "study"), "study", KNOWN | {"training.epochs": "4"})
+
+
+def test_a_study_of_another_program_is_refused(tmp_path: Path) -> None:
+    study = create_study(storage=Journal(tmp_path, "study").open(), study_name="study")
+    study.ask()
+    with pytest.raises(InputError, match="not a study of this program"):
+        open_study(tmp_path, 2)
 
 
 @pytest.mark.slow
