@@ -7,35 +7,37 @@ from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from capexp import __version__, experiment as experiments
+from capexp import __version__
 from capexp.captioning.captioner import Captioner
-from capexp.data.errors import InputError
 from capexp.data.files import write_whole, writing
 from capexp.experiment import Experiment
 from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
+from capexp.run_folder import (
+    CHECKPOINTS,
+    DIFFERENT_ON_RESUME,
+    SETTINGS,
+    alone,
+    has_second_phase,
+    refuse_other_data,
+    refuse_trained,
+    second_phase,
+    tags_of,
+)
 from capexp.scoring.evaluation import perplexity
 from capexp.search.trial import Pruned
 from capexp.tracking import registry
 from capexp.tracking.gallery import Card, Heading, choose, make_cards, write_gallery
 from capexp.tracking.plots import draw_histogram, draw_losses, draw_scores
 from capexp.tracking.registry import Version
-from capexp.tracking.run import PARENT, Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
+from capexp.tracking.run import Input, TrackedRun, tracked_run
 from capexp.tracking.store import discreet, prepare_store, store_faults
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
-from capexp.training.fit import Epoch, choose_device, fit, is_finished
+from capexp.training.fit import Epoch, choose_device, fit
 from capexp.training.self_critical import refine
 
 log = logging.getLogger(__name__)
-
-CHECKPOINTS = Path("checkpoints")
-SETTINGS = "experiment.toml"
-"""What a run is resumed by, among its checkpoints."""
-_SELF_CRITICAL = "self-critical"  # the folder of the second phase
-_DIFFERENT_ON_RESUME = ("training.epochs", "training.patience")
 
 
 @dataclass(frozen=True)
@@ -50,39 +52,6 @@ class Result:
     bundle: Path
     samples: tuple[Card, ...]
     """Photos of the dev split, drawn at random."""
-
-
-def settings_of(run_id: str) -> Experiment:
-    """The settings of a run of this folder that is to be resumed.
-
-    Raises:
-        InputError: the run is unknown, or has left nothing here to go on from.
-    """
-    status = run_status(run_id)
-    path = CHECKPOINTS / run_id / SETTINGS
-    above = run_tags(run_id).get(PARENT)
-    if above is not None:
-        raise InputError(f"--resume {run_id}: it is one of several under run {above}; go on with what started that one")
-    if not path.is_file():
-        raise InputError(
-            f"--resume {run_id}: the run is {status}, but {path} is missing; resume where it was started, or train anew"
-        )
-    return experiments.load(path, {})
-
-
-def refuse_other_settings(before: Experiment, now: Experiment) -> None:
-    """A resumed run keeps its settings, but for how long it trains.
-
-    Raises:
-        InputError: naming the first setting that differs.
-    """
-    old, new = before.flat(), now.flat()
-    for name in old:
-        if old[name] != new[name] and name not in _DIFFERENT_ON_RESUME:
-            raise InputError(
-                f"--{name} {new[name]}: the run was started with {old[name]}; "
-                f"a resumed run may only change {' and '.join(_DIFFERENT_ON_RESUME)}"
-            )
 
 
 def run(
@@ -132,7 +101,7 @@ def run(
             _log_beginning(tracked, experiment, prepared, str(device), settings)
             if resume is not None:
                 now = experiment.flat()
-                tracked.set_tags({f"resumed.{name}": now[name] for name in _DIFFERENT_ON_RESUME})
+                tracked.set_tags({f"resumed.{name}": now[name] for name in DIFFERENT_ON_RESUME})
             captioner = Captioner.fresh(
                 experiment.model, prepared.vocabulary, prepared.encoder, experiment.decoding, experiment.seed
             )
@@ -152,9 +121,9 @@ def run(
                     log.debug("%s", epoch)
                     _log_epoch(tracked, epoch)
                     yield epoch
-                if _has_second_phase(experiment):
+                if has_second_phase(experiment):
                     captioner = Captioner.load(_bundle(checkpoints), device)
-                    checkpoints = _second_phase(checkpoints, experiment, _best(epochs).number)
+                    checkpoints = second_phase(checkpoints, experiment, _best(epochs).number)
                     for epoch in refine(
                         captioner,
                         (prepared.splits["train"], prepared.features["train"]),
@@ -237,18 +206,6 @@ def _log_beginning(
     tracked.log_artifact(settings)
 
 
-def tags_of(prepared: Prepared) -> dict[str, str]:
-    """What was trained on, and by which code, as tags of a run."""
-    return {
-        "git_commit": git_commit(),
-        "data_digest": prepared.data_digest(),
-        "vocabulary_digest": prepared.vocabulary.digest(),
-        "encoder": str(prepared.encoder),
-        "encoder_key": prepared.encoder.key(),
-        "capexp_version": __version__,
-    }
-
-
 def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
     metrics = {
         "train_loss": epoch.train_loss,
@@ -266,26 +223,6 @@ def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
 def _best(epochs: list[Epoch]) -> Epoch:
     """The last improvement: by dev loss, or in the self-critical phase by dev CIDEr."""
     return [epoch for epoch in epochs if epoch.improved][-1]
-
-
-def _has_second_phase(experiment: Experiment) -> bool:
-    return experiment.training.self_critical.epochs > 0
-
-
-def _second_phase(first: Checkpoints, experiment: Experiment, begins_with: int) -> Checkpoints:
-    """The checkpoints of the self-critical phase, which leaves those of the first as they are."""
-    folder = first.folder / _SELF_CRITICAL
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-    second = Checkpoints(folder, experiment.training.keep, begins_with)
-    second.clear_parts()
-    return second
-
-
-def best_bundle(folder: Path, experiment: Experiment) -> Path | None:
-    """The bundle of the best epoch among a finished run's checkpoints, of its last phase; None where there is none."""
-    last = folder / _SELF_CRITICAL if _has_second_phase(experiment) else folder
-    return Checkpoints(last, experiment.training.keep).best()
 
 
 def _bundle(checkpoints: Checkpoints) -> Path:
@@ -318,66 +255,3 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
         with writing(path):
             handler.close()
         tracked.log_artifact(path)
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds a run's checkpoints for one process; the system lets go of them however that ends."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"run {folder.name}: another process is training it; wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_training(folder: Path) -> bool:
-    """Whether a process is at work on the run with these checkpoints."""
-    try:
-        with alone(folder):
-            return False
-    except InputError:
-        return True
-
-
-def refuse_trained(folder: Path) -> None:
-    """A new run that adopts one by ``MLFLOW_RUN_ID`` must not train over what an earlier process left."""
-    adopted = adopted_run()
-    if adopted is None:
-        return
-    run_status(adopted)  # refuses an unknown one
-    if (folder / adopted).exists():
-        raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
-
-
-def refuse_other_data(run_id: str, prepared: Prepared) -> None:
-    """A resumed run must find the data, the words and the encoder that it was started with."""
-    held, now = run_tags(run_id), tags_of(prepared)
-    for name in ("data_digest", "vocabulary_digest", "encoder_key"):
-        if name in held and held[name] != now[name]:
-            raise InputError(
-                f"--resume {run_id}: {name} is {now[name][:12]}, the run was started with {held[name][:12]}; "
-                "photos, captions, lists or weights have changed: restore them, or start a new run"
-            )
-
-
-def is_complete(run_id: str, experiment: Experiment, folder: Path = CHECKPOINTS) -> bool:
-    """Whether a resumed run would find nothing left to do.
-
-    Raises:
-        InputError: it has done more epochs than the experiment has.
-    """
-    state = Checkpoints(folder / run_id, experiment.training.keep).latest()
-    if state is not None and state.epochs > experiment.training.epochs:
-        raise InputError(
-            f"--training.epochs {experiment.training.epochs}: run {run_id} has done {state.epochs} already; "
-            "give as many or more"
-        )
-    if state is None or run_status(run_id) != "FINISHED":
-        return False
-    return is_finished([Epoch(**record) for record in state.history], experiment.training)

@@ -6,7 +6,7 @@ import time
 from collections.abc import Generator
 from dataclasses import dataclass
 
-from capexp import experiment as experiments, runs
+from capexp import experiment as experiments, run_folder, runs
 from capexp.data.errors import InputError
 from capexp.data.files import write_whole
 from capexp.experiment import Experiment
@@ -64,22 +64,22 @@ def run_seeds(
     """
     prepare_store()
     if resume is None:
-        runs.refuse_trained(runs.CHECKPOINTS)
+        run_folder.refuse_trained(run_folder.CHECKPOINTS)
     else:
-        runs.refuse_other_data(resume, prepared)
+        run_folder.refuse_other_data(resume, prepared)
     name, tags = f"{experiment.name}, {count} seeds", {SEEDS: str(count)}
     with tracked_run(name, experiment.name, resume=resume, tags=tags) as tracked:
-        folder = runs.CHECKPOINTS / tracked.run_id
-        with runs.alone(folder):
-            write_whole(folder / runs.SETTINGS, experiment.to_toml())
+        folder = run_folder.CHECKPOINTS / tracked.run_id
+        with run_folder.alone(folder):
+            write_whole(folder / run_folder.SETTINGS, experiment.to_toml())
             tracked.log_params(experiment.flat())
-            tracked.set_tags(runs.tags_of(prepared) | tags | {"device": experiment.training.device})
+            tracked.set_tags(run_folder.tags_of(prepared) | tags | {"device": experiment.training.device})
             begun = _begun(tracked.run_id)
             done: dict[int, str] = {}
             for seed in range(experiment.seed, experiment.seed + count):
                 one = experiments.replace(experiment, {"seed": seed})
                 held = begun.get(seed)
-                if held is None or not runs.is_complete(held, one, folder):
+                if held is None or not run_folder.is_complete(held, one, folder):
                     epochs = runs.run(
                         one, prepared, resume=held, parent=tracked.run_id, name=f"{experiment.name}, seed {seed}",
                         tags={SEED: str(seed)}, folder=folder, register_model=False,
@@ -131,7 +131,7 @@ def _summarize(
     best = min(metrics, key=lambda seed: _worth(metrics[seed], experiment))
     tracked.set_tags({"best_seed": str(best), "best_run": done[best]})
     one = experiments.replace(experiment, {"seed": best})
-    bundle = runs.best_bundle(runs.CHECKPOINTS / tracked.run_id / done[best], one)
+    bundle = run_folder.best_bundle(run_folder.CHECKPOINTS / tracked.run_id / done[best], one)
     assert bundle is not None
     version = register_bundle(tracked, one, prepared, bundle, promote)
     return Seeds(tracked.run_id, metrics, spreads, version)

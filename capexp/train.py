@@ -32,16 +32,16 @@ def train(argv: list[str] | None = None) -> int:
 
     count: int | None = arguments.seeds
     if arguments.resume:
-        from capexp import runs, seeds
+        from capexp import run_folder, seeds
 
-        before = runs.settings_of(arguments.resume)
+        before = run_folder.settings_of(arguments.resume)
         experiment = experiments.replace(before, settings)
-        runs.refuse_other_settings(before, experiment)
+        run_folder.refuse_other_settings(before, experiment)
         held = seeds.seeds_of(arguments.resume)
         if held is None and count is not None:
             parser.error(f"--resume {arguments.resume}: it is a run at one seed; leave --seeds out")
         count = count or held
-        if count is None and runs.is_complete(arguments.resume, experiment):
+        if count is None and run_folder.is_complete(arguments.resume, experiment):
             parser.error(f"--resume {arguments.resume}: the run has finished; go on with --training.epochs N")
     else:
         experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
@@ -62,14 +62,14 @@ def train(argv: list[str] | None = None) -> int:
         if lacking and not encoder_at_hand(experiment.features):
             print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
         return 0
-    from capexp import runs, seeds
+    from capexp import run_folder, runs, seeds
     from capexp.tracking.store import check_store
     from capexp.training.checkpoints import refuse_cramped
 
     if count is not None:
         seeds.check_count(count, experiment)
     check_store()
-    refuse_cramped(runs.CHECKPOINTS, data.decoder_parameters, experiment.training.keep)
+    refuse_cramped(run_folder.CHECKPOINTS, data.decoder_parameters, experiment.training.keep)
     prepared = prepare(experiment, data)
     train_split, dev_split = prepared.splits["train"], prepared.splits["dev"]
     train_batches, dev_batches = (prepared.batches(name, experiment.training) for name in ("train", "dev"))

@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from capexp import experiment as experiments, runs
+from capexp import experiment as experiments, run_folder, runs
 from capexp.data.errors import InputError, Outage
 from capexp.experiment import Experiment
 from capexp.preparation import Prepared
@@ -98,7 +98,7 @@ class Trials:
         Raises:
             InputError: its trial was run on another machine, and the captioner is nowhere to be found.
         """
-        local = runs.best_bundle(self.folder / best.run_id, self.experiment)
+        local = run_folder.best_bundle(self.folder / best.run_id, self.experiment)
         bundle = local or fetch_artifacts(best.run_id, _BUNDLE)
         if bundle is None:
             raise InputError(
@@ -127,7 +127,7 @@ class Trials:
         for number in attempt.earlier:
             run_id = find_nested(parents, TRIAL, str(number))
             if run_id is not None and (self.folder / run_id).is_dir():
-                return None if runs.is_training(self.folder / run_id) else run_id
+                return None if run_folder.is_training(self.folder / run_id) else run_id
         return None
 
 
@@ -152,5 +152,5 @@ def study_run(experiment: Experiment, prepared: Prepared, study: Study, name: st
             tracked = stack.enter_context(tracked_run(name, experiment.name, resume=resume))
             study.nest_under(tracked.run_id)
         tracked.log_params({key: str(value) for key, value in experiments.flatten(experiment.model_dump(mode="json"))})
-        tracked.set_tags(runs.tags_of(prepared) | {"study": name, "device": experiment.training.device})
+        tracked.set_tags(run_folder.tags_of(prepared) | {"study": name, "device": experiment.training.device})
         yield tracked
