@@ -110,7 +110,10 @@ class AttentionDecoder(Decoder):
                 nn.init.xavier_uniform_(module.weight)
                 if module.bias is not None:
                     nn.init.zeros_(module.bias)
-        nn.init.uniform_(self.embedding.weight, -0.1, 0.1)
+        # A fresh LSTM says little, and behind two of them little is heard of the words: with Keras's smaller values for
+        # these two layers the first hundred steps on Flickr8k come to 4.96 nats a token instead of 4.08.
+        nn.init.normal_(self.embedding.weight)
+        nn.init.normal_(self.vocabulary.weight, std=0.1)
         with torch.no_grad():
             self.embedding.weight[PAD] = 0
             for gates in (self.word_gates, self.language_gates):
