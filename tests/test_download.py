@@ -262,7 +262,10 @@ def test_other_contents_than_expected_are_told(
     ("arguments", "part"),
     [
         (["--source", "http://127.0.0.1:9/", "--output", "{tmp}/out"], "Connection refused; when it can be reached"),
-        (["--source", "ftp://host/x", "--output", "{tmp}/out"], "--source ftp://host/x: neither a folder nor an http or https URL"),
+        (
+            ["--source", "ftp://host/x", "--output", "{tmp}/out"],
+            "--source ftp://host/x: neither a folder nor an http or https URL",
+        ),
         (["--source", "{tmp}", "--output", "{tmp}/out"], "{tmp}/Flickr8k_text.zip: no such archive;"),
         (["--source", "{mirror}", "--output", "{tmp}/mirror/Flickr8k_text.zip/x"], "Not a directory; choose another"),
         (["--source", "{mirror}", "--output", "/proc/x"], "; choose another --output"),
