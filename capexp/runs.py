@@ -107,7 +107,7 @@ def run(
             )
             epochs: list[Epoch] = []
             try:
-                for epoch in fit(
+                first = fit(
                     captioner,
                     prepared.batches("train", experiment.training),
                     prepared.batches("dev", experiment.training),
@@ -116,15 +116,12 @@ def run(
                     device=device,
                     dev_digest=digest,
                     checkpoints=checkpoints,
-                ):
-                    epochs.append(epoch)
-                    log.debug("%s", epoch)
-                    _log_epoch(tracked, epoch)
-                    yield epoch
+                )
+                yield from _logged(first, tracked, epochs)
                 if has_second_phase(experiment):
                     captioner = Captioner.load(_bundle(checkpoints), device)
                     checkpoints = second_phase(checkpoints, experiment, _best(epochs).number)
-                    for epoch in refine(
+                    second = refine(
                         captioner,
                         (prepared.splits["train"], prepared.features["train"]),
                         (prepared.splits["dev"], prepared.features["dev"]),
@@ -135,11 +132,8 @@ def run(
                         device=device,
                         dev_digest=digest,
                         checkpoints=checkpoints,
-                    ):
-                        epochs.append(epoch)
-                        log.debug("%s", epoch)
-                        _log_epoch(tracked, epoch)
-                        yield epoch
+                    )
+                    yield from _logged(second, tracked, epochs)
                 measured, samples = _report(tracked, experiment, prepared, checkpoints, epochs)
             except Pruned:
                 tracked.set_tags({"pruned": "true"})
@@ -204,6 +198,15 @@ def _log_beginning(
         ]
     )
     tracked.log_artifact(settings)
+
+
+def _logged(phase: Iterator[Epoch], tracked: TrackedRun, epochs: list[Epoch]) -> Generator[Epoch, None, None]:
+    """The epochs of a phase, each logged and kept."""
+    for epoch in phase:
+        epochs.append(epoch)
+        log.debug("%s", epoch)
+        _log_epoch(tracked, epoch)
+        yield epoch
 
 
 def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:

@@ -24,7 +24,7 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from capexp.data.errors import InputError, listed
+from capexp.data.errors import InputError, Outage, listed
 from capexp.data.features import Encoder, EncoderIdentity
 from capexp.data.files import writing
 from capexp.data.photos import digest_photos, read_photo, squash
@@ -145,7 +145,7 @@ class FeatureCache:
             while rest:
                 rest = rest[file.write(rest) :]
         except OSError as error:
-            raise InputError(
+            raise Outage(
                 f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then start again: "
                 "what is there is kept"
             ) from None

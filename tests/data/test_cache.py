@@ -303,7 +303,7 @@ def test_a_disk_that_is_full_leaves_a_cache_that_goes_on(
         input="\n", capture_output=True, text=True,
     )  # fmt: skip
     line = ended.stderr.splitlines()[-1]
-    assert "InputError" in line and f"{cache.path}: " in line and "make room" in line
+    assert f"Outage: {cache.path}: " in line and "make room" in line
     assert [path for path in cache.path.parent.iterdir() if path.suffix == ".part"] == []
     assert cache.path.exists() == (kept is not None)
     assert len(missing(cache, photos)) == 4 - (kept or 0)
