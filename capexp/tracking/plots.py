@@ -23,7 +23,7 @@ def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
     from matplotlib.ticker import MaxNLocator
 
     numbers = [epoch.number for epoch in epochs]
-    best = min(epochs, key=lambda epoch: epoch.dev_loss)
+    best = [epoch for epoch in epochs if epoch.improved][-1]
     figure = _figure()
     axes = figure.add_subplot()
     axes.plot(numbers, [epoch.train_loss for epoch in epochs], "o-", color=_BLIND, label="train (dropout on)")
