@@ -611,7 +611,7 @@ def test_a_disk_that_fills_up_during_a_run_is_told_in_one_line_and_the_run_goes_
 
 
 FILLED = """
-import os, sys
+import os, shutil, sys
 from pathlib import Path
 import torch
 from capexp.data.errors import InputError
@@ -619,7 +619,7 @@ from capexp.training.checkpoints import Checkpoints, TrainingState
 
 checkpoints = Checkpoints(Path("."), 1)
 history = [{"number": 1, "improved": True}]
-Path("ep001-train1.000-dev1.000").mkdir()
+shutil.copytree(sys.argv[1], "ep001-train1.000-dev1.000")
 checkpoints.save_state(TrainingState({"weight": torch.ones(50_000)}, {}, history))
 try:
     checkpoints.save_state(TrainingState({"weight": torch.zeros(500_000)}, {}, history))
@@ -633,6 +633,6 @@ assert sorted(os.listdir()) == ["ep001-train1.000-dev1.000", "last.pt"], os.list
 @pytest.mark.slow
 def test_the_last_good_state_stays_when_the_next_finds_no_room(tmp_path: Path) -> None:
     (tmp_path / "all").mkdir()
-    printed = on_a_disk_of("1m", tmp_path / "all", "", "-c", FILLED)
+    printed = on_a_disk_of("1m", tmp_path / "all", "", "-c", FILLED, str(ROOT / "tests/captioning/golden-1/bundle"))
     assert printed.returncode == 0, printed.stderr
     assert "last.pt: cannot be written (No space left on device)" in printed.stdout
