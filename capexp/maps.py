@@ -1,4 +1,4 @@
-"""Where an attention captioner looked: a PNG of a photo, word by word."""
+"""Where an attention captioner looked, word by word: the photo lit there, alone or as a PNG of all of them."""
 
 import math
 from pathlib import Path
@@ -17,20 +17,25 @@ from capexp.data.photos import read_photo, squash
 _COLUMNS, _SIDE = 5, 360  # panels in a row; a panel's longer side in pixels
 
 
+def looks(captioner: Captioner) -> bool:
+    """Whether it looks at places of the photo at all."""
+    return isinstance(captioner.decoder, AttentionDecoder)
+
+
 def refuse_blind(captioner: Captioner) -> None:
     """Refuses a captioner that looks at no places.
 
     Raises:
         InputError: its decoder is not the attention decoder.
     """
-    if not isinstance(captioner.decoder, AttentionDecoder):
+    if not looks(captioner):
         raise InputError(
             f"--maps: the captioner's model.decoder is '{captioner.model.decoder}', which looks at the photo as a "
             "whole; give one with 'attention'"
         )
 
 
-def where_it_looked(captioner: Captioner, photo: Path, caption: str) -> NDArray[np.float32]:
+def where_it_looked(captioner: Captioner, photo: Path | bytes, caption: str) -> NDArray[np.float32]:
     """How its attention was spread over the grid as it said each word of a caption: ``(T, side, side)``.
 
     Raises:
@@ -46,21 +51,34 @@ def where_it_looked(captioner: Captioner, photo: Path, caption: str) -> NDArray[
     return maps
 
 
-def draw_maps(photo: Path, caption: str, maps: NDArray[np.float32], path: Path) -> Path:
-    """The photo, and for each word the photo lit where the attention was; the brightest place of each is full light.
+def light_up(photo: Path | bytes, caption: str, maps: NDArray[np.float32]) -> list[tuple[str, NDArray[np.uint8]]]:
+    """For each word the photo, small, lit where the attention was; the brightest place of each is full light.
 
     Raises:
-        InputError: the file cannot be written.
+        InputError: the photo cannot be read.
+    """
+    image = read_photo(photo)
+    image.thumbnail((_SIDE, _SIDE))
+    pixels = np.asarray(image, np.float32)
+    lit = []
+    for word, weights in zip(caption.split(), maps, strict=True):
+        light = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
+        shown = pixels * (0.15 + 0.85 * np.clip(np.asarray(light), 0, 1)[:, :, None])
+        lit.append((word, shown.astype(np.uint8)))
+    return lit
+
+
+def draw_maps(photo: Path, caption: str, maps: NDArray[np.float32], path: Path) -> Path:
+    """The photo, and for each word the photo lit where the attention was.
+
+    Raises:
+        InputError: the photo cannot be read, or the file cannot be written.
     """
     from matplotlib.figure import Figure
 
     image = read_photo(photo)
     image.thumbnail((_SIDE, _SIDE))
-    pixels = np.asarray(image, np.float32) / 255
-    panels = [("", pixels)]
-    for word, weights in zip(caption.split(), maps, strict=True):
-        light = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
-        panels.append((word, pixels * (0.15 + 0.85 * np.clip(np.asarray(light), 0, 1)[:, :, None])))
+    panels = [("", np.asarray(image)), *light_up(photo, caption, maps)]
     rows = -(-len(panels) // _COLUMNS)
     high = image.height / image.width
     figure = Figure(figsize=(2.2 * _COLUMNS, (2.2 * high + 0.35) * rows + 0.4), layout="constrained")

@@ -7,6 +7,7 @@ from dataclasses import dataclass, field
 
 import streamlit as st
 
+from capexp import maps
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.errors import InputError
@@ -14,6 +15,7 @@ from capexp.data.photos import MAXIMUM_UPLOAD, read_photo
 
 _METHODS = ("greedy", "beam", "sample")
 _WIDEST = 10
+_LIT_PIXELS = 150  # the width of one of those that show where the decoder looked
 _SHOWN_PIXELS = 1200  # the longer side of the photo as the page shows it
 
 
@@ -88,7 +90,12 @@ def show() -> None:
         return
     with left:
         _answer(result)
-    # Where the decoder looked at each word belongs here, below the photo and the caption that it explains.
+    if maps.looks(shown.captioner) and result.text:
+        with shown.turn:
+            looked = maps.where_it_looked(shown.captioner, content, result.text)
+        lit = maps.light_up(content, result.text, looked)
+        st.caption("Where it looked as it said each word")
+        st.image([photo for _, photo in lit], [_plain(word) for word, _ in lit], width=_LIT_PIXELS)
 
 
 def _answer(caption: Caption) -> None:

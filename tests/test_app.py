@@ -10,6 +10,7 @@ import time
 import urllib.error
 import urllib.request
 from collections.abc import Callable, Iterator
+from contextlib import contextmanager
 from pathlib import Path
 from typing import Any, TypeVar
 from urllib.parse import urlsplit
@@ -20,11 +21,14 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
+from capexp import experiment as experiments
 from capexp.app import app
 from capexp.captioning.captioner import Captioner
+from capexp.data.captions import read_splits
 from capexp.data.errors import InputError
 from capexp.data.features import FeaturesConfig, load_encoder
 from capexp.data.photos import MAXIMUM_UPLOAD
+from capexp.data.vocabulary import build_vocabulary
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/captioning/golden-1/bundle"
@@ -67,7 +71,14 @@ def bundle(vgg16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
 
 @pytest.fixture(scope="module")
 def page(bundle: Path) -> Iterator[str]:
-    """The address of the page, served as a user serves it, without a network."""
+    """The address of the page."""
+    with serving(bundle) as address:
+        yield address
+
+
+@contextmanager
+def serving(bundle: Path) -> Iterator[str]:
+    """A page, served as a user serves it, without a network."""
     pytest.importorskip("streamlit", reason="Streamlit is not here; pip install -e '.[app]'")
     port = free_port()
     process = subprocess.Popen(
@@ -153,6 +164,33 @@ def test_a_photo_gets_the_caption_that_the_command_prints_and_alternatives(
     assert all(0 < share < 100 for share in shares)
     assert shares == sorted(shares, reverse=True)
     assert requested(chromium) == {urlsplit(page).netloc}, "nothing comes from another machine"
+
+
+@pytest.mark.slow
+def test_of_an_attention_captioner_the_page_shows_where_it_looked_at_each_word(
+    vgg16: Path, chromium: Chrome, scenes: Path, tmp_path: Path
+) -> None:
+    """Its weights are the first ones: where it looks means nothing, what the page shows of it is the same."""
+    overrides = {
+        **{"features.pool": "max2", "features.weights": str(vgg16), "decoding.maximum_length": 6},
+        **{"model.decoder": "attention", "model.embedding_size": 32, "model.lstm_units": 32},
+    }
+    experiment = experiments.load(experiments.find("scenes"), overrides)
+    train = read_splits(experiment.captions, ("train",))["train"]
+    words = build_vocabulary((text for photo in train.references for text in photo), experiment.vocabulary)
+    encoder = load_encoder(experiment.features)
+    captioner = Captioner.fresh(experiment.model, words, encoder.identity, experiment.decoding, seed=1)
+    bundle = captioner.save(tmp_path / "bundle", encoder.weights())
+    with serving(bundle) as address:
+        chromium.get(address)
+        photo = scenes / "Scenes_Dataset/scene_0003.jpg"
+        upload(chromium, photo)
+        (caption,) = wait_for(lambda: texts(chromium, "h3"))
+        assert len(caption.split()) > 1
+        wait_for(lambda: len(chromium.find_elements(By.CSS_SELECTOR, "img")) == 1 + len(caption.split()))
+        assert "Where it looked as it said each word" in chromium.find_element(By.TAG_NAME, "body").text
+        shown = wait_for(lambda: texts(chromium, "[data-testid=stImageCaption]"))
+        assert shown == caption.split()
 
 
 @pytest.mark.slow
