@@ -187,7 +187,12 @@ def test_of_an_attention_captioner_the_page_shows_where_it_looked_at_each_word(
         upload(chromium, photo)
         (caption,) = wait_for(lambda: texts(chromium, "h3"))
         assert len(caption.split()) > 1
-        wait_for(lambda: len(chromium.find_elements(By.CSS_SELECTOR, "img")) == 1 + len(caption.split()))
+
+        def drawn() -> list[bool]:
+            images = chromium.find_elements(By.CSS_SELECTOR, "img")
+            return [image.get_attribute("naturalWidth") not in (None, "0") for image in images]
+
+        wait_for(lambda: drawn() == [True] * (1 + len(caption.split())))
         assert "Where it looked as it said each word" in chromium.find_element(By.TAG_NAME, "body").text
         shown = wait_for(lambda: texts(chromium, "[data-testid=stImageCaption]"))
         assert shown == caption.split()
