@@ -69,6 +69,7 @@ def _draw(study: Any, function: str, title: str, options: dict[str, Any], path: 
     figure = np.ravel(axes)[0].figure
     for one in figure.axes:
         one.set_title("")
+        one.set_title("", loc="left")
     figure.suptitle(title)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
