@@ -134,9 +134,10 @@ def discard_unfinished(run_id: str) -> None:
 def describe_version(name: str, number: str, captioner: Captioner, description: str, tags: Mapping[str, str]) -> None:
     """Writes a version's card: a description in Markdown, and tags."""
     client = MlflowClient()
-    client.update_model_version(name, number, description)
-    for key, value in {**tags, _DIGEST: captioner.digest()}.items():
+    # The digest first: whatever a kill cuts short, a resumed run knows the version by it and writes the card again.
+    for key, value in {_DIGEST: captioner.digest(), **tags}.items():
         client.set_model_version_tag(name, number, key, value)
+    client.update_model_version(name, number, description)
 
 
 def crown(name: str, number: str, score: Score, force: bool) -> Version:
