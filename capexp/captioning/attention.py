@@ -1,16 +1,19 @@
 """The attention decoder: at each word it looks at the places of a photo's grid that matter for the next one.
 
-Shapes: N photos, B captions, T steps, V vocabulary, P grid positions, F feature, E embedding, H hidden, A attention,
-K captions of one photo.
+Shapes: N photos, B captions, M words, T steps, V vocabulary, P grid positions, F feature, E embedding, H hidden,
+A attention, K captions of one photo.
 """
 
 import math
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 
 import torch
 from torch import Tensor, nn
 
 from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
+from capexp.captioning.dropout import Dropout
+from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.vocabulary import BOS, PAD
 
 
@@ -90,8 +93,8 @@ class AttentionDecoder(Decoder):
         units = config.lstm_units
         self.units = units
         self.photo_norm = config.photo_norm
-        self.dropout = nn.Dropout(config.dropout)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
         self.values = nn.Linear(size, units)
         self.keys = nn.Linear(units, config.attention_size, bias=False)
@@ -101,7 +104,7 @@ class AttentionDecoder(Decoder):
         self.photo_gates = nn.Linear(units, 4 * units, bias=False)
         self.attention_gates = nn.Linear(2 * units, 4 * units, bias=False)
         self.language_gates = nn.Linear(3 * units, 4 * units)
-        self.vocabulary = nn.Linear(units, vocabulary_size)
+        self.vocabulary = VocabularyLayer(units, vocabulary_size)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -129,19 +132,15 @@ class AttentionDecoder(Decoder):
         nowhere = features.new_zeros(features.shape[:2])
         return AttentionState(grid, gates, (zeros, zeros), (zeros, zeros), nowhere)
 
-    def advance(self, state: State, words: Tensor) -> tuple[Tensor, AttentionState]:
-        """Reads words ``(B, T)`` and gives the output before the vocabulary layer, ``(B, T, H)``.
-
-        PAD, which follows a caption, is not read: its outputs are zero, and the state stays where the caption ended.
-        """
+    def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, AttentionState]:
+        """Reads packed words ``(M,)``: the outputs before the vocabulary layer, ``(M, H)``."""
         assert isinstance(state, AttentionState)
-        packed = _Packed.of(words)
-        known = state.gates[state.grid.photos[packed.rows]]
-        state = state.select(packed.order)
-        known = known + self.word_gates(self.dropout(self.embedding(words[packed.rows, packed.steps])))  # (M, 4H)
+        captions = state.grid.photos
+        known = state.gates[torch.cat([captions[:count] for count in counts])]
+        known = known + self.word_gates(self.dropout(self.embedding(words)))  # (M, 4H)
         (h1, h2), (c1, c2), weights = state.hidden, state.cells, state.weights
         outputs, ended = [], []
-        for gates in known.split(packed.counts):
+        for gates in known.split(list(counts)):
             reading = len(gates)
             if reading < len(h1):
                 ended.append([value[reading:] for value in (h1, h2, c1, c2, weights)])
@@ -153,8 +152,7 @@ class AttentionDecoder(Decoder):
         parts = [[h1, h2, c1, c2, weights], *reversed(ended)]
         h1, h2, c1, c2, weights = (torch.cat(values) for values in zip(*parts, strict=True))
         state = replace(state, hidden=(h1, h2), cells=(c1, c2), weights=weights)
-        said = h2.new_zeros(*words.shape, self.units).index_put((packed.rows, packed.steps), torch.cat(outputs))
-        return self.output_dropout(said), state.select(packed.order.argsort())
+        return self.output_dropout(torch.cat(outputs)), state
 
     @torch.inference_mode()
     def look_back(self, features: Tensor, words: list[int]) -> Tensor:
@@ -162,26 +160,9 @@ class AttentionDecoder(Decoder):
         self.eval()
         state, weights = self.start(features), []
         for word in [BOS, *words[:-1]]:
-            _, state = self.advance(state, torch.tensor([[word]], device=features.device))
+            _, state = self.read(state, torch.tensor([word], device=features.device), [1])
             weights.append(state.weights)
         return torch.cat(weights)
-
-
-@dataclass(frozen=True)
-class _Packed:
-    """The M words of B captions, step after step, the captions with most words first: a step has those that go on."""
-
-    order: Tensor  # (B,): the captions, the longest first
-    rows: Tensor  # (M,): the caption of each word
-    steps: Tensor  # (M,): and its place there
-    counts: list[int]  # words of each step
-
-    @classmethod
-    def of(cls, words: Tensor) -> "_Packed":
-        real = words != PAD  # (B, T)
-        order = real.sum(1).argsort(descending=True, stable=True)
-        steps, captions = real[order].t().nonzero(as_tuple=True)
-        return cls(order, order[captions], steps, [count for count in real.sum(0).tolist() if count])
 
 
 def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

@@ -2,14 +2,22 @@
 
 Decoding, scoring and training know decoders by this interface alone.
 
-Shapes: N photos, B captions, T steps, V vocabulary, P grid positions, F feature, H hidden.
+Captions are read packed: the longest first, the first word of each, then the second of those that have one, and so on;
+``counts[t]`` captions have a t-th word. So none of the work is padding.
+
+Shapes: N photos, B captions, M words, T steps, V vocabulary, P grid positions, F feature, H hidden.
 """
 
 from abc import ABC, abstractmethod
+from collections.abc import Sequence
+from dataclasses import dataclass
 from typing import Literal, Self
 
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
+
+from capexp.captioning.vocabulary_layer import VocabularyLayer
+from capexp.data.vocabulary import PAD
 
 
 class ModelConfig(BaseModel):
@@ -39,10 +47,10 @@ class State(ABC):
 
 
 class Decoder(nn.Module, ABC):
-    """A decoder: ``start`` and ``advance`` are its own, the rest follows from them."""
+    """A decoder: ``start`` and ``read`` are its own, the rest follows from them."""
 
     embedding: nn.Embedding
-    vocabulary: nn.Linear
+    vocabulary: VocabularyLayer
     """From the output of a step to the logits of the next word."""
 
     @abstractmethod
@@ -50,21 +58,42 @@ class Decoder(nn.Module, ABC):
         """The state before the first word, of a caption a photo, from features ``(N, P, F)``."""
 
     @abstractmethod
-    def advance(self, state: State, words: Tensor) -> tuple[Tensor, State]:
-        """Reads words ``(B, T)`` and gives the output before the vocabulary layer, ``(B, T, H)``."""
+    def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, State]:
+        """Reads packed words ``(M,)``: the outputs before the vocabulary layer, ``(M, H)``, and the state at the end.
+
+        The state is of as many captions as have a first word.
+        """
+
+    def outputs(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
+        """Teacher forcing: the outputs before the vocabulary layer after each of packed words ``(M,)``: ``(M, H)``.
+
+        Caption i is of the photo in row ``photos[i]`` of the features, in row i where ``photos`` is None.
+        """
+        state = self.start(features)
+        return self.read(state if photos is None else state.select(photos), words, counts)[0]
 
     def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
         """Reads one more word ``(B,)`` of each caption and gives the logits ``(B, V)`` of the next."""
-        outputs, state = self.advance(state, words.unsqueeze(1))
-        return self.vocabulary(outputs[:, 0]), state
+        outputs, state = self.read(state, words, [len(words)])
+        return self.vocabulary(outputs), state
+
+    def advance(self, state: State, words: Tensor) -> tuple[Tensor, State]:
+        """Reads words ``(B, T)``, PAD behind the shorter captions: ``read`` for those who hold them so.
+
+        The outputs, ``(B, T, H)``, are zero where PAD is, and the state stays where the caption ended.
+        """
+        packed = Packed.of(words)
+        read, state = self.read(state.select(packed.order), packed.words, packed.counts)
+        outputs = read.new_zeros(*words.shape, read.shape[1]).index_put((packed.rows, packed.steps), read)
+        return outputs, state.select(packed.order.argsort())
 
     def forward(
         self, features: Tensor, inputs: Tensor, where: Tensor | None = None, photos: Tensor | None = None
     ) -> Tensor:
-        """Teacher forcing: the logits at each step of inputs ``(B, T)``: ``(B, T, V)``.
+        """Teacher forcing: the logits at each step of inputs ``(B, T)``, PAD behind the shorter ones: ``(B, T, V)``.
 
-        Caption i is of the photo in row ``photos[i]`` of the features, in row i where ``photos`` is None. With a mask
-        ``where`` ``(B, T)``, only the steps it marks pass the vocabulary layer, the largest by far: ``(M, V)``.
+        ``photos`` is as in :meth:`outputs`. With a mask ``where`` ``(B, T)``, only the steps it marks pass the
+        vocabulary layer, the largest by far: ``(M, V)``.
         """
         state = self.start(features)
         outputs, _ = self.advance(state if photos is None else state.select(photos), inputs)
@@ -74,6 +103,26 @@ class Decoder(nn.Module, ABC):
     def parameter_count(self) -> int:
         """Trainable parameters."""
         return sum(value.numel() for value in self.parameters() if value.requires_grad)
+
+
+@dataclass(frozen=True)
+class Packed:
+    """The words of B captions that were padded."""
+
+    order: Tensor  # (B,): the captions, the longest first
+    rows: Tensor  # (M,): the caption of each word
+    steps: Tensor  # (M,): and its place there
+    words: Tensor  # (M,)
+    counts: list[int]  # words of each step
+
+    @classmethod
+    def of(cls, words: Tensor) -> "Packed":
+        """From words ``(B, T)``; every caption has one at least."""
+        real = words != PAD  # (B, T)
+        order = real.sum(1).argsort(descending=True, stable=True)
+        steps, captions = real[order].t().nonzero(as_tuple=True)
+        rows = order[captions]
+        return cls(order, rows, steps, words[rows, steps], [count for count in real.sum(0).tolist() if count])
 
 
 def normalize(features: Tensor, kind: str) -> Tensor:

@@ -1,14 +1,18 @@
 """The merge decoder, the tutorial's: the LSTM reads words only, the photo is added afterwards.
 
-Shapes: B captions, T steps, V vocabulary, F feature, E embedding, H hidden.
+Shapes: B captions, M words, V vocabulary, F feature, E embedding, H hidden.
 """
 
+from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
 from torch import Tensor, nn
 
+from capexp.captioning import lstm
 from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
+from capexp.captioning.dropout import Dropout
+from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.errors import InputError
 from capexp.data.vocabulary import PAD
 
@@ -18,12 +22,12 @@ class MergeState(State):
     """The photo as the decoder adds it, and where the LSTM stands."""
 
     photo: Tensor  # (B, H)
-    hidden: Tensor  # (1, B, H)
-    cell: Tensor  # (1, B, H)
+    hidden: Tensor  # (B, H)
+    cell: Tensor  # (B, H)
 
     def select(self, rows: Tensor) -> "MergeState":
         """The state of some of the captions."""
-        return MergeState(self.photo[rows], self.hidden[:, rows], self.cell[:, rows])
+        return MergeState(self.photo[rows], self.hidden[rows], self.cell[rows])
 
 
 class MergeDecoder(Decoder):
@@ -43,13 +47,13 @@ class MergeDecoder(Decoder):
             )
         units = config.lstm_units
         self.photo_norm = config.photo_norm
-        self.dropout = nn.Dropout(config.dropout)
-        self.output_dropout = nn.Dropout(config.output_dropout)
+        self.dropout = Dropout(config.dropout)
+        self.output_dropout = Dropout(config.output_dropout)
         self.photo = nn.Linear(size, units)
         self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
-        self.lstm = nn.LSTM(config.embedding_size, units, batch_first=True)
+        self.lstm = nn.LSTM(config.embedding_size, units)
         self.dense = nn.Linear(units, units)
-        self.vocabulary = nn.Linear(units, vocabulary_size)
+        self.vocabulary = VocabularyLayer(units, vocabulary_size)
         self._initialize()
 
     def _initialize(self) -> None:
@@ -74,13 +78,15 @@ class MergeDecoder(Decoder):
         """The state before the first word, from features ``(B, 1, F)``."""
         photo = normalize(features, self.photo_norm)[:, 0]  # (B, F)
         photo = torch.relu(self.photo(self.dropout(photo)))  # (B, H)
-        zeros = photo.new_zeros(1, len(photo), self.lstm.hidden_size)
+        zeros = photo.new_zeros(len(photo), self.lstm.hidden_size)
         return MergeState(photo, zeros, zeros)
 
-    def advance(self, state: State, words: Tensor) -> tuple[Tensor, MergeState]:
-        """Reads words ``(B, T)`` and gives the output before the vocabulary layer, ``(B, T, H)``."""
+    def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, MergeState]:
+        """Reads packed words ``(M,)``: the outputs before the vocabulary layer, ``(M, H)``."""
         assert isinstance(state, MergeState)
-        embedded = self.dropout(self.embedding(words))  # (B, T, E)
-        outputs, (hidden, cell) = self.lstm(embedded, (state.hidden, state.cell))  # (B, T, H)
-        merged = torch.relu(self.dense(outputs + state.photo.unsqueeze(1)))
+        embedded = self.dropout(self.embedding(words))  # (M, E)
+        outputs, hidden, cell = lstm.read(self.lstm, embedded, counts, state.hidden, state.cell)
+        captions = torch.arange(counts[0], device=words.device)
+        rows = torch.cat([captions[:count] for count in counts])  # (M,): the caption of each word
+        merged = torch.relu(self.dense(outputs + state.photo.index_select(0, rows)))  # (M, H)
         return self.output_dropout(merged), MergeState(state.photo, hidden, cell)

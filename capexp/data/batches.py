@@ -1,6 +1,6 @@
 """Teacher-forced batches: captions in random order, with their photos' features.
 
-Shapes: B batch (captions), N photos, T steps, P grid positions, F feature.
+Shapes: B batch (captions), N photos, M words, T steps, P grid positions, F feature.
 """
 
 from collections import deque
@@ -16,7 +16,7 @@ from torch import Tensor
 
 from capexp.data.cache import Features
 from capexp.data.captions import Split
-from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
 Order = Literal["captions", "photos"]
 _AHEAD = 2  # batches that are read before they are asked for
@@ -25,16 +25,22 @@ T = TypeVar("T")
 
 @dataclass(frozen=True)
 class Batch:
-    """Some captions: what the decoder reads, and the word that comes next at each step."""
+    """Some captions, packed as decoders read them: the longest first, the first word of each, then the second ones.
+
+    Each word that is read has one target, the word that comes next; there is no padding.
+    """
 
     features: Tensor  # (N, P, F)
     photos: Tensor  # (B,): the row of each caption's photo in the features
-    inputs: Tensor  # (B, T): BOS and the caption's words, then PAD
-    targets: Tensor  # (B, T): the words and EOS, then PAD
+    words: Tensor  # (M,): BOS and each caption's words
+    targets: Tensor  # (M,): the words and EOS
+    counts: tuple[int, ...]  # captions that have a word at each step
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        return Batch(*(value.to(device) for value in (self.features, self.photos, self.inputs, self.targets)))
+        values = (self.features, self.photos, self.words, self.targets)
+        features, photos, words, targets = (value.to(device, non_blocking=True) for value in values)
+        return Batch(features, photos, words, targets, self.counts)
 
 
 class CaptionBatches:
@@ -56,8 +62,9 @@ class CaptionBatches:
         self.order = order
         self._features = features
         self._lengths = np.array([len(tokens) for tokens in encoded], dtype=np.int64)
-        self._starts = np.concatenate(([0], np.cumsum(self._lengths)))
-        self._tokens = np.fromiter((token for tokens in encoded for token in tokens), np.int32)
+        # Each caption with BOS and EOS; its words to read begin where it does, their targets one further.
+        self._starts = np.concatenate(([0], np.cumsum(self._lengths + 2)))
+        self._tokens = np.fromiter((token for tokens in encoded for token in (BOS, *tokens, EOS)), np.int32)
         self._photos = np.repeat(np.arange(len(split.photos)), counts)
         # What stays together: the captions of a unit are those from its bound to the next.
         units = counts if order == "photos" else np.ones_like(self._lengths)
@@ -100,21 +107,21 @@ class CaptionBatches:
         return _ahead(make, units, self._units)
 
     def _batch(self, captions: NDArray[np.int64], photos: NDArray[np.int64]) -> Batch:
-        lengths = self._lengths[captions]
-        steps = int(lengths.max()) + 1
-        inputs = np.full((len(captions), steps), PAD, dtype=np.int64)
-        targets = np.full((len(captions), steps), PAD, dtype=np.int64)
-        words = np.arange(steps - 1) < lengths[:, None]  # (B, T-1): where a word stands
-        tokens = self._tokens[(self._starts[captions][:, None] + np.arange(steps - 1))[words]]
-        inputs[:, 0] = BOS
-        inputs[:, 1:][words] = tokens
-        targets[:, :-1][words] = tokens
-        targets[np.arange(len(captions)), lengths] = EOS
+        captions = captions[np.argsort(-self._lengths[captions], kind="stable")]
+        read = self._lengths[captions] + 1  # words of each
+        steps = np.arange(read[0])[:, None]  # (T, 1)
+        there = steps < read  # (T, B)
+        places = (self._starts[captions] + steps)[there]  # (M,)
         seen, rows = photos[captions], np.arange(len(captions))
         if self.order == "photos":
             seen, rows = np.unique(seen, return_inverse=True)
-        features = torch.from_numpy(self._features.gather(seen)).float()
-        return Batch(features, torch.from_numpy(rows), torch.from_numpy(inputs), torch.from_numpy(targets))
+        return Batch(
+            torch.from_numpy(self._features.gather(seen)).float(),
+            torch.from_numpy(rows),
+            torch.from_numpy(self._tokens[places].astype(np.int64)),
+            torch.from_numpy(self._tokens[places + 1].astype(np.int64)),
+            tuple(there.sum(1).tolist()),
+        )
 
 
 def photo_batches(features: Features, size: int, seed: int, number: int) -> Iterator[tuple[NDArray[np.int64], Tensor]]:

@@ -1,6 +1,6 @@
 """A captioner on a split: cross-entropy, perplexity, scores of its captions, and the photo-blind baseline.
 
-Shapes: B batch, T steps, V vocabulary.
+Shapes: M targets, H hidden.
 """
 
 import math
@@ -10,13 +10,11 @@ from dataclasses import dataclass
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from torch import nn
 
 from capexp.captioning.captioner import Caption
 from capexp.captioning.decoder import Decoder
 from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.captions import Split
-from capexp.data.vocabulary import PAD
 from capexp.scoring.metrics import PhotoScores, score, tokenize, tutorial_bleu
 
 
@@ -51,11 +49,11 @@ def cross_entropy(decoder: Decoder, batches: Iterable[Batch]) -> Loss:
     device = next(decoder.parameters()).device
     total, targets = 0.0, 0
     for batch in batches:
-        on_device = batch.to(device)
-        real = on_device.targets != PAD  # (B, T)
-        logits = decoder(on_device.features, on_device.inputs, real, on_device.photos)  # (N, V)
-        total += float(nn.functional.cross_entropy(logits, on_device.targets[real], reduction="sum"))
-        targets += len(logits)
+        here = batch.to(device)
+        outputs = decoder.outputs(here.features, here.photos, here.words, here.counts)  # (M, H)
+        nats, _ = decoder.vocabulary.cross_entropy(outputs, here.targets)
+        total += float(nats) * len(outputs)
+        targets += len(outputs)
     return Loss(total, targets)
 
 

@@ -1,6 +1,6 @@
 """The training loop: teacher forcing, dev loss watched, one ``Epoch`` yielded after another.
 
-Shapes: B batch, T steps, V vocabulary.
+Shapes: M targets, H hidden.
 """
 
 import copy
@@ -13,14 +13,13 @@ from typing import Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
-from torch import Tensor, nn
+from torch import nn
 
 from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.captioning.decoder import Decoder
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.errors import InputError
 from capexp.data.features import Precision, use_bfloat16
-from capexp.data.vocabulary import PAD
 from capexp.scoring.evaluation import Loss, cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState
 
@@ -229,11 +228,10 @@ def _train_epoch(
         for step, batch in enumerate(batches.epoch(seed, number), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(config, number - 1 + (step - 1) / len(batches))
-            on_device = batch.to(device)
-            real = on_device.targets != PAD  # (B, T)
+            here = batch.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
-                logits = decoder(on_device.features, on_device.inputs, real, on_device.photos)  # (N, V)
-                loss, smoothed = _losses(logits.float(), on_device.targets[real], config.label_smoothing)
+                outputs = decoder.outputs(here.features, here.photos, here.words, here.counts)  # (M, H)
+                loss, smoothed = decoder.vocabulary.cross_entropy(outputs, here.targets, config.label_smoothing)
             value = loss.item()
             if not torch.isfinite(loss):
                 raise InputError(
@@ -246,18 +244,9 @@ def _train_epoch(
             optimizer.step()
             if average is not decoder:
                 _average(average, decoder, config.average, (number - 1) * len(batches) + step)
-            total += value * len(logits)
-            targets += len(logits)
+            total += value * len(outputs)
+            targets += len(outputs)
     return Loss(total, targets)
-
-
-def _losses(logits: Tensor, targets: Tensor, smoothing: float) -> tuple[Tensor, Tensor]:
-    """Mean cross-entropy of targets ``(M,)``, and the one that is minimised (Szegedy et al., CVPR 2016)."""
-    log_probabilities = logits.log_softmax(1)
-    loss = nn.functional.nll_loss(log_probabilities, targets)
-    if smoothing == 0:
-        return loss, loss
-    return loss, (1 - smoothing) * loss - smoothing * log_probabilities.mean()
 
 
 @torch.no_grad()

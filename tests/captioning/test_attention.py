@@ -20,7 +20,7 @@ def decoder() -> AttentionDecoder:
 def test_attention_is_spread_over_the_grid_and_sums_to_one_at_each_word(decoder: AttentionDecoder) -> None:
     state = decoder.start(torch.rand(3, P, F)).select(torch.tensor([0, 0, 1, 2]))
     for words in torch.randint(3, V, (5, 4)):
-        _, state = decoder.advance(state, words.unsqueeze(1))
+        _, state = decoder.read(state, words, [4])
         assert state.weights.shape == (4, P)
         assert (state.weights > 0).all()
         torch.testing.assert_close(state.weights.sum(1), torch.ones(4))
@@ -29,20 +29,20 @@ def test_attention_is_spread_over_the_grid_and_sums_to_one_at_each_word(decoder:
 def test_attention_follows_what_is_looked_for_not_where_it_stands(decoder: AttentionDecoder) -> None:
     """The grid is a set: with its places in another order the same is said, and the weights move with them."""
     features, order = torch.rand(3, P, F), torch.tensor([3, 5, 0, 1, 4, 2])
-    words = torch.full((3, 1), BOS)
-    one, before = decoder.advance(decoder.start(features), words)
-    other, after = decoder.advance(decoder.start(features[:, order]), words)
+    words = torch.full((3,), BOS)
+    one, before = decoder.read(decoder.start(features), words, [3])
+    other, after = decoder.read(decoder.start(features[:, order]), words, [3])
     torch.testing.assert_close(one, other)
     torch.testing.assert_close(before.weights[:, order], after.weights)
 
 
 def test_a_place_unlike_all_others_moves_the_attention(decoder: AttentionDecoder) -> None:
     features = torch.rand(1, 1, F).repeat(1, P, 1)
-    words = torch.tensor([[BOS]])
-    _, even = decoder.advance(decoder.start(features), words)
+    words = torch.tensor([BOS])
+    _, even = decoder.read(decoder.start(features), words, [1])
     torch.testing.assert_close(even.weights, torch.full((1, P), 1 / P))
     features[0, 2] *= 30
-    _, moved = decoder.advance(decoder.start(features), words)
+    _, moved = decoder.read(decoder.start(features), words, [1])
     others = torch.cat([moved.weights[0, :2], moved.weights[0, 3:]])
     torch.testing.assert_close(others, others[:1].expand(P - 1))
     assert (moved.weights[0, 2] - others[0]).abs().item() > 1e-3
@@ -62,5 +62,5 @@ def test_looking_back_finds_the_weights_of_each_word(decoder: AttentionDecoder) 
     assert looked.shape == (3, P)
     state = decoder.start(features)
     for row, word in zip(looked, [BOS, 5, 9], strict=True):
-        _, state = decoder.advance(state, torch.tensor([[word]]))
+        _, state = decoder.read(state, torch.tensor([word]), [1])
         assert torch.equal(row, state.weights[0])

@@ -29,9 +29,9 @@ def test_torchs_second_lstm_bias_is_zero_and_stays_so(decoder: MergeDecoder) -> 
 
 
 def test_the_lstm_never_sees_the_photo(decoder: MergeDecoder) -> None:
-    features, words = torch.rand(4, 1, F), torch.randint(3, V, (4, 3))
-    _, one = decoder.advance(decoder.start(features), words)
-    _, other = decoder.advance(decoder.start(features.flip(0)), words)
+    features, words = torch.rand(4, 1, F), torch.randint(3, V, (12,))
+    _, one = decoder.read(decoder.start(features), words, [4, 4, 4])
+    _, other = decoder.read(decoder.start(features.flip(0)), words, [4, 4, 4])
     assert torch.equal(one.hidden, other.hidden)
     assert torch.equal(one.cell, other.cell)
     assert not torch.equal(one.photo, other.photo)

@@ -6,13 +6,12 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 
 from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
-from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary, VocabularyConfig, build_vocabulary
+from capexp.data.vocabulary import BOS, EOS, Vocabulary, VocabularyConfig, build_vocabulary
 
 PHOTOS, BATCH_SIZE = 110, 2  # more captions than are sorted by length together
 
@@ -44,9 +43,21 @@ def batches(request: pytest.FixtureRequest) -> CaptionBatches:
 def read(batches: Iterable[Batch]) -> Iterator[tuple[str, int]]:
     """Each caption, as its targets spell it, with the photo that it sees."""
     for batch in batches:
-        for targets, row in zip(batch.targets.tolist(), batch.photos, strict=True):
+        for (_, targets), row in zip(unpacked(batch), batch.photos, strict=True):
             (photo,) = set(batch.features[row].flatten().tolist())
             yield VOCABULARY.decode(targets), int(photo)
+
+
+def unpacked(batch: Batch) -> list[tuple[list[int], list[int]]]:
+    """Words and targets of each caption."""
+    found: list[tuple[list[int], list[int]]] = [([], []) for _ in batch.photos]
+    pairs = zip(batch.words.tolist(), batch.targets.tolist(), strict=True)
+    for count in batch.counts:
+        for caption, (word, target) in zip(found[:count], pairs, strict=False):
+            caption[0].append(word)
+            caption[1].append(target)
+    assert not list(pairs)
+    return found
 
 
 def photo_of(caption: str) -> int:
@@ -76,7 +87,7 @@ def test_order_depends_on_seed_and_epoch_and_on_nothing_else(batches: CaptionBat
 
 
 def test_batches_are_full_but_the_last_and_as_many_as_announced(batches: CaptionBatches) -> None:
-    sizes = [len(batch.inputs) for batch in batches.epoch(seed=1, number=1)]
+    sizes = [len(batch.photos) for batch in batches.epoch(seed=1, number=1)]
     assert len(sizes) == len(batches)
     assert sum(sizes) == len(CAPTIONS)
     if batches.order == "captions":
@@ -96,25 +107,22 @@ def test_in_the_order_of_photos_each_comes_once_with_all_its_captions() -> None:
     assert len(CAPTIONS) / len(batches) == pytest.approx(30, rel=0.1)
 
 
-def test_targets_are_inputs_one_step_ahead_and_padding_is_at_the_end_only(batches: CaptionBatches) -> None:
+def test_targets_are_words_one_step_ahead_and_nothing_is_padding(batches: CaptionBatches) -> None:
     for batch in batches.epoch(seed=1, number=1):
-        assert batch.inputs.shape == batch.targets.shape
-        assert (batch.inputs[:, 0] == BOS).all()
-        lengths = (batch.inputs != PAD).sum(1)
-        assert int(lengths.max()) == batch.inputs.shape[1]  # no step is all padding
-        for inputs, targets, length in zip(batch.inputs, batch.targets, lengths.tolist(), strict=True):
-            words = inputs[1:length]
-            assert (words >= VOCABULARY.first_word).all()
-            assert torch.equal(targets[: length - 1], words)
-            assert targets[length - 1] == EOS
-            assert (inputs[length:] == PAD).all() and (targets[length:] == PAD).all()
+        assert len(batch.words) == len(batch.targets) == sum(batch.counts)
+        assert batch.counts[0] == len(batch.photos)
+        assert list(batch.counts) == sorted(batch.counts, reverse=True)
+        for words, targets in unpacked(batch):
+            assert words[0] == BOS and targets[-1] == EOS
+            assert words[1:] == targets[:-1]
+            assert all(word >= VOCABULARY.first_word for word in words[1:])
 
 
 def test_announced_targets_are_those_of_an_epoch(batches: CaptionBatches) -> None:
     made = list(batches.epoch(seed=1, number=1))
-    assert batches.targets == sum(int((batch.targets != PAD).sum()) for batch in made)
+    assert batches.targets == sum(len(batch.targets) for batch in made)
     assert batches.targets == sum(len(caption.split()) + 1 for caption in CAPTIONS)
-    assert batches.longest == max(batch.inputs.shape[1] for batch in made) + 1
+    assert batches.longest == max(len(batch.counts) for batch in made) + 1
 
 
 @pytest.mark.parametrize("batch_size", [1, 3, 10_000])
@@ -135,6 +143,5 @@ def test_caption_without_a_known_word_has_one_target() -> None:
     split = Split("dev", Path("photos"), ("a.jpg",), (("A zebra .", "a dog"),))
     made = CaptionBatches(split, vocabulary, Features(RECORDS, ROWS[:1]), batch_size=2)
     (batch,) = made.in_order()
-    assert batch.inputs.tolist() == [[BOS, PAD], [BOS, 3]]
-    assert batch.targets.tolist() == [[EOS, PAD], [3, EOS]]
+    assert unpacked(batch) == [([BOS, 3], [3, EOS]), ([BOS], [EOS])]
     assert (made.targets, made.longest) == (3, 3)

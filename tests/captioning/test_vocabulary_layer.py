@@ -1,0 +1,93 @@
+"""The cost of targets without their logits is the cross-entropy of the logits."""
+
+from collections.abc import Callable
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils.flop_counter import FlopCounterMode
+
+from capexp.captioning import vocabulary_layer
+from capexp.captioning.vocabulary_layer import VocabularyLayer
+
+M, H, V = 23, 6, 40
+
+
+def some(scale: float = 1.0) -> tuple[VocabularyLayer, Tensor, Tensor]:
+    torch.manual_seed(0)
+    layer = VocabularyLayer(H, V)
+    nn.init.normal_(layer.weight, std=scale)
+    nn.init.normal_(layer.bias)
+    return layer, torch.randn(M, H, requires_grad=True), torch.randint(V, (M,))
+
+
+def gradients(loss: Tensor, layer: VocabularyLayer, outputs: Tensor) -> list[Tensor]:
+    return list(torch.autograd.grad(loss, [outputs, layer.weight, layer.bias]))
+
+
+@pytest.fixture(params=[2**23, 5 * V, V, 1], ids=["at once", "in fives", "one by one", "less than one"])
+def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_layer, "_AT_ONCE", request.param)
+
+
+@pytest.mark.usefixtures("at_once")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
+@pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
+def test_losses_and_gradients_are_those_of_the_logits(smoothing: float, scale: float) -> None:
+    layer, outputs, targets = some(scale)
+    nats, minimised = layer.cross_entropy(outputs, targets, smoothing)
+    logits = layer(outputs)
+    expected = nn.functional.cross_entropy(logits, targets, label_smoothing=smoothing)
+    torch.testing.assert_close(nats, nn.functional.cross_entropy(logits, targets))
+    torch.testing.assert_close(minimised, expected)
+    assert not nats.requires_grad
+    found = gradients(3 * minimised, layer, outputs)
+    for ours, torchs in zip(found, gradients(3 * expected, layer, outputs), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-6 * max(scale, 1))
+
+
+def test_in_bfloat16_losses_and_gradients_are_near() -> None:
+    layer, outputs, targets = some(0.3)
+    nats, minimised = layer.cross_entropy(outputs, targets, 0.1)
+    with torch.autocast("cpu", torch.bfloat16):
+        near, minimised_near = layer.cross_entropy(outputs, targets, 0.1)
+    assert near.dtype == torch.float32
+    assert near.item() == pytest.approx(nats.item(), rel=2e-3)
+    exact, close = gradients(minimised, layer, outputs), gradients(minimised_near, layer, outputs)
+    for one, other in zip(exact, close, strict=True):
+        assert not torch.equal(one, other)
+        assert (one - other).norm() < 0.01 * one.norm()
+
+
+def test_each_target_passes_the_layer_once_and_three_products_are_all() -> None:
+    """Logits, the outputs' gradient and the weight's: as many multiplications as the arithmetic needs, none again."""
+    layer, outputs, targets = some()
+    one = 2 * M * H * V
+    with FlopCounterMode(display=False) as training:
+        gradients(layer.cross_entropy(outputs, targets, 0.1)[1], layer, outputs)
+    assert one * 3 <= training.get_total_flops() <= one * 3 * 1.02
+    with FlopCounterMode(display=False) as evaluating, torch.inference_mode():
+        layer.cross_entropy(outputs, targets)
+    assert evaluating.get_total_flops() == one
+
+
+def test_memory_does_not_grow_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_layer, "_AT_ONCE", 4 * V)
+    sizes: list[int] = []
+    empty: Callable[..., Tensor] = Tensor.new_empty
+
+    def counted(self: Tensor, *size: int) -> Tensor:
+        sizes.append(*size)
+        return empty(self, *size)
+
+    monkeypatch.setattr(Tensor, "new_empty", counted)
+    layer, outputs, targets = some()
+    layer.cross_entropy(outputs, targets)
+    assert sizes == [4 * V]
+
+
+def test_what_is_not_finite_is_told() -> None:
+    layer, outputs, targets = some()
+    with torch.no_grad():
+        layer.bias[3] = torch.inf
+    assert layer.cross_entropy(outputs, targets)[0].isnan()
