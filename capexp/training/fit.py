@@ -161,7 +161,7 @@ def fit(
         number = len(history) + 1
         start = time.perf_counter()
         try:
-            train_loss = _train_epoch(trained, decoder, optimizer, train, config, seed, number, device)
+            train_loss = train_epoch(trained, decoder, optimizer, train, config, seed, number, device)
             middle = time.perf_counter()
             dev_loss = cross_entropy(decoder, dev.in_order()).per_token
         except torch.OutOfMemoryError:
@@ -210,7 +210,7 @@ def is_finished(history: list[Epoch], config: TrainingConfig) -> bool:
     return len(history) - best >= config.patience
 
 
-def _train_epoch(
+def train_epoch(
     decoder: Decoder,
     average: Decoder,
     optimizer: torch.optim.Optimizer,
@@ -220,6 +220,13 @@ def _train_epoch(
     number: int,
     device: torch.device,
 ) -> Loss:
+    """One pass over the batches of epoch ``number``: the running mean of the loss in training mode, in nats.
+
+    ``average`` is the decoder that holds the mean of the weights, or ``decoder`` itself where there is none.
+
+    Raises:
+        InputError: the loss is not finite any more.
+    """
     decoder.train()
     total, targets = 0.0, 0
     # Dropout draws from torch's global generator: seeded for this epoch, and put back for whoever else uses it.

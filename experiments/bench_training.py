@@ -1,0 +1,246 @@
+"""Targets a second of the tutorial's captioner in training: ours, its rivals, and the products of matrices alone.
+
+    python experiments/bench_training.py                      on this machine, five rounds
+    python experiments/bench_training.py --growth             and how the cost grows, some minutes more
+    python experiments/bench_training.py --device cuda
+
+All train the same model (4096 features, 256 units, 7,579 entries) on captions as long as Flickr8k's, made up.
+"the tutorial's method" makes a sample of each prefix, padded to the longest caption, one photo a batch; "plain" is
+teacher forcing over batches of 64 captions, padded to the longest of each, in float32, with an unfused Adam. The floor
+is the products of matrices that a target needs, at the rate of one large product.
+"""
+
+import string
+import sys
+from collections.abc import Callable
+from itertools import product
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[1]))
+
+import bench
+import numpy as np
+import torch
+from torch import Tensor, nn
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.decoding import DecodingConfig
+from capexp.data.batches import CaptionBatches
+from capexp.data.cache import Features
+from capexp.data.captions import Split
+from capexp.data.features import EncoderIdentity
+from capexp.data.vocabulary import Vocabulary
+from capexp.training.fit import TrainingConfig, choose_device, train_epoch
+
+ENTRIES, FEATURES, UNITS, LONGEST = 7579, 4096, 256, 34  # of the tutorial, on Flickr8k
+CAPTIONS, MEAN_LENGTH, BATCH = 5, 9.2, 64  # of a photo; words of a caption; captions of a batch
+DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
+Precision = Literal["float32", "bfloat16"]
+
+
+class Task:
+    """Made-up photos and captions, and what the contestants share of them."""
+
+    def __init__(
+        self, photos: int, device: torch.device, entries: int = ENTRIES, length: float = MEAN_LENGTH, batch: int = BATCH
+    ) -> None:
+        rng = np.random.default_rng(1)
+        names = ["".join(letters) for letters in product(string.ascii_lowercase, repeat=4)][: entries - 3]
+        self.device, self.vocabulary = device, Vocabulary(tuple(names), "tutorial", "drop")
+        counts = np.clip(rng.gamma(6, length / 6, (photos, CAPTIONS)).round(), 1, LONGEST - 1).astype(int)
+        texts = tuple(
+            tuple(" ".join(names[i] for i in np.minimum(rng.zipf(1.3, count), len(names)) - 1) for count in row)
+            for row in counts
+        )
+        split = Split("train", Path(), tuple(f"{i}.jpg" for i in range(photos)), texts)
+        block = rng.random((min(photos, 1000), 1, FEATURES), dtype=np.float32).astype(np.float16)
+        self.features = Features(block, np.arange(photos) % len(block))
+        self.batches = CaptionBatches(split, self.vocabulary, self.features, batch)
+        self.texts = texts
+        self._epoch = 0
+
+    def captioner(self) -> Captioner:
+        """A fresh one."""
+        identity = EncoderIdentity("fc2", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
+        return Captioner.fresh(ModelConfig(), self.vocabulary, identity, DecodingConfig(), seed=1)
+
+    def ours(self, precision: Precision) -> Callable[[], float]:
+        """An epoch of the project's own loop."""
+        config = TrainingConfig(precision=precision)
+        decoder = self.captioner().decoder.to(self.device)
+        learnt = [value for value in decoder.parameters() if value.requires_grad]
+        optimizer = torch.optim.AdamW(learnt, lr=1e-3, eps=1e-7, weight_decay=0.0, fused=True)
+
+        def epoch() -> float:
+            self._epoch += 1
+            return train_epoch(decoder, decoder, optimizer, self.batches, config, 1, self._epoch, self.device).targets
+
+        return epoch
+
+    def plain(self) -> Callable[[], float]:
+        """Teacher forcing as most write it."""
+        model = Rival(len(self.vocabulary)).to(self.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=False)
+        encoded = [self._tokens(text) for photo in self.texts for text in photo]
+
+        def epoch() -> float:
+            done = 0
+            order = torch.randperm(len(encoded)).tolist()
+            for start in range(0, len(order), BATCH):
+                some = order[start : start + BATCH]
+                padded = nn.utils.rnn.pad_sequence([encoded[i] for i in some], batch_first=True).to(self.device)
+                photos = self._photos(np.array(some) // CAPTIONS)
+                logits = model(photos, padded[:, :-1])  # (B, T, V)
+                loss = nn.functional.cross_entropy(logits.flatten(0, 1), padded[:, 1:].flatten(), ignore_index=0)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                loss.item()
+                done += int((padded[:, 1:] != 0).sum())
+            return done
+
+        return epoch
+
+    def tutorial(self, photos: int) -> Callable[[], float]:
+        """The tutorial's method, over some of the photos."""
+        model = Rival(len(self.vocabulary)).to(self.device)
+        optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=False)
+
+        def epoch() -> float:
+            done = 0
+            for photo in range(photos):
+                samples, following = [], []
+                for text in self.texts[photo]:
+                    tokens = self._tokens(text)
+                    for length in range(1, len(tokens)):
+                        samples.append(nn.functional.pad(tokens[:length], (LONGEST - length, 0)))
+                        following.append(tokens[length])
+                inputs, targets = torch.stack(samples).to(self.device), torch.stack(following).to(self.device)
+                features = self._photos(np.full(len(inputs), photo))
+                logits = model(features, inputs, last=True)  # (M, V)
+                loss = nn.functional.cross_entropy(logits, targets)
+                optimizer.zero_grad()
+                torch.autograd.backward(loss)
+                optimizer.step()
+                loss.item()
+                done += len(targets)
+            return done
+
+        return epoch
+
+    def floor(self, precision: Precision) -> Callable[[], float]:
+        """As many targets as one large product's worth of arithmetic."""
+        size = 2048
+        a = torch.randn(size, size, device=self.device).to(DTYPES[precision])
+        b = torch.randn(size, size, device=self.device).to(DTYPES[precision])
+        targets = (
+            2 * size**3 / multiplications(len(self.vocabulary), self.batches.targets / (len(self.texts) * CAPTIONS))
+        )
+        times = 10 if self.device.type == "cpu" else 1000
+
+        def products() -> float:
+            for _ in range(times):
+                a @ b
+            return targets * times
+
+        return products
+
+    def _tokens(self, text: str) -> Tensor:
+        return torch.tensor([1, *self.vocabulary.encode(text), 2])
+
+    def _photos(self, photos: np.ndarray) -> Tensor:
+        return torch.from_numpy(self.features.gather(photos)).float()[:, 0].to(self.device)
+
+
+class Rival(nn.Module):
+    """The tutorial's layers, as they are written down."""
+
+    def __init__(self, entries: int) -> None:
+        super().__init__()
+        self.photo, self.dense = nn.Linear(FEATURES, UNITS), nn.Linear(UNITS, UNITS)
+        self.embedding, self.dropout = nn.Embedding(entries, UNITS, padding_idx=0), nn.Dropout(0.5)
+        self.lstm, self.vocabulary = nn.LSTM(UNITS, UNITS, batch_first=True), nn.Linear(UNITS, entries)
+
+    def forward(self, photos: Tensor, words: Tensor, last: bool = False) -> Tensor:
+        """Logits ``(B, T, V)``, or of the last step alone ``(B, V)``."""
+        outputs, _ = self.lstm(self.dropout(self.embedding(words)))
+        photo = torch.relu(self.photo(self.dropout(photos)))
+        merged = outputs[:, -1] + photo if last else outputs + photo.unsqueeze(1)
+        logits: Tensor = self.vocabulary(torch.relu(self.dense(merged)))
+        return logits
+
+
+def multiplications(entries: int, targets_a_caption: float) -> float:
+    """Floating-point operations of a target's products of matrices, forwards and backwards.
+
+    Forwards 2 a weight; backwards 4, or 2 where nothing before the layer learns, as before that of the photo.
+    """
+    a_target = 4 * UNITS * 2 * UNITS + UNITS * UNITS + UNITS * entries
+    return 6 * a_target + 4 * FEATURES * UNITS / targets_a_caption
+
+
+def peak_of(photos: int) -> None:
+    """An epoch, for its memory."""
+    task = Task(photos, torch.device("cpu"))
+    task.ours("float32")()
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = bench.arguments(__doc__)
+    parser.add_argument(
+        "--photos", type=int, default=400, help="photos of a round; the tutorial's method takes a tenth"
+    )
+    parser.add_argument("--growth", action="store_true", help="measure how the cost grows too")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device)
+    task = Task(arguments.photos, device)
+    settings = {"photos": arguments.photos, "entries": ENTRIES, "units": UNITS, "features": FEATURES, "batch": BATCH}
+    record = bench.Record("training", "targets", device, settings)
+    contestants = {
+        "tutorial's method": task.tutorial(max(arguments.photos // 10, 1)),
+        "plain": task.plain(),
+        "ours, float32": task.ours("float32"),
+        "ours, bfloat16": task.ours("bfloat16"),
+        "floor, float32": task.floor("float32"),
+        "floor, bfloat16": task.floor("bfloat16"),
+    }
+    pairs = [
+        (f"ours, {precision}", other)
+        for precision in DTYPES
+        for other in ("tutorial's method", "plain", f"floor, {precision}")
+    ]
+    record.race(contestants, pairs, arguments.rounds)
+    if arguments.growth:
+        _growth(record, arguments.photos, arguments.rounds)
+    record.finish(arguments.output)
+
+
+def _growth(record: bench.Record, photos: int, rounds: int) -> None:
+    device, threads = record.device, torch.get_num_threads()
+    tasks = {
+        "entries": {str(n): Task(photos, device, entries=n) for n in (2_500, 7_500, 15_000, 30_000)},
+        "captions a batch": {str(n): Task(photos, device, batch=n) for n in (16, 64, 256, 1024)},
+        "words a caption": {str(n): Task(photos, device, length=n) for n in (5, 10, 20)},
+    }
+    for name, sizes in tasks.items():
+        found = bench.Record(name, "targets", device, {})
+        found.race({size: task.ours("bfloat16") for size, task in sizes.items()}, [], rounds)
+        record.growth[f"targets a second, bfloat16, by {name}"] = found.rates
+    if device.type == "cpu":
+        found = bench.Record("threads", "targets", device, {})
+        for count in sorted({1, threads}):
+            torch.set_num_threads(count)
+            one = bench.Record("threads", "targets", device, {})
+            one.race({str(count): Task(photos, device).ours("float32")}, [], rounds)
+            found.rates |= one.rates
+        torch.set_num_threads(threads)
+        record.growth["targets a second, float32, by threads"] = found.rates
+    record.growth["MiB at most, by photos"] = {str(n): bench.peak(peak_of, n) for n in (1_000, 10_000, 100_000)}
+
+
+if __name__ == "__main__":
+    main()
