@@ -13,6 +13,7 @@ from torch import Tensor, nn
 
 from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
 from capexp.captioning.dropout import Dropout
+from capexp.captioning.recurrent_linear import RecurrentLinear
 from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.vocabulary import BOS, PAD
 
@@ -98,12 +99,12 @@ class AttentionDecoder(Decoder):
         self.embedding = nn.Embedding(vocabulary_size, config.embedding_size, padding_idx=PAD)
         self.values = nn.Linear(size, units)
         self.keys = nn.Linear(units, config.attention_size, bias=False)
-        self.queries = nn.Linear(units, config.attention_size, bias=False)
+        self.queries = RecurrentLinear(units, config.attention_size, bias=False)
         # The attention LSTM's gates are a sum: what is known of all steps at once, and what each step adds.
         self.word_gates = nn.Linear(config.embedding_size, 4 * units)
         self.photo_gates = nn.Linear(units, 4 * units, bias=False)
-        self.attention_gates = nn.Linear(2 * units, 4 * units, bias=False)
-        self.language_gates = nn.Linear(3 * units, 4 * units)
+        self.attention_gates = RecurrentLinear(2 * units, 4 * units, bias=False)
+        self.language_gates = RecurrentLinear(3 * units, 4 * units)
         self.vocabulary = VocabularyLayer(units, vocabulary_size)
         self._initialize()
 
@@ -139,15 +140,17 @@ class AttentionDecoder(Decoder):
         known = state.gates[torch.cat([captions[:count] for count in counts])]
         known = known + self.word_gates(self.dropout(self.embedding(words)))  # (M, 4H)
         (h1, h2), (c1, c2), weights = state.hidden, state.cells, state.weights
+        layers = (self.attention_gates, self.language_gates, self.queries)
+        attend, say, ask = (layer.over_steps() for layer in layers)
         outputs, ended = [], []
         for gates in known.split(list(counts)):
             reading = len(gates)
             if reading < len(h1):
                 ended.append([value[reading:] for value in (h1, h2, c1, c2, weights)])
                 h1, h2, c1, c2, weights = (value[:reading] for value in (h1, h2, c1, c2, weights))
-            h1, c1 = _lstm(gates + self.attention_gates(torch.cat([h1, h2], 1)), c1)
-            seen, weights = state.grid.look(self.queries(h1))
-            h2, c2 = _lstm(self.language_gates(torch.cat([seen, h1, h2], 1)), c2)
+            h1, c1 = _lstm(gates + attend(torch.cat([h1, h2], 1)), c1)
+            seen, weights = state.grid.look(ask(h1))
+            h2, c2 = _lstm(say(torch.cat([seen, h1, h2], 1)), c2)
             outputs.append(h2)
         parts = [[h1, h2, c1, c2, weights], *reversed(ended)]
         h1, h2, c1, c2, weights = (torch.cat(values) for values in zip(*parts, strict=True))
