@@ -29,8 +29,6 @@ Precision = Literal["auto", "float32", "bfloat16"]
 State = dict[str, Tensor]
 
 SIZE: Final = 224  # the side of the square that VGG16 was trained on, in pixels
-# Photos at a time through the convolutions on a CPU: a layer's output of more is memory that is mapped anew each time.
-_AT_ONCE: Final = 2
 
 
 @dataclass(frozen=True)
@@ -112,6 +110,10 @@ class EncoderIdentity:
 
     def __str__(self) -> str:
         return f"VGG16 {self.layer}, pool {self.pool}, weights {self.weights_digest[:12]}"
+
+
+# Photos at a time through the convolutions on a CPU: a layer's output of more is memory that is mapped anew each time.
+_AT_ONCE: Final = 2
 
 
 class Encoder(nn.Module):

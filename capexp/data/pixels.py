@@ -90,8 +90,8 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
         ) from None
     finally:
         slots = slot = None  # type: ignore[assignment]  # shared memory that is still looked at cannot be closed
-        memory.close()
         memory.unlink()
+        memory.close()
 
 
 def parts(photos: Iterable[Path], size: int) -> Iterator[list[Path]]:
