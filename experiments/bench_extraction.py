@@ -51,7 +51,7 @@ def draw_photos(folder: Path, count: int) -> list[Path]:
         for side in (4, 12, 36, 108):
             cloud = Image.fromarray(generator.integers(0, 256, (side, side, 3), dtype=np.uint8))
             pixels += 0.25 * np.asarray(cloud.resize((500, 375), Image.Resampling.BICUBIC))
-        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=93)
+        Image.fromarray(pixels.clip(0, 255).astype(np.uint8)).save(path, quality=95)
     return paths
 
 

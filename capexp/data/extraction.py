@@ -43,10 +43,6 @@ def _core_by_core(photos: Iterable[Path], encoder: Encoder, batch_size: int) -> 
     """Each of torch's threads takes a few photos at a time from file to features."""
     threads = torch.get_num_threads()
 
-    def begin() -> None:
-        torch.get_num_threads()  # in a new thread this sets torch's own number, once, and so must come first
-        torch.set_num_threads(1)
-
     def work(part: list[Path]) -> list[Result]:
         decoded = [decode_photo(photo, encoder.identity.size) for photo in part]
         good = [pixels for pixels in decoded if not isinstance(pixels, InputError)]
@@ -55,10 +51,10 @@ def _core_by_core(photos: Iterable[Path], encoder: Encoder, batch_size: int) -> 
 
     tasks = ((part,) for part in parts(photos, min(batch_size, encoder.at_once)))
     try:
-        with ThreadPoolExecutor(threads, initializer=begin) as pool:
+        with ThreadPoolExecutor(threads, initializer=torch.set_num_threads, initargs=(1,)) as pool:
             yield from ahead(pool, work, tasks, AHEAD * threads)
     finally:
-        torch.set_num_threads(threads)  # what threads that begin later will have
+        torch.set_num_threads(threads)  # for threads that begin later; this one has kept its own
 
 
 def _batch_by_batch(decoded: Iterator[Pixels], encoder: Encoder, batch_size: int) -> Results:

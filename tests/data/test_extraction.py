@@ -1,11 +1,9 @@
 """From photo files to features: the same however they are decoded, a few ahead of need, and nothing left behind."""
 
 import os
-import signal
 import subprocess
 import sys
 import threading
-import time
 from collections.abc import Iterator
 from pathlib import Path
 
@@ -133,16 +131,30 @@ def test_each_core_takes_a_few_photos_at_a_time(tmp_path: Path, encoder: Encoder
     assert done == most + 10
 
 
-def test_torch_keeps_its_threads(tmp_path: Path, encoder: Encoder) -> None:
+class Watched(Encoder):
+    """Tells how many threads of torch's worked for each thread that asked."""
+
+    seen: dict[int, int]
+
+    def encode(self, photos: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
+        self.seen[threading.get_ident()] = torch.get_num_threads()
+        return super().encode(photos)
+
+
+def test_each_thread_has_a_core_and_torch_keeps_its_own_number(tmp_path: Path, encoder: Encoder) -> None:
     """The number is torch's own for all threads that begin, so it must be as it was."""
-    before, found = torch.get_num_threads(), []
+    watched = Watched(encoder.identity, encoder.weights())
+    watched.seen, later = {}, []
+    watched.prepare(CPU, "auto")
+    before = torch.get_num_threads()
     try:
         torch.set_num_threads(3)
-        flat(compute_features(write_photos(tmp_path / "photos", 2), encoder, 1))
-        thread = threading.Thread(target=lambda: found.append(torch.get_num_threads()))
+        flat(compute_features(write_photos(tmp_path / "photos", 6), watched, 1))
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
         thread.start()
         thread.join()
-        assert [torch.get_num_threads(), *found] == [3, 3]
+        assert list(watched.seen.values()) == [1, 1, 1]
+        assert [torch.get_num_threads(), *later] == [3, 3]
     finally:
         torch.set_num_threads(before)
 
@@ -186,12 +198,13 @@ def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
     assert parent.stdout is not None and parent.stdout.readline() == b"decoded\n"
     children = psutil.Process(parent.pid).children(recursive=True)
     assert len(children) == 3, "two that decode, and Python's own that clears shared memory away"
-    parent.send_signal(signal.SIGKILL)
-    parent.communicate()
-    end = time.monotonic() + 30
-    while any(child.is_running() for child in children) and time.monotonic() < end:
-        time.sleep(0.05)
-    assert not any(child.is_running() for child in children)
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, left = psutil.wait_procs(children, timeout=20)
+    for child in left:
+        child.kill()
+    assert not left
 
 
 PEAK = """
