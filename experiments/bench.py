@@ -14,6 +14,7 @@ import statistics
 import sys
 import time
 from collections.abc import Callable, Mapping
+from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -98,9 +99,8 @@ def rate(work: Callable[[], float], device: torch.device) -> float:
 
 def peak(work: Callable[..., object], *values: Any) -> float:
     """MiB that a process of its own comes to hold in doing some work, its libraries counted."""
-    context = multiprocessing.get_context("spawn")
-    with context.Pool(1) as pool:
-        return pool.apply(_peak, (work, values))
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # whose process may have some of its own
+        return pool.submit(_peak, work, values).result()
 
 
 def _peak(work: Callable[..., object], values: tuple[Any, ...]) -> float:

@@ -12,8 +12,7 @@ import mmap
 import os
 import zlib
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
-from contextlib import contextmanager
+from contextlib import closing, contextmanager
 from dataclasses import asdict
 from itertools import islice
 from pathlib import Path
@@ -25,9 +24,11 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexp.data.errors import InputError, Outage, listed
+from capexp.data.extraction import compute_features
 from capexp.data.features import Encoder, EncoderIdentity
 from capexp.data.files import writing
-from capexp.data.photos import digest_photos, read_photo, squash
+from capexp.data.photos import digest_photos
+from capexp.data.pixels import decoding_processes
 
 log = logging.getLogger(__name__)
 
@@ -112,19 +113,26 @@ class FeatureCache:
             bad: list[Path] = []
             faults: list[InputError] = []
             opened = self._renewing(absent) if anew else self._appending()
-            with opened as file, tqdm(total=len(todo), unit="photo", desc="features") as progress:
-                for batch in _decoded(todo, encoder.identity.size, batch_size):
-                    good = [(digest, pixels) for digest, pixels in batch if not isinstance(pixels, InputError)]
-                    for digest, pixels in batch:
-                        if isinstance(pixels, InputError):
+            processes = decoding_processes(len(todo), encoder.identity.size) if encoder.device.type == "cuda" else 0
+            computed = compute_features((paths[0] for paths in todo.values()), encoder, batch_size, processes)
+            with (
+                opened as file,
+                tqdm(total=len(todo), unit="photo", desc="features") as progress,
+                closing(computed) as results,
+            ):
+                rest = iter(todo)
+                for batch in results:
+                    records = np.empty(len(batch), self._record)
+                    good = 0
+                    for digest, result in zip(islice(rest, len(batch)), batch, strict=True):
+                        if isinstance(result, InputError):
                             bad += todo[digest]
-                            faults.append(pixels)
-                    if good:
-                        records = np.empty(len(good), self._record)
-                        records["photo"] = [digest for digest, _ in good]
-                        records["features"] = encoder.encode([pixels for _, pixels in good])
-                        records["check"] = [zlib.crc32(row) for row in records["features"]]
-                        self._write(file, records.tobytes())
+                            faults.append(result)
+                        else:
+                            records[good] = digest, 0, result
+                            records["check"][good] = zlib.crc32(records["features"][good])
+                            good += 1
+                    self._write(file, records[:good].view(np.uint8).data)
                     progress.update(len(batch))
                 if len(bad) == 1:
                     raise faults[0]
@@ -139,7 +147,7 @@ class FeatureCache:
             with FileLock(self.path.with_suffix(".lock")):
                 self._beside.unlink(missing_ok=True)
 
-    def _write(self, file: Any, content: bytes) -> None:
+    def _write(self, file: Any, content: bytes | memoryview) -> None:
         try:
             rest = memoryview(content)
             while rest:
@@ -272,26 +280,3 @@ def cache_features(
         cache.extend(photos, digests, encoder(), batch_size, anew)
         found = cache.open(digests)
     return found
-
-
-def _decoded(
-    todo: dict[bytes, list[Path]], size: int, batch_size: int
-) -> Iterator[list[tuple[bytes, NDArray[np.uint8] | InputError]]]:
-    """Photos as pixels, in batches, decoded by threads two batches ahead of the network."""
-
-    def decode(path: Path) -> NDArray[np.uint8] | InputError:
-        try:
-            return squash(read_photo(path), size)
-        except InputError as error:
-            return error
-
-    waiting = iter(todo.items())
-    with ThreadPoolExecutor() as pool:
-
-        def submit() -> list[tuple[bytes, Future[NDArray[np.uint8] | InputError]]]:
-            return [(digest, pool.submit(decode, paths[0])) for digest, paths in islice(waiting, batch_size)]
-
-        ahead = [submit(), submit()]
-        while batch := ahead.pop(0):
-            ahead.append(submit())
-            yield [(digest, future.result()) for digest, future in batch]

@@ -10,6 +10,7 @@ Shapes: B batch, P grid positions, F feature.
 import hashlib
 import json
 import os
+from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
 from typing import Final, Literal
@@ -111,6 +112,10 @@ class EncoderIdentity:
         return f"VGG16 {self.layer}, pool {self.pool}, weights {self.weights_digest[:12]}"
 
 
+# Photos at a time through the convolutions on a CPU: a layer's output of more is memory that is mapped anew each time.
+_AT_ONCE: Final = 2
+
+
 class Encoder(nn.Module):
     """VGG16 up to the layer that its identity names, with its preprocessing inside."""
 
@@ -124,14 +129,21 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(identity.mean), persistent=False)
         self.register_buffer("std", torch.tensor(identity.std), persistent=False)
 
+    @property
+    def device(self) -> torch.device:
+        """Where the network is."""
+        return next(self.parameters()).device
+
+    @property
+    def at_once(self) -> int:
+        """Photos that a core of a CPU should be given at a time: the dense layers are read once for all of them."""
+        return _AT_ONCE * (8 if self.identity.layer == "fc2" else 1)
+
     @torch.inference_mode()
     def forward(self, photos: Tensor) -> Tensor:
         """Features of photos ``(B, size, size, 3)`` in 0..255, as float16 ``(B, P, F)``."""
-        assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
-        weight = next(self.parameters())
-        pixels = (photos.to(weight.device).float() - self.mean) / self.std
-        x = pixels.permute(0, 3, 1, 2).to(weight.dtype)  # (B, 3, size, size), channels last in memory
-        x = self.convolutions(x)  # (B, 512, 14, 14), or (B, 512, 7, 7) on the way to fc2
+        parts = torch.split(photos, _AT_ONCE) if self.device.type == "cpu" else [photos]
+        x = torch.cat([self._convolved(part) for part in parts])  # (B, 512, 14, 14), or (B, 512, 7, 7) for fc2
         if self.identity.layer == "fc2":
             dense: Tensor = self.dense(x.contiguous().flatten(1))  # (B, 4096)
             return dense.unsqueeze(1).half()
@@ -141,6 +153,14 @@ class Encoder(nn.Module):
         if self.identity.pool == "mean":
             grid = grid.float().mean(1, keepdim=True)
         return grid.half()
+
+    def _convolved(self, photos: Tensor) -> Tensor:
+        assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
+        weight = next(self.parameters())
+        # Bytes go to the device, a quarter of what floats would be.
+        pixels = (photos.to(weight.device, non_blocking=True).float() - self.mean) / self.std
+        x: Tensor = self.convolutions(pixels.permute(0, 3, 1, 2).to(weight.dtype))  # channels last in memory
+        return x
 
     def prepare(self, device: torch.device, precision: Precision) -> "Encoder":
         """Moves the network to a device, in the precision that is fast there."""
@@ -153,8 +173,26 @@ class Encoder(nn.Module):
 
     def encode(self, photos: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
         """Features ``(B, P, F)`` of squashed photos, each ``(size, size, 3)``."""
-        features: NDArray[np.float16] = self(torch.from_numpy(np.stack(photos))).cpu().numpy()
-        return features
+        return self.begin(torch.from_numpy(np.stack(photos)))()
+
+    def begin(self, photos: Tensor) -> Callable[[], NDArray[np.float16]]:
+        """Begins with squashed photos ``(B, size, size, 3)``, and gives what waits for their features ``(B, P, F)``.
+
+        A GPU works on meanwhile, from the start where the photos are in pinned memory.
+        """
+        features = self(photos)
+        if self.device.type != "cuda":
+            return lambda: features.cpu().numpy()
+        copied = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        copied.copy_(features, non_blocking=True)
+        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        there.record(torch.cuda.current_stream(self.device))
+
+        def finish() -> NDArray[np.float16]:
+            there.synchronize()
+            return copied.numpy()
+
+        return finish
 
     def weights(self) -> State:
         """The layers used, in float16, which is what they are rounded to at loading."""

@@ -1,0 +1,251 @@
+"""From photo files to features: the same however they are decoded, a few ahead of need, and nothing left behind."""
+
+import os
+import subprocess
+import sys
+import threading
+from collections.abc import Iterator
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torchvision
+from numpy.typing import NDArray
+from PIL import Image
+from torch import nn
+
+from capexp.data.errors import InputError, Outage
+from capexp.data.extraction import Result, compute_features
+from capexp.data.features import Encoder, FeaturesConfig, load_encoder
+from capexp.data.pixels import AHEAD, PART, Pixels, decode_by_processes, decode_by_threads, decoding_processes
+
+SIZE = 224
+CPU = torch.device("cpu")
+
+
+@pytest.fixture(scope="module")
+def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16's convolutions with random weights."""
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    vgg = torchvision.models.vgg
+    net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"])
+    generator = torch.Generator().manual_seed(4)
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
+    torch.save({f"features.{name}": value.half() for name, value in net.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="module")
+def encoder(weights: Path) -> Encoder:
+    return load_encoder(FeaturesConfig(layer="conv5_3", pool="max2", weights=str(weights))).prepare(CPU, "auto")
+
+
+def write_photos(folder: Path, count: int, width: int = 40, height: int = 30) -> list[Path]:
+    folder.mkdir()
+    generator = np.random.default_rng(count)
+    paths = [folder / f"{number}.jpg" for number in range(count)]
+    for path in paths:
+        coarse = Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8))
+        coarse.resize((width, height), Image.Resampling.BICUBIC).save(path)
+    return paths
+
+
+def pixels_of(decoded: Iterator[Pixels]) -> NDArray[np.uint8]:
+    """Of the photos that can be read: (B, size, size, 3)."""
+    return np.stack([pixels for pixels in decoded if not isinstance(pixels, InputError)])
+
+
+def flat(batches: Iterator[list[Result]]) -> list[Result]:
+    return [result for batch in batches for result in batch]
+
+
+def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: Encoder) -> None:
+    photos = write_photos(tmp_path / "photos", 5)
+    photos[1].write_text("no picture")
+    own = iter(encoder.encode(list(pixels_of(decode_by_threads(photos, SIZE)))).astype(np.float32))
+    results = [flat(compute_features(photos, encoder, 3, processes)) for processes in (0, 2)]
+    for i, (alone, shared) in enumerate(zip(*results, strict=True)):
+        if i == 1:
+            assert isinstance(alone, InputError) and isinstance(shared, InputError)
+            assert str(photos[1]) in str(alone) and str(alone) == str(shared)
+        else:
+            assert not isinstance(alone, InputError) and not isinstance(shared, InputError)
+            expected = next(own)
+            assert float(expected.std()) > 0.1
+            # With another number of threads, the network may add in another order.
+            np.testing.assert_allclose(alone, expected, rtol=2e-2, atol=1e-1)
+            np.testing.assert_allclose(shared, expected, rtol=2e-2, atol=1e-1)
+
+
+def test_processes_decode_as_threads_do(tmp_path: Path) -> None:
+    photos = write_photos(tmp_path / "photos", 3 * PART + 5)
+    by_threads = pixels_of(decode_by_threads(photos, SIZE))
+    assert len(by_threads) == len(photos) and not np.array_equal(by_threads[0], by_threads[1])
+    assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, SIZE, 2)))
+
+
+class Taken:
+    """Photos that tell how many of them have been taken."""
+
+    def __init__(self, photos: list[Path]) -> None:
+        self.photos = iter(photos)
+        self.count = 0
+
+    def __iter__(self) -> "Taken":
+        return self
+
+    def __next__(self) -> Path:
+        photo = next(self.photos)
+        self.count += 1
+        return photo
+
+
+@pytest.mark.parametrize(("processes", "most"), [(0, AHEAD * PART), (2, 2 * AHEAD * PART)])
+def test_decoding_is_ahead_and_never_far_ahead(tmp_path: Path, processes: int, most: int) -> None:
+    """So many photos are in memory at most, whatever their number, and when it ends early, nothing is left."""
+    photos = Taken(write_photos(tmp_path / "photos", 1) * 10_000)
+    decoded = decode_by_processes(photos, SIZE, processes) if processes else decode_by_threads(photos, SIZE)
+    ahead = []
+    for taken in range(5 * most):
+        next(decoded)
+        ahead.append(photos.count - taken)
+    assert most - PART <= min(ahead) and max(ahead) <= most
+    children = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
+    assert len(children) == processes
+    decoded.close()  # type: ignore[attr-defined]
+    assert photos.count < 10_000
+    assert not any(child.is_running() for child in children)
+
+
+def test_each_core_takes_a_few_photos_at_a_time(tmp_path: Path, encoder: Encoder) -> None:
+    most = AHEAD * encoder.at_once * torch.get_num_threads()
+    photos = Taken(write_photos(tmp_path / "photos", 1) * (most + 10))
+    done = 0
+    for batch in compute_features(photos, encoder, 32):
+        assert len(batch) <= photos.count - done <= most
+        done += len(batch)
+    assert done == most + 10
+
+
+class Watched(Encoder):
+    """Tells how many threads of torch's worked for each thread that asked."""
+
+    seen: dict[int, int]
+
+    def encode(self, photos: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
+        self.seen[threading.get_ident()] = torch.get_num_threads()
+        return super().encode(photos)
+
+
+def test_each_thread_has_a_core_and_torch_keeps_its_own_number(tmp_path: Path, encoder: Encoder) -> None:
+    """The number is torch's own for all threads that begin, so it must be as it was."""
+    watched = Watched(encoder.identity, encoder.weights())
+    watched.seen, later = {}, []
+    watched.prepare(CPU, "auto")
+    before = torch.get_num_threads()
+    try:
+        torch.set_num_threads(3)
+        flat(compute_features(write_photos(tmp_path / "photos", 6), watched, 1))
+        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+        thread.start()
+        thread.join()
+        assert list(watched.seen.values()) == [1, 1, 1]
+        assert [torch.get_num_threads(), *later] == [3, 3]
+    finally:
+        torch.set_num_threads(before)
+
+
+def test_few_photos_are_worth_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: set(range(16)), raising=False)
+    assert decoding_processes(100, SIZE) == 0
+    assert 0 < decoding_processes(8000, SIZE) <= 15
+    monkeypatch.setattr(os, "sched_getaffinity", lambda _: {0, 1})
+    assert decoding_processes(8000, SIZE) == 0
+
+
+def test_killed_process_is_an_outage(tmp_path: Path) -> None:
+    decoded = decode_by_processes(write_photos(tmp_path / "photos", 1) * 10_000, SIZE, 2)
+    next(decoded)
+    child = next(child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline()))
+    child.kill()
+    with pytest.raises(Outage, match="a process that decodes photos was killed"):
+        list(decoded)
+
+
+DECODE = """
+import sys
+from pathlib import Path
+from capexp.data.pixels import decode_by_processes
+
+if __name__ == "__main__":
+    for pixels in decode_by_processes([Path(sys.argv[1])] * 1_000_000, 224, 2):
+        print("decoded", flush=True)
+"""
+
+
+def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:
+    (tmp_path / "decode.py").write_text(DECODE)
+    (photo,) = write_photos(tmp_path / "photos", 1)
+    parent = subprocess.Popen(
+        [sys.executable, tmp_path / "decode.py", photo],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        stdout=subprocess.PIPE,
+    )
+    assert parent.stdout is not None and parent.stdout.readline() == b"decoded\n"
+    children = psutil.Process(parent.pid).children(recursive=True)
+    assert len(children) == 3, "two that decode, and Python's own that clears shared memory away"
+    parent.kill()
+    parent.wait()
+    parent.stdout.close()
+    _, left = psutil.wait_procs(children, timeout=20)
+    for child in left:
+        child.kill()
+    assert not left
+
+
+PEAK = """
+import resource, sys
+from pathlib import Path
+import torch
+from capexp.data.cache import FeatureCache
+from capexp.data.features import FeaturesConfig, load_encoder
+from capexp.data.photos import digest_photos
+
+weights, folder, *photos = sys.argv[1:]
+encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=weights)).prepare(torch.device("cpu"), "auto")
+paths = [Path(photo) for photo in photos]
+for some in (paths[:8], paths[8:]):
+    FeatureCache(Path(folder), encoder.identity).extend(some, digest_photos(some), encoder, 32)
+    print(resource.getrusage(resource.RUSAGE_SELF).ru_maxrss * 1024)
+"""
+
+
+@pytest.mark.slow
+def test_memory_does_not_grow_with_the_photos(tmp_path: Path, weights: Path) -> None:
+    """Forty photos of 18 MB each after the first eight: 720 MB, were they kept."""
+    photos = write_photos(tmp_path / "photos", 48, 3000, 2000)
+    ended = subprocess.run(
+        [sys.executable, "-c", PEAK, weights, tmp_path / "cache", *photos],
+        env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
+        capture_output=True, text=True, check=True,
+    )  # fmt: skip
+    first, second = map(int, ended.stdout.split())
+    assert second - first < 60 * 2**20
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("processes", [0, 2])
+def test_gpu_gives_what_the_cpu_gives(tmp_path: Path, weights: Path, processes: int) -> None:
+    config = FeaturesConfig(layer="conv5_3", weights=str(weights))
+    photos = write_photos(tmp_path / "photos", 7)
+    found = []
+    for device in (CPU, torch.device("cuda")):
+        encoder = load_encoder(config).prepare(device, "bfloat16")
+        results = flat(compute_features(photos, encoder, 3, processes))
+        found.append(np.stack([result for result in results if not isinstance(result, InputError)]).astype(np.float32))
+    assert found[0].shape == (7, 196, 512)
+    assert float(np.linalg.norm(found[0] - found[1]) / np.linalg.norm(found[0])) < 0.03
