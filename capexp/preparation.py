@@ -7,7 +7,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from capexp.captioning.decoding import refuse_wide
-from capexp.captioning.model import build_decoder
+from capexp.captioning.model import outline_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.cache import FeatureCache, Features, cache_features
 from capexp.data.captions import Split, SplitName, read_splits
@@ -67,7 +67,7 @@ def read(experiment: Experiment) -> Read:
     vocabulary = build_vocabulary(captions, experiment.vocabulary)
     choose_device(experiment.training.device)
     refuse_wide(experiment.decoding, vocabulary)
-    decoder = build_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
+    decoder = outline_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
     identity = identify(experiment.features)
     return Read(splits, vocabulary, identity, decoder.parameter_count())
 

@@ -128,7 +128,7 @@ def machine(device: torch.device) -> dict[str, Any]:
     """What the figures were measured on."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
-    found = dict(tuple(part.strip() for part in line.split(":", 1)) for line in lines if ":" in line)
+    found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}
     flags = set(found.get("flags", "").split())
     return {
         "device": torch.cuda.get_device_name(device) if device.type == "cuda" else "cpu",

@@ -23,7 +23,7 @@ from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig, Hypothesis, decode
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
-from capexp.tracking.registry import find_bundle
+from capexp.tracking.bundle import find_bundle
 from capexp.training.fit import choose_device
 
 WORDS, WORDS_A_CAPTION = 2536, 12  # of Flickr8k with minimum count 5; with EOS, its mean caption
