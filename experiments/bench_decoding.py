@@ -111,7 +111,7 @@ def contestants(captioner: Captioner, photos: int, one_by_one: int, width: int) 
     words = torch.randn(len(captioner.vocabulary), weighed.shape[1], device=captioner.device)
 
     def floor() -> float:
-        for part in torch.split(weighed, 256 * width):  # type: ignore[no-untyped-call]
+        for part in torch.split(weighed, 256 * width):
             part @ words.t()
         return photos
 
