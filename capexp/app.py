@@ -22,7 +22,7 @@ def app(argv: list[str] | None = None) -> int:
     from capexp import experiment as experiments
     from capexp.captioning.captioner import Captioner
     from capexp.data.errors import InputError
-    from capexp.tracking.registry import find_bundle
+    from capexp.tracking.bundle import find_bundle
     from capexp.training.fit import choose_device
 
     try:

@@ -26,7 +26,7 @@ def caption(argv: list[str] | None = None) -> int:
     from capexp import experiment as experiments, maps
     from capexp.captioning.captioner import Caption, Captioner
     from capexp.data.photos import find_photos
-    from capexp.tracking.registry import find_bundle
+    from capexp.tracking.bundle import find_bundle
     from capexp.training.fit import choose_device
 
     photos = find_photos(arguments.photos)

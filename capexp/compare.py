@@ -19,7 +19,7 @@ def compare(argv: list[str] | None = None) -> int:
     from capexp import experiment as experiments, measurement
     from capexp.captioning.captioner import Captioner
     from capexp.data.files import write_whole
-    from capexp.tracking.registry import find_bundle
+    from capexp.tracking.bundle import find_bundle
     from capexp.training.fit import choose_device
 
     command.refuse_idle(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))

@@ -17,7 +17,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     from capexp import experiment as experiments, measurement
     from capexp.captioning.captioner import Captioner
     from capexp.data.files import write_whole
-    from capexp.tracking.registry import find_bundle
+    from capexp.tracking.bundle import find_bundle
     from capexp.training.fit import choose_device
 
     command.refuse_idle(

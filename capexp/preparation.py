@@ -2,13 +2,13 @@
 
 import hashlib
 import logging
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
 from capexp.captioning.decoding import refuse_wide
-from capexp.captioning.model import build_decoder
-from capexp.data.batches import CaptionBatches
+from capexp.captioning.model import outline_decoder
+from capexp.data.batches import CaptionBatches, Order
 from capexp.data.cache import FeatureCache, Features, cache_features
 from capexp.data.captions import Split, SplitName, read_splits
 from capexp.data.features import Encoder, EncoderIdentity, identify, load_encoder
@@ -29,11 +29,17 @@ class Prepared:
     vocabulary: Vocabulary
     encoder: EncoderIdentity
     decoder_parameters: int
+    _batches: dict[SplitName, tuple[tuple[int, Order], CaptionBatches]] = field(
+        default_factory=dict, init=False, repr=False, compare=False
+    )
 
     def batches(self, split: SplitName, training: TrainingConfig) -> CaptionBatches:
-        """A split's captions as batches."""
-        size, order = training.batch_size, training.order
-        return CaptionBatches(self.splits[split], self.vocabulary, self.features[split], size, order)
+        """A split's captions as batches, encoded once for all that asks for the same ones: a run, trials, seeds."""
+        kind = training.batch_size, training.order
+        if split not in self._batches or self._batches[split][0] != kind:
+            made = CaptionBatches(self.splits[split], self.vocabulary, self.features[split], *kind)
+            self._batches[split] = kind, made
+        return self._batches[split][1]
 
     def data_digest(self) -> str:
         """Hexadecimal SHA-256 over the photos and captions of all splits."""
@@ -67,7 +73,7 @@ def read(experiment: Experiment) -> Read:
     vocabulary = build_vocabulary(captions, experiment.vocabulary)
     choose_device(experiment.training.device)
     refuse_wide(experiment.decoding, vocabulary)
-    decoder = build_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
+    decoder = outline_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
     identity = identify(experiment.features)
     return Read(splits, vocabulary, identity, decoder.parameter_count())
 

@@ -5,7 +5,15 @@ import sys
 from pathlib import Path
 
 import pytest
+import torch
+import torchvision
 import yaml
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.decoding import DecodingConfig
+from capexp.data.features import NETS, EncoderIdentity
+from capexp.data.vocabulary import Vocabulary
 
 COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download")
 HEAVY = {"torch", "mlflow", "optuna", "torchvision", "numpy", "streamlit"}
@@ -17,6 +25,34 @@ try:
 except SystemExit:
     print(sorted({heavy} & set(sys.modules)))
 """
+NOT_NEEDED = {"mlflow", "optuna", "torch._dynamo", "torchvision", "matplotlib", "pandas", "sqlalchemy", "streamlit"}
+RUN = """
+import sys
+from capexp import {command}
+assert {command}.{command}({arguments}) == 0
+print(sorted({heavy} & set(sys.modules)))
+"""
+
+
+def imported(command: str, *arguments: str) -> str:
+    """Which of the heavy modules that it does not need a command has imported when it has done its work."""
+    code = RUN.format(command=command, arguments=list(arguments), heavy=NOT_NEEDED)
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def bundle_with_encoder(folder: Path) -> Path:
+    """An untrained captioner that carries a made-up VGG16."""
+    net = NETS["IMAGENET1K_FEATURES"]
+    identity = EncoderIdentity("conv5_3", "mean", net.mean, net.std, "0" * 64, "made up")
+    words = Vocabulary(("a", "dog", "runs"), "standard", "token")
+    captioner = Captioner.fresh(ModelConfig(embedding_size=4, lstm_units=4), words, identity, DecodingConfig(), seed=1)
+    with torch.device("meta"):
+        layers = torchvision.models.vgg16(weights=None, init_weights=False).features.state_dict()
+    encoder = {f"convolutions.{name}": torch.full(value.shape, 1e-3).half() for name, value in layers.items()}
+    return captioner.save(folder / "bundle", encoder)
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "app"])
@@ -26,6 +62,16 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     printed = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "[]"
     assert f"python -m capexp.{command}" in printed
+
+
+def test_a_caption_from_a_bundle_imports_neither_trackers_nor_compilers(tmp_path: Path, scenes: Path) -> None:
+    photo = next(iter(sorted((scenes / "Scenes_Dataset").glob("*.jpg"))))
+    assert imported("caption", "--model", str(bundle_with_encoder(tmp_path)), str(photo)) == "[]"
+
+
+@pytest.mark.slow
+def test_nor_does_a_dry_run() -> None:
+    assert imported("train", "--dry-run") == "[]"
 
 
 @pytest.mark.parametrize("command", COMMANDS)

@@ -22,7 +22,7 @@ from safetensors.torch import load_file, save_file
 
 from capexp.captioning.decoder import Decoder, ModelConfig
 from capexp.captioning.decoding import DecodingConfig, decode
-from capexp.captioning.model import build_decoder
+from capexp.captioning.model import build_decoder, outline_decoder
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, Encoder, EncoderIdentity, FeaturesConfig, State, load_encoder
 from capexp.data.files import sync, writing
@@ -236,8 +236,7 @@ class Captioner:
         files = verify_bundle(folder)
         settings = _parse(_Settings, folder / _SETTINGS)
         vocabulary = _parse_vocabulary(folder / _VOCABULARY)
-        with torch.device("meta"):
-            decoder = build_decoder(settings.model, settings.encoder.shape, len(vocabulary))
+        decoder = outline_decoder(settings.model, settings.encoder.shape, len(vocabulary))
         try:
             decoder.load_state_dict(_read_tensors(folder / _DECODER), assign=True)
         except RuntimeError as error:

@@ -1,6 +1,6 @@
 """From a decoder's next-word logits to captions: greedy, beam search, sampling, each over a batch of photos at once.
 
-Shapes: B photos, K hypotheses of each (the beam), N = B * K, V vocabulary, T words so far.
+Shapes: B photos, K hypotheses of each (the beam), N = B * K, M of them not ended, V vocabulary, T words so far.
 """
 
 import zlib
@@ -87,11 +87,14 @@ def refuse_wide(config: DecodingConfig, vocabulary: Vocabulary) -> None:
 def _beam(
     decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, width: int
 ) -> list[tuple[Hypothesis, ...]]:
-    """Beam search; of width 1 it is greedy. A hypothesis that has ended keeps its place until better ones take it."""
+    """Beam search; of width 1 it is greedy. A hypothesis that has ended keeps its place until better ones take it.
+
+    Only the M hypotheses that go on pass the decoder: before the first word one of each photo, then those not ended.
+    """
     photos, device = len(features), features.device
-    each = torch.arange(photos, device=device)
-    first = each.unsqueeze(1) * width  # (B, 1) each photo's first row among N
-    state = decoder.start(features).select(each.repeat_interleave(width))
+    first = torch.arange(photos, device=device).unsqueeze(1) * width  # (B, 1) each photo's first row among N
+    state = decoder.start(features)
+    going = first.flatten()  # (M,) the rows among N that the state holds
     forbidden = torch.tensor(vocabulary.never_emitted, device=device)
     sequences = torch.empty(photos, width, 0, dtype=torch.long, device=device)  # (B, K, T)
     words = torch.full((photos, width), BOS, device=device)
@@ -103,26 +106,28 @@ def _beam(
     stay = torch.full((width,), -torch.inf, device=device)
     stay[0] = 0
     for _ in range(config.maximum_length):
-        logits, state = decoder.step(state, words.flatten())  # (N, V)
-        following = _log_probabilities(logits, forbidden, sequences.flatten(0, 1), config)
-        best, entries = following.topk(width)  # (N, K): no photo takes more of one hypothesis
-        best, entries = best.view(photos, width, width), entries.view(photos, width, width)
-        best = torch.where(ended.unsqueeze(2), stay, best)  # an ended one goes on as itself, once
-        entries = torch.where(ended.unsqueeze(2), EOS, entries).flatten(1)
-        candidates = total.unsqueeze(2) + best  # (B, K, K)
+        logits, state = decoder.step(state, words.flatten()[going])  # (M, V)
+        following = _log_probabilities(logits, forbidden, sequences.flatten(0, 1)[going], config)
+        likely, their_entries = following.topk(width)  # (M, K): no photo takes more of one hypothesis
+        best = stay.repeat(photos * width, 1).index_copy(0, going, likely)  # (N, K): an ended one stays as it is, once
+        entries = torch.full_like(best, EOS, dtype=torch.long).index_copy(0, going, their_entries)
+        candidates = total.unsqueeze(2) + best.view(photos, width, width)  # (B, K, K)
         lengths = lengths + ~ended
         ranks = candidates / lengths.unsqueeze(2) ** config.length_penalty
         chosen = ranks.flatten(1).topk(width).indices  # (B, K), the best first
         origin = chosen // width
-        words = entries.gather(1, chosen)
+        words = entries.view(photos, -1).gather(1, chosen)
         total = candidates.flatten(1).gather(1, chosen)
         lengths = lengths.gather(1, origin)
         ended = ended.gather(1, origin) | (words == EOS)
         earlier = sequences.gather(1, origin.unsqueeze(2).expand(-1, -1, sequences.shape[2]))
         sequences = torch.cat([earlier, words.unsqueeze(2)], 2)
-        if bool(ended.all()):
+        place = torch.empty(photos * width, dtype=torch.long, device=device)
+        place[going] = torch.arange(len(going), device=device)  # where the state holds them
+        going = (~ended).flatten().nonzero().squeeze(1)
+        if len(going) == 0:
             break
-        state = state.select((first + origin).flatten())
+        state = state.select(place[(first + origin).flatten()[going]])
     return _hypotheses(sequences, total)
 
 
@@ -187,12 +192,12 @@ def _uniform(features: Tensor, config: DecodingConfig) -> np.ndarray:
 
 
 def _log_probabilities(logits: Tensor, forbidden: Tensor, sequences: Tensor, config: DecodingConfig) -> Tensor:
-    """Of the next word, among those that may follow the words so far ``(N, T)``: ``(N, V)``."""
+    """Of the next word, among those that may follow the words so far ``(M, T)``: ``(M, V)``."""
     values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
     if config.repeat_trigrams or sequences.shape[1] < 3:
         return values
     # Where the last two words stood before, what followed them then.
-    again = (sequences[:, :-2] == sequences[:, -2:-1]) & (sequences[:, 1:-1] == sequences[:, -1:])  # (N, T - 2)
+    again = (sequences[:, :-2] == sequences[:, -2:-1]) & (sequences[:, 1:-1] == sequences[:, -1:])  # (M, T - 2)
     again &= sequences[:, 2:] != EOS
     return values.scatter_add(1, sequences[:, 2:], torch.where(again, -torch.inf, 0.0))
 

@@ -1,5 +1,11 @@
 """The decoders by the names that ``model.decoder`` gives them."""
 
+from collections.abc import Mapping, Sequence
+from typing import Any
+
+import torch
+from torch.overrides import TorchFunctionMode
+
 from capexp.captioning.attention import AttentionDecoder
 from capexp.captioning.decoder import Decoder, ModelConfig
 from capexp.captioning.merge import MergeDecoder
@@ -17,3 +23,26 @@ def build_decoder(config: ModelConfig, features: tuple[int, int], vocabulary_siz
         InputError: features that the decoder cannot take.
     """
     return _DECODERS[config.decoder](config, features, vocabulary_size)
+
+
+def outline_decoder(config: ModelConfig, features: tuple[int, int], vocabulary_size: int) -> Decoder:
+    """The same decoder without weights, or memory for them: to be counted, or to take those of a file.
+
+    Raises:
+        InputError: features that the decoder cannot take.
+    """
+    with torch.device("meta"), _Undrawn():
+        return build_decoder(config, features, vocabulary_size)
+
+
+class _Undrawn(TorchFunctionMode):
+    """Draws no initial values: without memory there are none, and to tell their shapes torch imports its compiler."""
+
+    def __torch_function__(
+        self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None
+    ) -> Any:
+        kwargs = kwargs or {}
+        is_initializer = getattr(func, "__module__", None) == "torch.nn.init"
+        if is_initializer or func in (torch.Tensor.normal_, torch.Tensor.uniform_):
+            return kwargs["tensor"] if "tensor" in kwargs else args[0]
+        return func(*args, **kwargs)

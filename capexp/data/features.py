@@ -1,7 +1,7 @@
 """VGG16 without its output layer: photos to features.
 
-The network is torchvision's, with ImageNet weights (Simonyan and Zisserman, 2014). Two layers are offered:
-``fc2``, the 4096 values after the last hidden layer (the tutorial's choice), and ``conv5_3``, a 14x14 grid of
+The network is torchvision's, layer for layer, with ImageNet weights (Simonyan and Zisserman, 2014). Two layers are
+offered: ``fc2``, the 4096 values after the last hidden layer (the tutorial's choice), and ``conv5_3``, a 14x14 grid of
 512 values before the last pooling, whole or pooled.
 
 Shapes: B batch, P grid positions, F feature.
@@ -29,6 +29,7 @@ Precision = Literal["auto", "float32", "bfloat16"]
 State = dict[str, Tensor]
 
 SIZE: Final = 224  # the side of the square that VGG16 was trained on, in pixels
+_CHANNELS = (64, 128, 256, 512, 512)  # of its convolutions, block by block
 
 
 @dataclass(frozen=True)
@@ -257,14 +258,22 @@ def _digest(state: State) -> str:
 
 
 def _network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
-    """VGG16's parts up to a layer, without memory for their weights yet."""
-    from torchvision.models import vgg16
+    """VGG16's parts up to a layer, without memory for their weights yet; its layers have torchvision's numbers.
 
+    Torchvision itself would be a second and a half in being imported.
+    """
     with torch.device("meta"):
-        net = vgg16(weights=None, init_weights=False)
-    if layer == "fc2":
-        return net.features, net.classifier[:5]
-    return net.features[:30], nn.Sequential()
+        layers: list[nn.Module] = []
+        before = 3
+        for block, channels in enumerate(_CHANNELS):
+            for _ in range(2 if block < 2 else 3):
+                layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU(inplace=True)]
+                before = channels
+            layers.append(nn.MaxPool2d(2))
+        if layer == "conv5_3":
+            return nn.Sequential(*layers[:-1]), nn.Sequential()
+        dense = (nn.Linear(512 * 7 * 7, 4096), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU())
+        return nn.Sequential(*layers), nn.Sequential(*dense)
 
 
 def _read_weights(config: FeaturesConfig) -> State:

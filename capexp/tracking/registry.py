@@ -19,16 +19,11 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
-from capexp.data.errors import InputError, shown_uri, without_secrets
+from capexp.data.errors import InputError
 from capexp.data.features import State
+from capexp.tracking.bundle import find_bundle
 from capexp.tracking.score import Score
-from capexp.tracking.store import (
-    artifact_faults,
-    is_missing,
-    require_store,
-    store_faults,
-    store_lock,
-)
+from capexp.tracking.store import artifact_faults, is_missing, store_lock
 
 ARTIFACT = "captioner"
 CHAMPION = "champion"
@@ -166,35 +161,6 @@ def champion_of(name: str) -> str | None:
         if is_missing(error):
             return None
         raise
-
-
-def find_bundle(model: str) -> Path:
-    """The bundle that ``MODEL`` names: a folder, ``runs:/ID/captioner``, ``models:/NAME/VERSION`` or ``@champion``.
-
-    Raises:
-        InputError: there is no such model, or none of this project.
-    """
-    if not model.startswith(("runs:/", "models:/")):
-        folder = Path(model)
-        if not folder.is_dir():
-            raise InputError(
-                f"--model {model}: neither a bundle's folder nor runs:/ID/captioner nor models:/NAME@champion"
-            )
-        return folder
-    require_store()
-    with store_faults():
-        try:
-            local = Path(mlflow.artifacts.download_artifacts(model))
-        except (MlflowException, OSError) as error:
-            uri = mlflow.get_registry_uri()
-            reason = without_secrets(str(error).splitlines()[0], uri)
-            raise InputError(
-                f"--model {model}: not found in {shown_uri(uri)} ({reason}); `mlflow ui` lists them"
-            ) from None
-    bundle = local / "artifacts" / "bundle"
-    if not bundle.is_dir():
-        raise InputError(f"--model {model}: not a captioner of this project (artifacts/bundle is missing)")
-    return bundle
 
 
 def _example() -> pd.DataFrame:

@@ -229,6 +229,23 @@ def test_cold_or_narrow_sampling_is_greedy() -> None:
         assert [h.tokens for h in best(decoder, photos(20), words, config)] == [h.tokens for h in greedy]
 
 
+@kinds
+def test_only_hypotheses_that_go_on_pass_the_vocabulary_layer(kind: Kind) -> None:
+    words = vocabulary()
+    decoder = decoder_for(words, seed=2 if kind == "merge" else 0, sharp=3, kind=kind)
+    rows: list[int] = []
+    decoder.vocabulary.register_forward_hook(lambda layer, inputs, logits: rows.append(len(logits)))
+    greedy = DecodingConfig(maximum_length=8)
+    lengths = [len(hypothesis.tokens) for hypothesis in best(decoder, photos(40, kind=kind), words, greedy)]
+    assert len(set(lengths)) > 1, "they end at different steps"
+    assert sum(rows) == sum(min(length + 1, greedy.maximum_length) for length in lengths)
+    rows.clear()
+    beam = DecodingConfig(method="beam", beam_width=4, maximum_length=8)
+    decode(decoder, photos(40, kind=kind), words, beam)
+    assert rows[0] == 40, "before the first word the hypotheses of a photo are one"
+    assert rows[-1] < 40 * 4, "some have ended"
+
+
 def test_a_beam_wider_than_the_vocabulary_is_refused() -> None:
     words = vocabulary(words=5)
     with pytest.raises(InputError, match=r"beam_width = 7: only 6 words"):
