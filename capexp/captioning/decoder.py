@@ -39,15 +39,47 @@ class State(ABC):
 
 
 class Decoder(nn.Module, ABC):
-    """A decoder: ``start`` and ``advance`` are its own, the rest follows from them."""
+    """A decoder: what decoding, scoring and training need of it."""
 
-    embedding: nn.Embedding
-    vocabulary: nn.Linear
-    """From the output of a step to the logits of the next word."""
+    looks: bool = False
+    """Whether it looks at places of the photo, so that :meth:`look_back` can tell where."""
 
     @abstractmethod
     def start(self, features: Tensor) -> State:
         """The state before the first word, of a caption a photo, from features ``(N, P, F)``."""
+
+    @abstractmethod
+    def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
+        """Reads one more word ``(B,)`` of each caption and gives the logits ``(B, V)`` of the next."""
+
+    @abstractmethod
+    def forward(
+        self, features: Tensor, inputs: Tensor, where: Tensor | None = None, photos: Tensor | None = None
+    ) -> Tensor:
+        """Teacher forcing: the logits at each step of inputs ``(B, T)``: ``(B, T, V)``.
+
+        Caption i is of the photo in row ``photos[i]`` of the features, in row i where ``photos`` is None. With a mask
+        ``where`` ``(B, T)``, only the steps it marks pass the vocabulary layer, the largest by far: ``(M, V)``.
+        """
+
+    def look_back(self, features: Tensor, words: Tensor) -> Tensor:
+        """Where each photo, of features ``(N, P, F)``, was looked at for each of its caption's words ``(N, T)``.
+
+        ``(N, T, P)``, without meaning where a caption has ended, in PAD. Only of a decoder that looks.
+        """
+        raise NotImplementedError
+
+    def parameter_count(self) -> int:
+        """Trainable parameters."""
+        return sum(value.numel() for value in self.parameters() if value.requires_grad)
+
+
+class RecurrentDecoder(Decoder):
+    """A decoder of one network: ``start`` and ``advance`` are its own, the rest follows from them."""
+
+    embedding: nn.Embedding
+    vocabulary: nn.Linear
+    """From the output of a step to the logits of the next word."""
 
     @abstractmethod
     def advance(self, state: State, words: Tensor) -> tuple[Tensor, State]:
@@ -61,19 +93,11 @@ class Decoder(nn.Module, ABC):
     def forward(
         self, features: Tensor, inputs: Tensor, where: Tensor | None = None, photos: Tensor | None = None
     ) -> Tensor:
-        """Teacher forcing: the logits at each step of inputs ``(B, T)``: ``(B, T, V)``.
-
-        Caption i is of the photo in row ``photos[i]`` of the features, in row i where ``photos`` is None. With a mask
-        ``where`` ``(B, T)``, only the steps it marks pass the vocabulary layer, the largest by far: ``(M, V)``.
-        """
+        """The logits at each step of captions, as :meth:`Decoder.forward`."""
         state = self.start(features)
         outputs, _ = self.advance(state if photos is None else state.select(photos), inputs)
         logits: Tensor = self.vocabulary(outputs if where is None else outputs[where])
         return logits
-
-    def parameter_count(self) -> int:
-        """Trainable parameters."""
-        return sum(value.numel() for value in self.parameters() if value.requires_grad)
 
 
 def normalize(features: Tensor, kind: str) -> Tensor:

@@ -8,7 +8,7 @@ from dataclasses import dataclass
 import torch
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State, normalize
 from capexp.data.errors import InputError
 from capexp.data.vocabulary import PAD
 
@@ -26,7 +26,7 @@ class MergeState(State):
         return MergeState(self.photo[rows], self.hidden[:, rows], self.cell[:, rows])
 
 
-class MergeDecoder(Decoder):
+class MergeDecoder(RecurrentDecoder):
     """The merge model (Tanti, Gatt and Camilleri, 2018), with the layers of the Flickr8k tutorial.
 
     The LSTM reads words only; the photo, made as wide as the LSTM's output, is added to it afterwards. So one

@@ -50,7 +50,7 @@ def write(folder: Path, hypotheses: list[str], references: Sequence[tuple[str, .
     captions = [Caption(text, -1.0 - place) for place, text in enumerate(hypotheses)]
     scores = score_captions(captions, split, seed=1)
     cards = make_cards(captions, split, scores)
-    heading = Heading("one & two", 3, "dev", "greedy decoding", 1.25, 2.5, scores)
+    heading = Heading("one & two", "the captioner of epoch 3", "dev", "greedy decoding", 1.25, 2.5, scores)
     return write_gallery(cards, choose(cards, 1), heading, 1, folder / "captions.html")
 
 
@@ -78,7 +78,7 @@ def test_the_page_stands_alone_and_carries_no_metadata(tmp_path: Path) -> None:
     captions = [Caption("a wall", -1.0)]
     scores = score_captions(captions, split, seed=1)
     cards = make_cards(captions, split, scores)
-    heading = Heading("walls", 3, "dev", "greedy decoding", 1.25, 2.5, scores)
+    heading = Heading("walls", "the captioner of epoch 3", "dev", "greedy decoding", 1.25, 2.5, scores)
     written = write_gallery(cards, choose(cards, 1), heading, 1, tmp_path / "captions.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|url\(|@import|localStorage", written)
     (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', written)

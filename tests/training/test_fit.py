@@ -10,7 +10,7 @@ import torch
 from torch import nn
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.cache import Features
@@ -201,6 +201,7 @@ def test_improved_means_lower_than_all_before(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_tells_the_step(tmp_path: Path) -> None:
     task = Task(tmp_path)
     decoder = task.captioner.decoder
+    assert isinstance(decoder, RecurrentDecoder)
     with torch.no_grad():
         decoder.vocabulary.bias[5] = torch.inf
     before = decoder.vocabulary.weight.clone()
