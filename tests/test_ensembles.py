@@ -27,10 +27,9 @@ def test_one_command_finds_one_member_trains_the_other_and_registers_them_as_one
 ) -> None:
     folder = Folder(tmp_path)
     folder.run("train", *SINGLE)
+    (single,) = folder.runs()
     process = folder.start(sys.executable, "-m", "capexp.train", *TOGETHER)
-    wait_for(lambda: len(list(tmp_path.glob("checkpoints/*/ep001*"))) > 0 and len(folder.runs()) == 3 and (
-        list(tmp_path.glob(f"checkpoints/{folder.runs()[-1].info.run_id}/ep001*"))
-    ))  # fmt: skip
+    wait_for(lambda: {path.parent.name for path in tmp_path.glob("checkpoints/*/last.pt")} - {single.info.run_id})
     process.kill()
     process.communicate()
     single, together, other = folder.runs()
@@ -96,7 +95,7 @@ def test_one_command_finds_one_member_trains_the_other_and_registers_them_as_one
 def test_an_interrupt_ends_member_and_ensemble_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
     process = folder.start(sys.executable, "-m", "capexp.train", *TOGETHER)
-    wait_for(lambda: list(tmp_path.glob("checkpoints/*/ep001*")))
+    wait_for(lambda: list(tmp_path.glob("checkpoints/*/last.pt")))
     process.send_signal(signal.SIGINT)
     _, err = process.communicate(timeout=120)
     assert process.returncode == 130, err
