@@ -14,10 +14,11 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
 
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
+from capexp.captioning.ensemble import EnsembleConfig
 from capexp.data.captions import CaptionsConfig
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, FeaturesConfig
@@ -27,11 +28,12 @@ from capexp.tracking.score import Metric
 from capexp.training.fit import TrainingConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-SECTIONS = ("captions", "vocabulary", "features", "model", "training", "decoding", "registry", "tune")
+SECTIONS = ("captions", "vocabulary", "features", "model", "training", "ensemble", "decoding", "registry", "tune")
 
 Settings = dict[str, Any]
 NAME = r"^\w[\w .-]{0,99}$"  # of experiments, models and studies: no separator of paths, URIs or lines
 
+_OF_ENSEMBLES = ("training.batch_size", "training.order", "training.device")
 _DEPTH = 20  # of tables and lists in a file
 _UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last: of file names that are not UTF-8
 
@@ -60,23 +62,54 @@ class Experiment(BaseModel):
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
     model: ModelConfig = ModelConfig()
     training: TrainingConfig = TrainingConfig()
+    ensemble: EnsembleConfig = EnsembleConfig()
     decoding: DecodingConfig = DecodingConfig()
     registry: RegistryConfig
     tune: TuneConfig = TuneConfig()
 
+    @model_validator(mode="after")
+    def _ensemble_trains_nothing(self) -> "Experiment":
+        if self.is_ensemble:
+            own = dict(flatten(self.model_dump(include={"model", "training"})))
+            usual = dict(flatten({"model": ModelConfig().model_dump(), "training": TrainingConfig().model_dump()}))
+            for name, value in own.items():
+                if value != usual[name] and name not in _OF_ENSEMBLES:
+                    raise ValueError(
+                        f"{name} = {value!r} decides nothing in an ensemble, whose members are trained by themselves; "
+                        "set it in their experiments, or in settings of ensemble.members"
+                    )
+        return self
+
+    @property
+    def is_ensemble(self) -> bool:
+        """Whether it decodes captioners of other experiments together, instead of training one."""
+        return bool(self.ensemble.members)
+
     def flat(self) -> dict[str, str]:
-        """Every setting by its dotted name, as text; the study's own settings left out."""
-        settings = self.model_dump(mode="json", exclude={"tune"})
-        return {name: str(value) for name, value in flatten(settings)}
+        """Every setting that decides something by its dotted name, as text; the study's own settings left out."""
+        settings = dict(flatten(self.model_dump(mode="json", exclude={"tune"})))
+        if self.is_ensemble:
+            idle = {name for name in settings if name.startswith(("model.", "training."))} - set(_OF_ENSEMBLES)
+        else:
+            idle = {"ensemble.members"}
+        return {name: str(value) for name, value in settings.items() if name not in idle}
 
     def to_toml(self) -> str:
         """The experiment as a TOML file with absolute paths, which loads to an equal experiment."""
-        record = self.model_dump(mode="json", exclude_none=True)
+        record = self.model_dump(mode="json", exclude_none=True, exclude=None if self.is_ensemble else {"ensemble"})
         for path in (("captions", "root"), ("features", "cache")):
             record[path[0]][path[1]] = str(Path(record[path[0]][path[1]]).absolute())
         if self.features.weights not in NETS:
             record["features"]["weights"] = str(Path(self.features.weights).absolute())
+        for member in record["ensemble"]["members"] if self.is_ensemble else ():
+            if is_path(member["experiment"]):
+                member["experiment"] = str(Path(member["experiment"]).absolute())
         return tomli_w.dumps(record)
+
+
+def is_path(name: str) -> bool:
+    """Whether an experiment is named by its file's path."""
+    return name.endswith(".toml")
 
 
 def find(name: str) -> Path:
@@ -184,8 +217,13 @@ def check_search_space(experiment: Experiment) -> None:
 
     Raises:
         InputError: a name that is no setting, a value the setting does not allow, or a setting whose trials
-            would have losses that do not compare or that need other features.
+            would have losses that do not compare or that need other features; an ensemble, which trains nothing.
     """
+    if experiment.is_ensemble:
+        raise InputError(
+            f"--experiment {experiment.name}: an ensemble, which trains nothing that could be searched; search the "
+            "experiments of its members"
+        )
     for name, space in experiment.tune.search.items():
         kind = TypeAdapter(setting_type(name))
         if name.split(".")[0] not in ("model", "training"):
@@ -286,19 +324,28 @@ def _set(settings: Settings, name: str, value: object) -> None:
 
 
 def _read_flag(kind: TypeAdapter[Any], text: str) -> Any:
-    """A flag's text as a value; a table, such as a search space, is given as JSON."""
-    return kind.validate_json(text) if text.startswith("{") else kind.validate_python(text)
+    """A flag's text as a value; a table or a list, such as a search space, is given as JSON."""
+    return kind.validate_json(text) if text.startswith(("{", "[")) else kind.validate_python(text)
 
 
 def _anchor(settings: Settings, folder: Path) -> None:
     """Makes the paths of a file relative to the working directory instead of to the file."""
     for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
         table = settings.get(section)
-        if not isinstance(table, dict) or not isinstance(table.get(key), str):
-            continue
-        value = table[key]
-        if not (key == "weights" and value in NETS):
-            try:
-                table[key] = str(folder / Path(value).expanduser())
-            except RuntimeError:
-                raise InputError(f"{section}.{key} = {value!r}: there is no such user; write the path out") from None
+        if isinstance(table, dict) and not (key == "weights" and table.get(key) in NETS):
+            _anchor_one(table, key, f"{section}.{key}", folder)
+    ensemble = settings.get("ensemble")
+    members = ensemble.get("members") if isinstance(ensemble, dict) else None
+    for member in members if isinstance(members, list) else ():
+        if isinstance(member, dict) and is_path(str(member.get("experiment"))):
+            _anchor_one(member, "experiment", "ensemble.members", folder)
+
+
+def _anchor_one(table: Settings, key: str, name: str, folder: Path) -> None:
+    value = table.get(key)
+    if not isinstance(value, str):
+        return
+    try:
+        table[key] = str(folder / Path(value).expanduser())
+    except RuntimeError:
+        raise InputError(f"{name} = {value!r}: there is no such user; write the path out") from None

@@ -1,14 +1,11 @@
 """Where an attention captioner looked, word by word: the photo lit there, alone or as a PNG of all of them."""
 
-import math
 from pathlib import Path
 
 import numpy as np
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from capexp.captioning.attention import AttentionDecoder
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.data.files import writing
@@ -17,21 +14,16 @@ from capexp.data.photos import read_photo, squash
 _COLUMNS, _SIDE = 5, 360  # panels in a row; a panel's longer side in pixels
 
 
-def looks(captioner: Captioner) -> bool:
-    """Whether it looks at places of the photo at all."""
-    return isinstance(captioner.decoder, AttentionDecoder)
-
-
 def refuse_blind(captioner: Captioner) -> None:
     """Refuses a captioner that looks at no places.
 
     Raises:
-        InputError: its decoder is not the attention decoder.
+        InputError: it has no attention decoder, or one on features without a grid.
     """
-    if not looks(captioner):
+    if not captioner.decoder.looks:
         raise InputError(
-            f"--maps: the captioner's model.decoder is '{captioner.model.decoder}', which looks at the photo as a "
-            "whole; give one with 'attention'"
+            f"--maps: the captioner looks at the photo as a whole ({captioner.encoder_identity}); give one with "
+            "model.decoder = 'attention' on a grid"
         )
 
 
@@ -41,13 +33,8 @@ def where_it_looked(captioner: Captioner, photo: Path | bytes, caption: str) -> 
     Raises:
         InputError: the photo cannot be read, or the encoder's weights cannot be had.
     """
-    decoder = captioner.decoder
-    assert isinstance(decoder, AttentionDecoder)
     pixels = squash(read_photo(photo), captioner.encoder_identity.size)
-    features = torch.from_numpy(captioner.use_encoder().encode([pixels])).float().to(captioner.device)
-    weights = decoder.look_back(features, captioner.vocabulary.encode(caption))  # (T, P)
-    side = math.isqrt(weights.shape[1])
-    maps: NDArray[np.float32] = weights.view(-1, side, side).float().cpu().numpy()
+    (maps,) = captioner.look_back(captioner.use_encoder().encode([pixels]), [caption])
     return maps
 
 

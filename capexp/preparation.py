@@ -15,6 +15,7 @@ from capexp.data.features import Encoder, EncoderIdentity, identify, load_encode
 from capexp.data.photos import digest_photos
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
+from capexp.members import members_of
 from capexp.training.fit import TrainingConfig, choose_device
 
 log = logging.getLogger(__name__)
@@ -73,7 +74,8 @@ def read(experiment: Experiment) -> Read:
     vocabulary = build_vocabulary(captions, experiment.vocabulary)
     choose_device(experiment.training.device)
     refuse_wide(experiment.decoding, vocabulary)
-    decoder = outline_decoder(experiment.model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
+    model = tuple(one.model for one in members_of(experiment)) if experiment.is_ensemble else experiment.model
+    decoder = outline_decoder(model, experiment.features.shape, len(vocabulary))  # refuses what does not fit
     identity = identify(experiment.features)
     return Read(splits, vocabulary, identity, decoder.parameter_count())
 

@@ -10,6 +10,7 @@ from capexp.data.errors import InputError
 from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment
 from capexp.measurement import Measured, measure
+from capexp.members import member_name, members_of
 from capexp.preparation import Prepared
 from capexp.scoring.evaluation import SCORE_NAMES, perplexity
 from capexp.tracking import registry
@@ -66,7 +67,7 @@ def register_bundle(
     captioner = Captioner.load(bundle)
     measured = measure(experiment, prepared, captioner)
     assert captioner.training is not None
-    tracked.log_metrics(measured.metrics(), captioner.training.epoch, time.time_ns() // 1_000_000)
+    tracked.log_metrics(measured.metrics(), captioner.training.epoch or 0, time.time_ns() // 1_000_000)
     return register(tracked, experiment, prepared, captioner, measured, promote, encoder_weights(experiment))
 
 
@@ -99,12 +100,16 @@ def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, meas
         return f"{measured.scores.summary[key]:.3f} ({low:.3f} to {high:.3f})"
 
     scores = ", ".join(f"{title} {told(key)}" for key, title in SCORE_NAMES.items())
+    epoch = "" if best.epoch is None else f", epoch {best.epoch}"
     rows = {
-        "dev loss": f"{nats:.4f} nats per token (perplexity {perplexity(nats):.2f}), epoch {best.epoch}",
+        "dev loss": f"{nats:.4f} nats per token (perplexity {perplexity(nats):.2f}){epoch}",
         "dev loss, photos shuffled": f"{measured.blind.per_token:.4f}",
         "dev captions": f"{scores}: by {experiment.decoding.describe()}, with 95% bootstrap intervals over photos",
         "CIDEr, photos shuffled": f"{measured.scores.summary['cider_blind']:.3f}",
-        "train loss": f"{best.train_loss:.4f} (dropout on)",
+        "train loss": "" if best.train_loss is None else f"{best.train_loss:.4f} (dropout on)",
+        "members": "; ".join(member_name(member) for member in members_of(experiment))
+        if experiment.is_ensemble
+        else "",
         "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
         "measured on": f"{len(dev.photos)} dev photos; the test split was not read",
         "vocabulary": f"{len(prepared.vocabulary)} entries, cleaning `{experiment.vocabulary.cleaning}`",
@@ -112,14 +117,18 @@ def _card(experiment: Experiment, prepared: Prepared, best: TrainingRecord, meas
         "seed": str(experiment.seed),
         "code": f"capexp {__version__}, commit {git_commit() or 'unknown'}",
     }
-    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items())
+    table = "\n".join(f"| {name} | {value} |" for name, value in rows.items() if value)
     settings = "\n".join(
         f"{name} = {value[:_SETTING_LENGTH]}"
         for name, value in experiment.flat().items()
-        if name.partition(".")[0] in ("vocabulary", "features", "model", "training", "decoding")
+        if name.partition(".")[0] in ("vocabulary", "features", "model", "training", "ensemble", "decoding")
     )
     model = experiment.registry.model
-    return f"""**{experiment.name}**: {experiment.model.decoder} decoder on {prepared.encoder}.
+    decoders = {one.model.decoder for one in members_of(experiment)} if experiment.is_ensemble else set()
+    kind = (
+        f"ensemble of {' and '.join(sorted(decoders))} decoders" if decoders else f"{experiment.model.decoder} decoder"
+    )
+    return f"""**{experiment.name}**: {kind} on {prepared.encoder}.
 
 | | |
 | --- | --- |

@@ -48,10 +48,11 @@ def refuse_other_settings(before: Experiment, now: Experiment) -> None:
         InputError: naming the first setting that differs.
     """
     old, new = before.flat(), now.flat()
-    for name in old:
-        if old[name] != new[name] and name not in DIFFERENT_ON_RESUME:
+    for name in old | new:
+        held, given = old.get(name, "nothing"), new.get(name, "nothing")
+        if held != given and name not in DIFFERENT_ON_RESUME:
             raise InputError(
-                f"--{name} {new[name]}: the run was started with {old[name]}; "
+                f"--{name} {given}: the run was started with {held}; "
                 f"a resumed run may only change {' and '.join(DIFFERENT_ON_RESUME)}"
             )
 

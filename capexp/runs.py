@@ -1,7 +1,6 @@
 """One experiment, run and tracked: from photos with captions to a registered captioner."""
 
 import logging
-import time
 from collections.abc import Generator, Iterator, Mapping
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
@@ -11,9 +10,9 @@ from capexp import __version__
 from capexp.captioning.captioner import Captioner
 from capexp.data.files import write_whole, writing
 from capexp.experiment import Experiment
-from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
 from capexp.registration import encoder_weights, register
+from capexp.report import report
 from capexp.run_folder import (
     CHECKPOINTS,
     DIFFERENT_ON_RESUME,
@@ -28,8 +27,8 @@ from capexp.run_folder import (
 from capexp.scoring.evaluation import perplexity
 from capexp.search.trial import Pruned
 from capexp.tracking import registry
-from capexp.tracking.gallery import Card, Heading, choose, make_cards, write_gallery
-from capexp.tracking.plots import draw_histogram, draw_losses, draw_scores
+from capexp.tracking.gallery import Card
+from capexp.tracking.plots import draw_losses
 from capexp.tracking.registry import Version
 from capexp.tracking.run import Input, TrackedRun, tracked_run
 from capexp.tracking.store import discreet, prepare_store, store_faults
@@ -96,9 +95,9 @@ def run(
             checkpoints.clear_parts()
             registry.discard_unfinished(resume)
         settings = write_whole(checkpoints.folder / SETTINGS, experiment.to_toml())  # what a run is resumed by
-        with _log_file(checkpoints.folder / "log.txt", tracked):
+        with log_file(checkpoints.folder / "log.txt", tracked):
             log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, experiment.to_toml())
-            _log_beginning(tracked, experiment, prepared, str(device), settings)
+            log_beginning(tracked, experiment, prepared, str(device), settings)
             if resume is not None:
                 now = experiment.flat()
                 tracked.set_tags({f"resumed.{name}": now[name] for name in DIFFERENT_ON_RESUME})
@@ -134,59 +133,30 @@ def run(
                         checkpoints=checkpoints,
                     )
                     yield from _logged(second, tracked, epochs)
-                measured, samples = _report(tracked, experiment, prepared, checkpoints, epochs)
+                best = _best(epochs)
+                tracked.log_artifact(draw_losses(epochs, experiment.name, checkpoints.folder / "loss.png"))
+                came_to = {"best_dev_loss": best.dev_loss, "best_epoch": float(best.number)}
+                captioner = Captioner.load(_bundle(checkpoints), device)
+                measured, samples = report(tracked, experiment, prepared, captioner, came_to, checkpoints.folder)
             except Pruned:
                 tracked.set_tags({"pruned": "true"})
                 return Result(tracked.run_id, _best(epochs), None, None, _bundle(checkpoints), ())
             except (KeyboardInterrupt, GeneratorExit):
-                best = checkpoints.best()
-                if register_model and best is not None:
-                    log.info("interrupted: logging the best captioner so far, %s", best.name)
-                    registry.log_captioner(tracked.run_id, Captioner.load(best), encoder, register_as=None)
+                held = checkpoints.best()
+                if register_model and held is not None:
+                    log.info("interrupted: logging the best captioner so far, %s", held.name)
+                    registry.log_captioner(tracked.run_id, Captioner.load(held), encoder, register_as=None)
                 raise
             bundle = _bundle(checkpoints)
             version = None
             if register_model:
                 best_captioner = Captioner.load(bundle)
                 version = register(tracked, experiment, prepared, best_captioner, measured, promote, encoder)
-            return Result(tracked.run_id, _best(epochs), measured.blind.per_token, version, bundle, samples)
+            return Result(tracked.run_id, best, measured.blind.per_token, version, bundle, samples)
 
 
-def _report(
-    tracked: TrackedRun,
-    experiment: Experiment,
-    prepared: Prepared,
-    checkpoints: Checkpoints,
-    epochs: list[Epoch],
-) -> tuple[Measured, tuple[Card, ...]]:
-    """What is measured and shown after the last epoch, of the best captioner."""
-    captioner = Captioner.load(_bundle(checkpoints), choose_device(experiment.training.device))
-    measured = measure(experiment, prepared, captioner)
-    best = _best(epochs)
-    metrics = {"best_dev_loss": best.dev_loss, "best_epoch": best.number, **measured.metrics()}
-    tracked.log_metrics(metrics, step=best.number, timestamp=time.time_ns() // 1_000_000)
-    name, seed, folder = experiment.name, experiment.seed, checkpoints.folder
-    tracked.log_artifact(draw_losses(epochs, name, folder / "loss.png"))
-    tracked.log_artifact(draw_scores(measured.scores, seed, name, folder / "scores.png"))
-    tracked.log_artifact(draw_histogram(measured.scores, name, folder / "cider.png"))
-    cards = make_cards(measured.captions, prepared.splits["dev"], measured.scores)
-    choice = choose(cards, seed)
-    heading = Heading(
-        experiment=name,
-        epoch=best.number,
-        split="dev",
-        decoding=experiment.decoding.describe(),
-        loss=best.dev_loss,
-        loss_blind=measured.blind.per_token,
-        scores=measured.scores,
-    )
-    tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html"))
-    return measured, tuple(cards[place] for place in choice.random)
-
-
-def _log_beginning(
-    tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path
-) -> None:
+def log_beginning(tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path) -> None:
+    """Logs all that decides a run: settings, what it is trained or measured on, by which code and where."""
     tracked.log_params(experiment.flat() | {"decoder_parameters": str(prepared.decoder_parameters)})
     tracked.set_tags(tags_of(prepared) | {"device": device})
     digests = {name: split.digest() for name, split in prepared.splits.items()}
@@ -242,7 +212,7 @@ class _Discreet(logging.Formatter):
 
 
 @contextmanager
-def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
+def log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     """Copies the project's log to a file beside the checkpoints, and keeps it with the run however it ends."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s"))

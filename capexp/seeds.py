@@ -143,11 +143,13 @@ def _worth(metrics: dict[str, float], experiment: Experiment) -> float:
 
 
 def check_count(count: int, experiment: Experiment) -> None:
-    """Refuses a number of seeds that has no spread, or leads beyond the last seed.
+    """Refuses a number of seeds that has no spread, or leads beyond the last seed, and an ensemble, which has its own.
 
     Raises:
         InputError: it does.
     """
+    if experiment.is_ensemble:
+        raise InputError(f"--seeds {count}: {experiment.name} is an ensemble; its seeds are those of ensemble.members")
     if count < 2:
         raise InputError(f"--seeds {count}: fewer than two seeds have no spread; give 2 or more")
     if experiment.seed + count > 2**31:

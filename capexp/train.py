@@ -7,8 +7,13 @@ from typing import TYPE_CHECKING
 from capexp import command
 
 if TYPE_CHECKING:
+    from pathlib import Path
+
+    from capexp.ensembles import Ensembled
     from capexp.runs import Result
     from capexp.seeds import Seeds
+    from capexp.tracking.gallery import Card
+    from capexp.tracking.registry import Version
     from capexp.training.fit import Epoch
 
 
@@ -62,7 +67,7 @@ def train(argv: list[str] | None = None) -> int:
         if lacking and not encoder_at_hand(experiment.features):
             print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
         return 0
-    from capexp import run_folder, runs, seeds
+    from capexp import ensembles, run_folder, runs, seeds
     from capexp.tracking.store import check_store
     from capexp.training.checkpoints import refuse_cramped
 
@@ -90,12 +95,23 @@ def train(argv: list[str] | None = None) -> int:
                 except StopIteration as stop:
                     _print_seeds(stop.value)
                     return 0
+    name = arguments.experiment or experiment.name
+    if experiment.is_ensemble:
+        ensembled = ensembles.run_ensemble(experiment, prepared, resume=arguments.resume, promote=arguments.promote)
+        with closing(ensembled) as epochs_of_members:
+            while True:
+                try:
+                    member, epoch = next(epochs_of_members)
+                    _print_epoch(epoch, f"{member}   ")
+                except StopIteration as stop:
+                    _print_ensemble(stop.value)
+                    return 0
     with closing(runs.run(experiment, prepared, resume=arguments.resume, promote=arguments.promote)) as epochs:
         while True:
             try:
                 _print_epoch(next(epochs))
             except StopIteration as stop:
-                _print_result(arguments.experiment or experiment.name, stop.value)
+                _print_result(name, stop.value)
                 return 0
 
 
@@ -120,16 +136,37 @@ def _print_seeds(result: "Seeds") -> None:
     print(f"\nregistered  {result.version.describe()}")
 
 
+def _print_ensemble(result: "Ensembled") -> None:
+    print(f"\nrun         {result.run_id}")
+    for member, run_id in result.members.items():
+        print(f"member      {member} (run {run_id})")
+    print(f"together    dev loss {result.dev_loss:.4f} nats per token")
+    _print_captioner(result.dev_loss_blind, result.version, result.bundle, result.samples)
+
+
 def _print_result(name: str, result: "Result") -> None:
-    best, version = result.best, result.version
-    assert result.dev_loss_blind is not None and version is not None
-    photo = os.path.relpath(result.samples[0].photo)
+    best = result.best
+    assert result.dev_loss_blind is not None and result.version is not None
     print(f"\nrun         {result.run_id}")
     print(f"best epoch  {best.number}: train loss {best.train_loss:.4f}, dev loss {best.dev_loss:.4f} nats per token")
-    print(f"blind       {result.dev_loss_blind:.4f} dev loss with photos shuffled among captions")
+    _print_captioner(result.dev_loss_blind, result.version, result.bundle, result.samples)
+    print(
+        f"  python -m capexp.tune --experiment {name} --trials 20\n"
+        "                                                   search embedding size, LSTM units, dropout"
+    )
+    if name == "scenes":
+        print(
+            "  python -m capexp.train --experiment flickr8k-merge-conv --captions.root FOLDER\n"
+            "                                                   the real thing: Flickr8k"
+        )
+
+
+def _print_captioner(dev_loss_blind: float, version: "Version", bundle: "Path", samples: "tuple[Card, ...]") -> None:
+    photo = os.path.relpath(samples[0].photo)
+    print(f"blind       {dev_loss_blind:.4f} dev loss with photos shuffled among captions")
     print(f"registered  {version.describe()}")
-    print(f"bundle      {result.bundle}\n")
-    for sample in result.samples[:3]:
+    print(f"bundle      {bundle}\n")
+    for sample in samples[:3]:
         print(f"{sample.photo.name}\n  says       {sample.caption}")
         for reference in sample.references[:2]:
             print(f"  reference  {reference}")
@@ -139,15 +176,8 @@ next
   mlflow ui                                        the runs, their curves and captions
   python -m capexp.caption --model {version.uri} {photo}
                                                    a new photo needs VGG16's weights: fetched once (528 MB),
-                                                   or --features.weights PATH
-  python -m capexp.tune --experiment {name} --trials 20
-                                                   search embedding size, LSTM units, dropout"""
+                                                   or --features.weights PATH"""
     )
-    if name == "scenes":
-        print(
-            "  python -m capexp.train --experiment flickr8k-merge-conv --captions.root FOLDER\n"
-            "                                                   the real thing: Flickr8k"
-        )
 
 
 if __name__ == "__main__":

@@ -151,6 +151,7 @@ def study_run(experiment: Experiment, prepared: Prepared, study: Study, name: st
             stack.callback(leave)
             tracked = stack.enter_context(tracked_run(name, experiment.name, resume=resume))
             study.nest_under(tracked.run_id)
-        tracked.log_params({key: str(value) for key, value in experiments.flatten(experiment.model_dump(mode="json"))})
+        settings = experiment.model_dump(mode="json", exclude={"ensemble"})
+        tracked.log_params({key: str(value) for key, value in experiments.flatten(settings)})
         tracked.set_tags(run_folder.tags_of(prepared) | {"study": name, "device": experiment.training.device})
         yield tracked

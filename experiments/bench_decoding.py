@@ -8,7 +8,7 @@ those of a process that does nothing else.
 """
 
 import sys
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Literal
@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder, ModelConfig, State
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import EOS, Vocabulary
@@ -49,7 +49,7 @@ class Timed(State):
         return Timed(self.state.select(rows), self.words[rows], self.said)
 
 
-class EndsLikePeople(Decoder):
+class EndsLikePeople(RecurrentDecoder):
     """An untrained decoder that ends its captions after as many words as people's have, by a number a photo."""
 
     def __init__(self, decoder: Decoder) -> None:
@@ -61,7 +61,7 @@ class EndsLikePeople(Decoder):
         words = (MEAN + DEVIATION * features[:, 0, 0]).round().clamp(2, 30)
         return Timed(self.decoder.start(features), words, 0)
 
-    def advance(self, state: State, words: Tensor) -> tuple[Tensor, State]:
+    def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, State]:
         """Is not asked for by decoding."""
         raise NotImplementedError
 
@@ -156,7 +156,8 @@ def main() -> None:
         captioners = {"merge": made_up("merge"), "attention": made_up("attention")}
     else:
         captioner = Captioner.load(find_bundle(arguments.model))
-        captioners = {str(captioner.model.decoder): captioner}
+        assert isinstance(captioner.model, ModelConfig), "an ensemble"
+        captioners = {captioner.model.decoder: captioner}
     width = arguments.beam_width
     settings = {name: getattr(arguments, name) for name in ("model", "photos", "one_by_one", "beam_width")}
     record = bench.Record("decoding", "captions", device, settings)

@@ -25,7 +25,7 @@ import torch
 from torch import Tensor, nn
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import CaptionBatches
 from capexp.data.cache import Features
@@ -70,6 +70,7 @@ class Task:
         """An epoch of the project's own loop."""
         config = TrainingConfig(precision=precision)
         decoder = self.captioner().decoder.to(self.device)
+        assert isinstance(decoder, RecurrentDecoder)
         learnt = [value for value in decoder.parameters() if value.requires_grad]
         optimizer = torch.optim.AdamW(learnt, lr=1e-3, eps=1e-7, weight_decay=0.0, fused=True)
 

@@ -167,8 +167,9 @@ def test_a_photo_gets_the_caption_that_the_command_prints_and_alternatives(
 
 
 @pytest.mark.slow
+@pytest.mark.parametrize("seeds", [(1,), (1, 2)], ids=["alone", "ensemble"])
 def test_of_an_attention_captioner_the_page_shows_where_it_looked_at_each_word(
-    vgg16: Path, chromium: Chrome, scenes: Path, tmp_path: Path
+    vgg16: Path, chromium: Chrome, scenes: Path, tmp_path: Path, seeds: tuple[int, ...]
 ) -> None:
     """Its weights are the first ones: where it looks means nothing, what the page shows of it is the same."""
     overrides = {
@@ -179,7 +180,10 @@ def test_of_an_attention_captioner_the_page_shows_where_it_looked_at_each_word(
     train = read_splits(experiment.captions, ("train",))["train"]
     words = build_vocabulary((text for photo in train.references for text in photo), experiment.vocabulary)
     encoder = load_encoder(experiment.features)
-    captioner = Captioner.fresh(experiment.model, words, encoder.identity, experiment.decoding, seed=1)
+    captioners = [
+        Captioner.fresh(experiment.model, words, encoder.identity, experiment.decoding, seed) for seed in seeds
+    ]
+    captioner = captioners[0] if len(seeds) == 1 else Captioner.ensemble(captioners, experiment.decoding)
     bundle = captioner.save(tmp_path / "bundle", encoder.weights())
     with serving(bundle) as address:
         chromium.get(address)

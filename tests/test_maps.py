@@ -32,5 +32,5 @@ def test_a_captioner_that_looks_at_no_places_is_refused() -> None:
     identity = EncoderIdentity("conv5_3", "mean", net.mean, net.std, "0" * 64, "none")
     words = Vocabulary(("dog",), "standard", "token")
     captioner = Captioner.fresh(ModelConfig(embedding_size=4, lstm_units=4), words, identity, DecodingConfig(), 1)
-    with pytest.raises(InputError, match=r"--maps.*'merge'"):
+    with pytest.raises(InputError, match=r"--maps.*as a whole.*'attention'"):
         refuse_blind(captioner)

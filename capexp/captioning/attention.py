@@ -11,7 +11,7 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State, normalize
 from capexp.captioning.dropout import Dropout
 from capexp.captioning.recurrent_linear import RecurrentLinear
 from capexp.captioning.vocabulary_layer import VocabularyLayer
@@ -80,7 +80,7 @@ class AttentionState(State):
         )
 
 
-class AttentionDecoder(Decoder):
+class AttentionDecoder(RecurrentDecoder):
     """Two LSTMs over a grid of features (Anderson et al., "Bottom-up and top-down attention", CVPR 2018).
 
     The attention LSTM reads the word, the whole photo and what the language LSTM has said, and from its output the
@@ -90,7 +90,8 @@ class AttentionDecoder(Decoder):
 
     def __init__(self, config: ModelConfig, features: tuple[int, int], vocabulary_size: int) -> None:
         super().__init__()
-        _, size = features
+        positions, size = features
+        self.looks = positions > 1
         units = config.lstm_units
         self.units = units
         self.photo_norm = config.photo_norm
@@ -158,14 +159,15 @@ class AttentionDecoder(Decoder):
         return self.output_dropout(torch.cat(outputs)), state
 
     @torch.inference_mode()
-    def look_back(self, features: Tensor, words: list[int]) -> Tensor:
-        """Where one photo, of features ``(1, P, F)``, was looked at for each of a caption's words: ``(T, P)``."""
+    def look_back(self, features: Tensor, words: Tensor) -> Tensor:
+        """Where each photo was looked at for each word, as :meth:`Decoder.look_back`."""
         self.eval()
         state, weights = self.start(features), []
-        for word in [BOS, *words[:-1]]:
-            _, state = self.read(state, torch.tensor([word], device=features.device), [1])
+        read = torch.cat([torch.full_like(words[:, :1], BOS), words[:, :-1]], 1)  # (N, T)
+        for step in range(words.shape[1]):
+            _, state = self.read(state, read[:, step], [len(words)])
             weights.append(state.weights)
-        return torch.cat(weights)
+        return torch.stack(weights, 1)
 
 
 def _lstm(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:

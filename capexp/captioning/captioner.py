@@ -3,12 +3,15 @@
 A bundle is a folder: ``captioner.json`` (model and decoding settings, encoder identity, what it was trained
 to), ``vocabulary.json``, ``decoder.safetensors``, where it travels alone ``encoder.safetensors`` (VGG16's
 layers that it needs, float16), and ``manifest.json`` with the format's version and the SHA-256 of each.
+That of an ensemble holds the settings of each member's model, and the weights of all of them.
 """
 
 import hashlib
 import json
+import math
 import os
 import shutil
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Literal, TypeVar
@@ -19,17 +22,20 @@ from numpy.typing import NDArray
 from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
+from torch import nn
 
-from capexp.captioning.decoder import Decoder, ModelConfig
+from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig, decode
+from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, Encoder, EncoderIdentity, FeaturesConfig, State, load_encoder
 from capexp.data.files import sync, writing
 from capexp.data.photos import read_photo, squash
-from capexp.data.vocabulary import Vocabulary
+from capexp.data.vocabulary import PAD, Vocabulary
 
-FORMAT_VERSION = 1
+FORMAT_VERSIONS = (1, 2)
+"""Of bundles: 1 holds one decoder, and 2, which a capexp that knows no ensembles refuses, those of an ensemble."""
 
 _MANIFEST = "manifest.json"
 _SETTINGS = "captioner.json"
@@ -59,8 +65,9 @@ class TrainingRecord(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    epoch: int
-    train_loss: float
+    epoch: int | None
+    """None of an ensemble, which is not trained as one; so is the train loss."""
+    train_loss: float | None
     dev_loss: float
     dev_digest: str = ""
 
@@ -68,7 +75,7 @@ class TrainingRecord(BaseModel):
 class _Settings(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    model: ModelConfig
+    model: ModelConfig | tuple[ModelConfig, ...]
     decoding: DecodingConfig
     encoder: EncoderIdentity
     training: TrainingRecord | None
@@ -77,7 +84,7 @@ class _Settings(BaseModel):
 class _Manifest(BaseModel):
     model_config = ConfigDict(extra="forbid")
 
-    format_version: Literal[1]
+    format_version: Literal[1, 2]
     sha256: dict[str, str]
 
 
@@ -86,7 +93,7 @@ class Captioner:
 
     def __init__(
         self,
-        model: ModelConfig,
+        model: ModelConfig | tuple[ModelConfig, ...],
         decoder: Decoder,
         vocabulary: Vocabulary,
         encoder: EncoderIdentity,
@@ -117,10 +124,42 @@ class Captioner:
             decoder = build_decoder(model, encoder.shape, len(vocabulary))
         return cls(model, decoder, vocabulary, encoder, decoding)
 
+    @classmethod
+    def ensemble(cls, members: Sequence["Captioner"], decoding: DecodingConfig) -> "Captioner":
+        """Captioners that say a caption together; they stay as they are, and share their decoders with it.
+
+        Raises:
+            InputError: they have other words or features than the first.
+        """
+        first = members[0]
+        for number, member in enumerate(members[1:], start=2):
+            if member.vocabulary.digest() != first.vocabulary.digest():
+                raise InputError(
+                    f"member {number} of the ensemble has another vocabulary ({member.vocabulary.digest()[:12]}) than "
+                    f"the first ({first.vocabulary.digest()[:12]}); take members with the same"
+                )
+            if member.encoder_identity.key() != first.encoder_identity.key():
+                raise InputError(
+                    f"member {number} of the ensemble takes features of {member.encoder_identity}, the first those of "
+                    f"{first.encoder_identity}; take members with the same"
+                )
+        models, decoders = [], []
+        for member in members:
+            assert isinstance(member.model, ModelConfig) and isinstance(member.decoder, RecurrentDecoder)
+            models.append(member.model)
+            decoders.append(member.decoder)
+        return cls(tuple(models), Ensemble(decoders), first.vocabulary, first.encoder_identity, decoding)
+
     @property
     def device(self) -> torch.device:
         """Where the decoder is."""
         return next(self.decoder.parameters()).device
+
+    def describe(self) -> str:
+        """Which one of its experiment's it is, in words."""
+        if isinstance(self.model, tuple):
+            return f"the ensemble of {len(self.model)} captioners"
+        return "a fresh captioner" if self.training is None else f"the captioner of epoch {self.training.epoch}"
 
     def digest(self) -> str:
         """Hexadecimal SHA-256 of the decoder's weights and what is needed to read them."""
@@ -162,6 +201,27 @@ class Captioner:
                 best, *others = [Caption(self.vocabulary.decode(h.tokens), h.log_probability) for h in hypotheses]
                 captions.append(replace(best, alternatives=tuple(others)))
         return captions
+
+    def look_back(self, features: NDArray[np.float16], captions: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Where it looks as it says each word of a photo's caption: ``(T, side, side)`` of each, of those it can say.
+
+        From features ``(B, P, F)``. At each word the weights sum to 1; of an ensemble they are the mean of those of
+        the members that look.
+        """
+        assert self.decoder.looks
+        words = [torch.tensor(self.vocabulary.encode(caption), dtype=torch.long) for caption in captions]
+        side = math.isqrt(self.encoder_identity.shape[0])
+        maps: list[NDArray[np.float32]] = []
+        for start in range(0, len(words), _DECODED):
+            some = words[start : start + _DECODED]
+            padded = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=PAD).to(self.device)
+            part = torch.from_numpy(features[start : start + _DECODED]).float().to(self.device)
+            if padded.shape[1] == 0:  # nothing but captions without words
+                maps += [np.empty((0, side, side), np.float32)] * len(some)
+                continue
+            looked = self.decoder.look_back(part, padded).float().cpu().numpy()  # (N, T, P)
+            maps += [one[: len(said)].reshape(-1, side, side) for one, said in zip(looked, some, strict=True)]
+        return maps
 
     def caption_photos(
         self, photos: list[Path | bytes], decoding: DecodingConfig | None = None
@@ -221,7 +281,7 @@ class Captioner:
         if encoder is not None:
             save_file(_contiguous(encoder), folder / _ENCODER)
         digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-        manifest = {"format_version": FORMAT_VERSION, "sha256": digests}
+        manifest = {"format_version": 2 if isinstance(self.model, tuple) else 1, "sha256": digests}
         (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
         for path in folder.iterdir():
             sync(path)
@@ -290,7 +350,8 @@ def _parse(kind: type[M], path: Path) -> M:
         where = ".".join(str(part) for part in first["loc"])
         if where == "format_version":
             raise InputError(
-                f"{path}: format_version {first['input']} is unknown to this capexp, which reads {FORMAT_VERSION}; "
+                f"{path}: format_version {first['input']} is unknown to this capexp, which reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
                 "install the version that wrote it"
             ) from None
         raise InputError(f"{path}: {where or 'content'}: {first['msg']}; copy the bundle again") from None

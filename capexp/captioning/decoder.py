@@ -47,15 +47,56 @@ class State(ABC):
 
 
 class Decoder(nn.Module, ABC):
-    """A decoder: ``start`` and ``read`` are its own, the rest follows from them."""
+    """A decoder: what decoding, scoring and training need of it."""
 
-    embedding: nn.Embedding
-    vocabulary: VocabularyLayer
-    """From the output of a step to the logits of the next word."""
+    looks: bool = False
+    """Whether it looks at places of the photo, so that :meth:`look_back` can tell where."""
 
     @abstractmethod
     def start(self, features: Tensor) -> State:
         """The state before the first word, of a caption a photo, from features ``(N, P, F)``."""
+
+    @abstractmethod
+    def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
+        """Reads one more word ``(B,)`` of each caption and gives the logits ``(B, V)`` of the next."""
+
+    @abstractmethod
+    def forward(
+        self, features: Tensor, inputs: Tensor, where: Tensor | None = None, photos: Tensor | None = None
+    ) -> Tensor:
+        """Teacher forcing: the logits at each step of inputs ``(B, T)``, PAD behind the shorter ones: ``(B, T, V)``.
+
+        Caption i is of the photo in row ``photos[i]`` of the features, in row i where ``photos`` is None. With a mask
+        ``where`` ``(B, T)``, only the steps it marks pass the vocabulary layer, the largest by far: ``(M, V)``.
+        """
+
+    @abstractmethod
+    def cross_entropy(
+        self, features: Tensor, photos: Tensor | None, words: Tensor, targets: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """What targets ``(M,)`` cost after packed words ``(M,)``, in nats, the mean over targets.
+
+        ``photos`` is as in :meth:`forward`.
+        """
+
+    def look_back(self, features: Tensor, words: Tensor) -> Tensor:
+        """Where each photo, of features ``(N, P, F)``, was looked at for each of its caption's words ``(N, T)``.
+
+        ``(N, T, P)``, without meaning where a caption has ended, in PAD. Only of a decoder that looks.
+        """
+        raise NotImplementedError
+
+    def parameter_count(self) -> int:
+        """Trainable parameters."""
+        return sum(value.numel() for value in self.parameters() if value.requires_grad)
+
+
+class RecurrentDecoder(Decoder):
+    """A decoder of one network: ``start`` and ``read`` are its own, the rest follows from them."""
+
+    embedding: nn.Embedding
+    vocabulary: VocabularyLayer
+    """From the output of a step to the logits of the next word."""
 
     @abstractmethod
     def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, State]:
@@ -67,10 +108,16 @@ class Decoder(nn.Module, ABC):
     def outputs(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
         """Teacher forcing: the outputs before the vocabulary layer after each of packed words ``(M,)``: ``(M, H)``.
 
-        Caption i is of the photo in row ``photos[i]`` of the features, in row i where ``photos`` is None.
+        ``photos`` is as in :meth:`forward`.
         """
         state = self.start(features)
         return self.read(state if photos is None else state.select(photos), words, counts)[0]
+
+    def cross_entropy(
+        self, features: Tensor, photos: Tensor | None, words: Tensor, targets: Tensor, counts: Sequence[int]
+    ) -> Tensor:
+        """What targets cost, as :meth:`Decoder.cross_entropy`."""
+        return self.vocabulary.cross_entropy(self.outputs(features, photos, words, counts), targets)[0]
 
     def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
         """Reads one more word ``(B,)`` of each caption and gives the logits ``(B, V)`` of the next."""
@@ -90,19 +137,11 @@ class Decoder(nn.Module, ABC):
     def forward(
         self, features: Tensor, inputs: Tensor, where: Tensor | None = None, photos: Tensor | None = None
     ) -> Tensor:
-        """Teacher forcing: the logits at each step of inputs ``(B, T)``, PAD behind the shorter ones: ``(B, T, V)``.
-
-        ``photos`` is as in :meth:`outputs`. With a mask ``where`` ``(B, T)``, only the steps it marks pass the
-        vocabulary layer, the largest by far: ``(M, V)``.
-        """
+        """The logits at each step of captions, as :meth:`Decoder.forward`."""
         state = self.start(features)
         outputs, _ = self.advance(state if photos is None else state.select(photos), inputs)
         logits: Tensor = self.vocabulary(outputs if where is None else outputs[where])
         return logits
-
-    def parameter_count(self) -> int:
-        """Trainable parameters."""
-        return sum(value.numel() for value in self.parameters() if value.requires_grad)
 
 
 @dataclass(frozen=True)

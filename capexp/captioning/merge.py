@@ -10,7 +10,7 @@ import torch
 from torch import Tensor, nn
 
 from capexp.captioning import lstm
-from capexp.captioning.decoder import Decoder, ModelConfig, State, normalize
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State, normalize
 from capexp.captioning.dropout import Dropout
 from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.errors import InputError
@@ -30,7 +30,7 @@ class MergeState(State):
         return MergeState(self.photo[rows], self.hidden[rows], self.cell[rows])
 
 
-class MergeDecoder(Decoder):
+class MergeDecoder(RecurrentDecoder):
     """The merge model (Tanti, Gatt and Camilleri, 2018), with the layers of the Flickr8k tutorial.
 
     The LSTM reads words only; the photo, made as wide as the LSTM's output, is added to it afterwards. So one

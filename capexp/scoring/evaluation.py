@@ -50,10 +50,9 @@ def cross_entropy(decoder: Decoder, batches: Iterable[Batch]) -> Loss:
     total, targets = 0.0, 0
     for batch in batches:
         here = batch.to(device)
-        outputs = decoder.outputs(here.features, here.photos, here.words, here.counts)  # (M, H)
-        nats, _ = decoder.vocabulary.cross_entropy(outputs, here.targets)
-        total += float(nats) * len(outputs)
-        targets += len(outputs)
+        nats = decoder.cross_entropy(here.features, here.photos, here.words, here.targets, here.counts)
+        total += float(nats) * len(here.targets)
+        targets += len(here.targets)
     return Loss(total, targets)
 
 

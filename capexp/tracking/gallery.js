@@ -58,6 +58,62 @@
     find("count").textContent = `${found.length} of ${held.length} photos`;
   };
 
+  // Where the captioner looked: a caption's words become buttons, and the photo stays lit where each was looked for.
+  const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
+
+  const darken = (canvas, levels, side) => {
+    const grid = new ImageData(side, side); // black, the less of it the brighter a place is
+    levels.forEach((level, place) => (grid.data[4 * place + 3] = 255 * 0.85 * (1 - level / 63)));
+    const small = Object.assign(document.createElement("canvas"), { width: side, height: side });
+    small.getContext("2d").putImageData(grid, 0, 0);
+    const context = canvas.getContext("2d");
+    context.imageSmoothingQuality = "high";
+    context.clearRect(0, 0, canvas.width, canvas.height);
+    context.drawImage(small, 0, 0, canvas.width, canvas.height);
+  };
+
+  const tellWords = (article) => {
+    const photo = article.querySelector("img");
+    const heading = article.querySelector("h2");
+    const levels = Array.from(article.dataset.looked, (digit) => digits.indexOf(digit));
+    const words = heading.textContent.split(" ");
+    const places = levels.length / words.length;
+    const side = Math.sqrt(places);
+    const size = { width: photo.getAttribute("width"), height: photo.getAttribute("height") };
+    const canvas = Object.assign(document.createElement("canvas"), size);
+    canvas.hidden = true;
+    photo.after(canvas);
+    let kept = null; // the word that was tapped, pressed or is in focus
+    const show = (at) => {
+      canvas.hidden = at === null;
+      buttons.forEach((button, place) => button.setAttribute("aria-pressed", place === at));
+      if (at !== null) darken(canvas, levels.slice(at * places, (at + 1) * places), side);
+    };
+    const keep = (at) => show((kept = at));
+    const buttons = words.map((word, at) => {
+      const button = Object.assign(document.createElement("button"), { type: "button", textContent: word });
+      button.tabIndex = at === 0 ? 0 : -1; // a caption is one stop of the Tab key
+      button.addEventListener("pointerenter", (event) => event.pointerType === "mouse" && show(at));
+      button.addEventListener("pointerleave", (event) => event.pointerType === "mouse" && show(kept));
+      button.addEventListener("focus", () => button.matches(":focus-visible") && keep(at));
+      button.addEventListener("blur", () => keep(null));
+      button.addEventListener("click", () => keep(kept === at ? null : at));
+      return button;
+    });
+    heading.addEventListener("keydown", (event) => {
+      const at = buttons.indexOf(document.activeElement);
+      const to = { ArrowLeft: at - 1, ArrowRight: at + 1, Home: 0, End: buttons.length - 1 }[event.key];
+      if (event.key === "Escape") keep(null);
+      if (at < 0 || !buttons[to]) return;
+      event.preventDefault();
+      buttons[at].tabIndex = -1;
+      buttons[to].tabIndex = 0;
+      buttons[to].focus({ focusVisible: true });
+    });
+    heading.replaceChildren(...buttons.flatMap((button, at) => (at ? [" ", button] : [button])));
+  };
+  main.querySelectorAll("article[data-looked]:not([data-looked=''])").forEach(tellWords);
+
   find("controls").addEventListener("input", update);
   for (const id of ["order", "score"]) find(id).addEventListener("change", update); // what WebDriver fires alone
   find("clear").addEventListener("click", () => {

@@ -11,11 +11,14 @@ import hashlib
 import html
 import io
 import random
-from collections.abc import Sequence
+import string
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from string import Template
 
+import numpy as np
+from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.captioning.captioner import Caption
@@ -30,6 +33,12 @@ _WORST = 60
 _RANDOM = 120
 _SIDE = 224  # pixels, the longer side of an inlined photo
 _QUALITY = 75  # of its JPEG
+_PLACES = 7  # in a row of a map, at most
+_DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+
+Maps = NDArray[np.float32]
+"""Where a captioner looked at each word: ``(T, side, side)``."""
+_NONE: Mapping[int, Maps] = {}
 
 
 @dataclass(frozen=True)
@@ -51,7 +60,8 @@ class Heading:
     """What stands above the photos: whose captions these are, and what they are worth."""
 
     experiment: str
-    epoch: int
+    captioner: str
+    """Which one of the experiment's."""
     split: str
     decoding: str
     loss: float
@@ -109,8 +119,13 @@ def choose(cards: Sequence[Card], seed: int) -> Choice:
     return Choice(tuple(best), tuple(worst), tuple(drawn), tuple(shown))
 
 
-def write_gallery(cards: Sequence[Card], choice: Choice, heading: Heading, seed: int, path: Path) -> Path:
+def write_gallery(
+    cards: Sequence[Card], choice: Choice, heading: Heading, seed: int, path: Path, looked: Mapping[int, Maps] = _NONE
+) -> Path:
     """The page; its photos are small JPEGs made anew, so none of the originals' metadata is carried over.
+
+    ``looked`` holds, by a card's place, where the captioner looked as it said each word: the page shows it word by
+    word, where its script runs.
 
     Raises:
         InputError: a photo cannot be read any more, or the file cannot be written.
@@ -122,7 +137,7 @@ def write_gallery(cards: Sequence[Card], choice: Choice, heading: Heading, seed:
         script=script,
         script_hash=_hash(script),
         experiment=html.escape(heading.experiment),
-        epoch=heading.epoch,
+        captioner=html.escape(heading.captioner),
         split=html.escape(heading.split),
         decoding=html.escape(heading.decoding),
         loss=f"{heading.loss:.3f}",
@@ -134,7 +149,8 @@ def write_gallery(cards: Sequence[Card], choice: Choice, heading: Heading, seed:
         worst=len(choice.worst),
         random=len(choice.random),
         all=len(choice.shown),
-        cards="\n".join(_card(cards[place], place, choice) for place in choice.shown),
+        looked="" if looked else "hidden",
+        cards="\n".join(_card(cards[place], place, choice, looked.get(place)) for place in choice.shown),
     )
     return write_whole(path, page)
 
@@ -166,13 +182,14 @@ def _score_rows(scores: CaptionScores, seed: int) -> str:
     )
 
 
-def _card(card: Card, place: int, choice: Choice) -> str:
+def _card(card: Card, place: int, choice: Choice, maps: Maps | None) -> str:
     """One card's markup: its numbers for the script in ``data-`` attributes, its words as text."""
     image, width, height = _inlined(card.photo)
     references = "".join(f'<li dir="auto">{html.escape(reference)}</li>' for reference in card.references)
     views = [view for view in ("best", "worst") if place in getattr(choice, view)]
     drawn = f' data-drawn="{choice.random.index(place)}"' if place in choice.random else ""
-    return f"""<article data-views="{" ".join(views)}"{drawn} data-cider="{card.cider:.4f}" \
+    looked = "" if maps is None else f' data-looked="{_coarse(maps)}"'
+    return f"""<article data-views="{" ".join(views)}"{drawn}{looked} data-cider="{card.cider:.4f}" \
 data-rouge-l="{card.rouge_l:.4f}" data-log-probability="{card.log_probability:.4f}">
 <img src="{image}" width="{width}" height="{height}" alt="{html.escape(card.references[0])}">
 <h2 dir="auto">{html.escape(card.caption) or "(no words)"}</h2>
@@ -181,6 +198,17 @@ data-rouge-l="{card.rouge_l:.4f}" data-log-probability="{card.log_probability:.4
 <div><dt>log-probability</dt><dd>{card.log_probability:.2f}</dd></div></dl>
 <p dir="auto">{html.escape(card.name)}</p>
 </article>"""
+
+
+def _coarse(maps: Maps) -> str:
+    """Maps ``(T, side, side)`` as text: word after word, row after row, a digit of base64 a place, 63 at the brightest.
+
+    Those of a large grid are averaged over places of 2x2, as often as it takes: a page of photos stays one of photos.
+    """
+    while (side := maps.shape[1]) > _PLACES and side % 2 == 0:
+        maps = maps.reshape(len(maps), side // 2, 2, side // 2, 2).mean((2, 4))
+    lit = maps / maps.max((1, 2), keepdims=True, initial=1e-9)
+    return "".join(_DIGITS[level] for level in (lit * 63).round().astype(int).flat)
 
 
 def _inlined(photo: Path) -> tuple[str, int, int]:

@@ -37,6 +37,15 @@ class Input:
     digest: str
 
 
+@dataclass(frozen=True)
+class FoundRun:
+    """A run that is there already."""
+
+    run_id: str
+    is_finished: bool
+    tags: Mapping[str, str]
+
+
 class TrackedRun:
     """What the project logs to one run. Logging the same again changes nothing."""
 
@@ -156,6 +165,17 @@ def nested_runs(parent: str, condition: str | None = None) -> list[Run]:
         return []
     under = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
     return list(client.search_runs([run.info.experiment_id], under, max_results=1000))
+
+
+def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun]:
+    """All runs, in any experiment, that hold these params and tags, the newest first."""
+    conditions = [f"params.`{name}` = '{value}'" for name, value in params.items()]
+    conditions += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    client = MlflowClient()
+    with store_faults():
+        held = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(held, " and ".join(conditions), order_by=["attributes.start_time DESC"])
+    return [FoundRun(str(run.info.run_id), run.info.status == "FINISHED", dict(run.data.tags)) for run in runs]
 
 
 def adopted_run() -> str | None:

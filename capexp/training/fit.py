@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from capexp.captioning.captioner import Captioner, TrainingRecord
-from capexp.captioning.decoder import Decoder
+from capexp.captioning.decoder import RecurrentDecoder
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.errors import InputError
 from capexp.data.features import Precision, use_bfloat16
@@ -134,6 +134,7 @@ def fit(
         InputError: the loss is not finite any more, or the GPU's memory does not suffice.
     """
     decoder = captioner.decoder.to(device)
+    assert isinstance(decoder, RecurrentDecoder), "an ensemble is not trained as one"
     trained = copy.deepcopy(decoder) if config.average else decoder
     optimizer = torch.optim.AdamW(
         [value for value in trained.parameters() if value.requires_grad],
@@ -211,8 +212,8 @@ def is_finished(history: list[Epoch], config: TrainingConfig) -> bool:
 
 
 def train_epoch(
-    decoder: Decoder,
-    average: Decoder,
+    decoder: RecurrentDecoder,
+    average: RecurrentDecoder,
     optimizer: torch.optim.Optimizer,
     batches: CaptionBatches,
     config: TrainingConfig,
@@ -257,7 +258,7 @@ def train_epoch(
 
 
 @torch.no_grad()
-def _average(average: Decoder, decoder: Decoder, share: float, steps: int) -> None:
+def _average(average: RecurrentDecoder, decoder: RecurrentDecoder, share: float, steps: int) -> None:
     """Takes the weights after so many steps into their mean; the first steps, far off still, are soon forgotten."""
     share = min(share, (1 + steps) / (10 + steps))
     torch._foreach_lerp_(list(average.parameters()), list(decoder.parameters()), 1 - share)

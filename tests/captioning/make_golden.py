@@ -1,8 +1,8 @@
-"""Writes the golden bundle of the present format, once for each ``format_version``, and what it says.
+"""Writes the golden bundle of a format, once for each ``format_version``, and what it says.
 
     python tests/captioning/make_golden.py BUNDLE
 
-takes a captioner of the scenes and puts into ``golden-N/`` the bundle, features of dev pictures, and their captions.
+takes a captioner of the scenes and puts the bundle, features of dev pictures and their captions into ``golden-N/``.
 A bundle of an earlier format is never written again: it stands for those in users' hands.
 """
 
@@ -15,7 +15,7 @@ import numpy as np
 from safetensors.numpy import save_file
 
 from capexp import experiment as experiments
-from capexp.captioning.captioner import FORMAT_VERSION, Captioner
+from capexp.captioning.captioner import Captioner
 from capexp.preparation import prepare
 
 PHOTOS = 12
@@ -23,7 +23,8 @@ PHOTOS = 12
 
 def make(source: Path) -> Path:
     """Writes ``golden-N`` beside this file."""
-    golden = Path(__file__).with_name(f"golden-{FORMAT_VERSION}")
+    version = json.loads((source / "manifest.json").read_text(encoding="utf-8"))["format_version"]
+    golden = Path(__file__).with_name(f"golden-{version}")
     if golden.exists():
         sys.exit(f"{golden}: is there; the captions of a format in use must stay as they are")
     golden.mkdir()

@@ -5,7 +5,7 @@ import torch
 
 from capexp.captioning.attention import AttentionDecoder
 from capexp.captioning.decoder import ModelConfig
-from capexp.data.vocabulary import BOS
+from capexp.data.vocabulary import BOS, PAD
 
 V, P, F = 30, 6, 7
 
@@ -57,10 +57,11 @@ def test_the_grids_are_not_copied_for_the_captions_of_a_beam(decoder: AttentionD
 
 
 def test_looking_back_finds_the_weights_of_each_word(decoder: AttentionDecoder) -> None:
-    features, words = torch.rand(1, P, F), [5, 9, 7]
+    features, words = torch.rand(2, P, F), torch.tensor([[5, 9, 7], [8, 4, PAD]])
     looked = decoder.look_back(features, words)
-    assert looked.shape == (3, P)
-    state = decoder.start(features)
-    for row, word in zip(looked, [BOS, 5, 9], strict=True):
-        _, state = decoder.read(state, torch.tensor([word]), [1])
-        assert torch.equal(row, state.weights[0])
+    assert looked.shape == (2, 3, P)
+    for photo, caption in enumerate(([BOS, 5, 9], [BOS, 8])):
+        state = decoder.start(features[photo : photo + 1])
+        for row, word in zip(looked[photo], caption, strict=False):
+            _, state = decoder.read(state, torch.tensor([word]), [1])
+            torch.testing.assert_close(row, state.weights[0])

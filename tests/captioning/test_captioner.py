@@ -12,7 +12,7 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from capexp.captioning.captioner import FORMAT_VERSION, Caption, Captioner, TrainingRecord
+from capexp.captioning.captioner import FORMAT_VERSIONS, Caption, Captioner, TrainingRecord
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.errors import InputError
@@ -56,8 +56,60 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -
     torch.manual_seed(7)
     one, two, other = fresh(), fresh(), fresh(seed=2)
     assert torch.equal(torch.rand(3), expected)
-    assert torch.equal(one.decoder.vocabulary.weight, two.decoder.vocabulary.weight)
-    assert not torch.equal(one.decoder.vocabulary.weight, other.decoder.vocabulary.weight)
+    weights = [captioner.decoder.state_dict()["vocabulary.weight"] for captioner in (one, two, other)]
+    assert torch.equal(weights[0], weights[1])
+    assert not torch.equal(weights[0], weights[2])
+
+
+def together(*members: Captioner) -> Captioner:
+    ensemble = Captioner.ensemble(members, DecodingConfig(method="beam", beam_width=2, maximum_length=6))
+    ensemble.training = TrainingRecord(epoch=None, train_loss=None, dev_loss=3.5, dev_digest="d")
+    return ensemble
+
+
+def test_an_ensemble_is_whole_in_its_bundle_and_says_the_same_when_loaded(tmp_path: Path) -> None:
+    ensemble = together(*[fresh(seed=seed, attends=True) for seed in (1, 2, 3)])
+    bundle = ensemble.save(tmp_path / "bundle")
+    assert json.loads((bundle / "manifest.json").read_text())["format_version"] == 2
+    again = Captioner.load(bundle.rename(tmp_path / "elsewhere"))
+    features = np.random.default_rng(0).random((10, 49, 512)).astype(np.float16)
+    assert again.caption_features(features) == ensemble.caption_features(features)
+    assert (again.digest(), again.training, again.decoding) == (ensemble.digest(), ensemble.training, ensemble.decoding)
+    assert (
+        again.save(tmp_path / "copy").joinpath("manifest.json").read_bytes()
+        == (tmp_path / "elsewhere" / "manifest.json").read_bytes()
+    )
+
+
+def test_members_with_other_words_or_features_are_refused_in_one_line() -> None:
+    other = fresh(seed=2)
+    other.vocabulary = Vocabulary(("cat", *WORDS.words[1:]), "standard", "token")
+    for member, says in ((other, "another vocabulary"), (fresh(attends=True), "pool max2"), (fresh("0" * 64), "0000")):
+        with pytest.raises(InputError, match=rf"^member 3 of the ensemble .*{says}.*take members with the same$"):
+            together(fresh(), fresh(seed=2), member)
+
+
+def test_an_ensemble_looks_where_its_members_look_on_the_mean() -> None:
+    members = [fresh(seed=seed, attends=True) for seed in (1, 2)]
+    features = np.random.default_rng(0).random((3, 49, 512)).astype(np.float16)
+    said = ["a dog runs", "", "café"]
+    maps = together(*members).look_back(features, said)
+    assert [one.shape for one in maps] == [(3, 7, 7), (0, 7, 7), (1, 7, 7)]
+    apart = [member.look_back(features, said) for member in members]
+    for mean, one, two in zip(maps, *apart, strict=True):
+        np.testing.assert_allclose(mean, (one + two) / 2, rtol=1e-6)
+    assert together(*members).decoder.looks and not together(fresh(), fresh(seed=2)).decoder.looks
+
+
+def test_looking_back_at_many_photos_is_as_at_each_alone() -> None:
+    captioner = fresh(attends=True)
+    features = np.random.default_rng(0).random((4, 49, 512)).astype(np.float16)
+    said = ["runs", "a dog runs a dog", "", "dog café"]
+    for row, text, maps in zip(features, said, captioner.look_back(features, said), strict=True):
+        (alone,) = captioner.look_back(row[None], [text])
+        np.testing.assert_allclose(maps, alone, atol=1e-6)
+        np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
+    assert [maps.shape for maps in captioner.look_back(features[:2], ["", ""])] == [(0, 7, 7)] * 2
 
 
 FILES = ("captioner.json", "vocabulary.json", "decoder.safetensors", "manifest.json")
@@ -165,5 +217,8 @@ def test_bundles_of_every_format_ever_written_say_what_they_said(golden: Path) -
     assert len({text for text, _ in said}) == len(said) > 9, "captions that differ from photo to photo"
 
 
-def test_the_present_format_has_its_golden_bundle() -> None:
-    assert (Path(__file__).with_name(f"golden-{FORMAT_VERSION}") / "captions.json").is_file()
+def test_every_format_has_its_golden_bundle() -> None:
+    for version in FORMAT_VERSIONS:
+        golden = Path(__file__).with_name(f"golden-{version}")
+        assert (golden / "captions.json").is_file()
+        assert json.loads((golden / "bundle" / "manifest.json").read_text())["format_version"] == version

@@ -7,29 +7,39 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import Decoder, ModelConfig
+from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder, State
+from capexp.captioning.merge import MergeDecoder
 from capexp.captioning.model import build_decoder
 from capexp.data.vocabulary import BOS, PAD
 
 V, F = 30, 7
 POSITIONS = {"merge": 1, "attention": 6}
+MERGE = ModelConfig(decoder="merge", embedding_size=5, lstm_units=6, dropout=0.5)
+ATTENTION = ModelConfig(decoder="attention", embedding_size=5, lstm_units=6, attention_size=4, dropout=0.5)
+DECODERS: dict[str, tuple[ModelConfig | tuple[ModelConfig, ...], int]] = {
+    "merge": (MERGE, 1),
+    "attention": (ATTENTION, 6),
+    "ensemble": ((ATTENTION, ATTENTION.model_copy(update={"lstm_units": 7})), 6),
+    "ensemble of both": ((MERGE, ATTENTION), 1),
+}
+networks = pytest.mark.parametrize("decoder", POSITIONS, indirect=True)
 
 
-@pytest.fixture(params=POSITIONS)
+@pytest.fixture(params=DECODERS)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
-    return make(request.param)
-
-
-def make(name: Literal["merge", "attention"]) -> Decoder:
+    config, positions = DECODERS[request.param]
     torch.manual_seed(0)
-    small = ModelConfig(decoder=name, embedding_size=5, lstm_units=6, attention_size=4, dropout=0.5)
-    return build_decoder(small, (POSITIONS[name], F), V).eval()
+    return build_decoder(config, (positions, F), V).eval()
+
+
+def positions_of(decoder: Decoder) -> int:
+    networks = [module for module in decoder.modules() if isinstance(module, RecurrentDecoder)]
+    return 1 if any(isinstance(network, MergeDecoder) for network in networks) else 6
 
 
 def some_inputs(decoder: Decoder, captions: int = 4, steps: int = 9) -> tuple[Tensor, Tensor]:
     generator = torch.Generator().manual_seed(1)
-    positions = next(count for name, count in POSITIONS.items() if name in type(decoder).__name__.lower())
-    features = torch.rand(captions, positions, F, generator=generator)
+    features = torch.rand(captions, positions_of(decoder), F, generator=generator)
     inputs = torch.randint(3, V, (captions, steps), generator=generator)
     inputs[:, 0] = BOS
     return features, inputs
@@ -82,11 +92,26 @@ def test_step_by_step_equals_one_pass(decoder: Decoder) -> None:
 def test_a_selected_state_goes_on_as_the_captions_it_names(decoder: Decoder) -> None:
     """As beam search needs it: captions dropped, repeated and in another order, more than once."""
     features, inputs = some_inputs(decoder)
-    _, state = decoder.advance(decoder.start(features), inputs[:, :4])
+    state = read(decoder, decoder.start(features), inputs[:, :4])
     rows, again = torch.tensor([2, 0, 0, 3, 2, 2]), torch.tensor([5, 1, 0, 1])
-    _, selected = decoder.advance(state.select(rows), inputs[rows, 4:6])
+    selected = read(decoder, state.select(rows), inputs[rows, 4:6])
     logits, _ = decoder.step(selected.select(again), inputs[rows[again], 6])
     torch.testing.assert_close(logits, decoder(features, inputs)[rows[again], 6], rtol=1e-5, atol=1e-6)
+
+
+def read(decoder: Decoder, state: State, words: Tensor) -> State:
+    for step in words.unbind(1):
+        _, state = decoder.step(state, step)
+    return state
+
+
+@networks
+def test_several_words_are_read_as_one_by_one(decoder: Decoder) -> None:
+    assert isinstance(decoder, RecurrentDecoder)
+    features, inputs = some_inputs(decoder)
+    _, state = decoder.advance(decoder.start(features), inputs[:, :4])
+    logits, _ = decoder.step(state, inputs[:, 4])
+    torch.testing.assert_close(logits, decoder(features, inputs)[:, 4], rtol=1e-5, atol=1e-6)
 
 
 def test_captions_that_share_a_photo_are_as_with_a_copy_each(decoder: Decoder) -> None:
@@ -106,13 +131,17 @@ def test_only_marked_steps_pass_the_vocabulary_layer(decoder: Decoder) -> None:
     features, inputs = some_inputs(decoder)
     where = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(2)) < 0.5
     seen: list[int] = []
-    decoder.vocabulary.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].shape[0]))
+    networks = [module for module in decoder.modules() if isinstance(module, RecurrentDecoder)]
+    for network in networks:
+        network.vocabulary.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].shape[0]))
     logits = decoder(features, inputs, where)
-    assert seen == [int(where.sum())]
+    assert seen == [int(where.sum())] * len(networks)
     torch.testing.assert_close(logits, decoder(features, inputs)[where])
 
 
+@networks
 def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(decoder: Decoder) -> None:
+    assert isinstance(decoder, RecurrentDecoder)
     nn.init.zeros_(decoder.vocabulary.weight)
     nn.init.zeros_(decoder.vocabulary.bias)
     features, inputs = some_inputs(decoder)
@@ -120,9 +149,10 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(decoder: Decoder) -
     assert loss.item() == pytest.approx(math.log(V), abs=1e-6)
 
 
+@pytest.mark.parametrize("decoder", ["merge", "attention", "ensemble"], indirect=True)  # attention to one place is 1
 def test_every_weight_that_trains_has_a_gradient(decoder: Decoder) -> None:
     features, inputs = some_inputs(decoder)
-    decoder(features, inputs).logsumexp(2).sum().backward()
+    decoder(features, inputs).square().sum().backward()
     idle = [name for name, value in decoder.named_parameters() if value.requires_grad and not _moves(value)]
     assert not idle
 

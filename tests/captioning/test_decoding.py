@@ -7,7 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
-from capexp.captioning.decoder import Decoder, ModelConfig
+from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig, Hypothesis, decode
 from capexp.captioning.model import build_decoder
 from capexp.data.errors import InputError
@@ -31,7 +31,7 @@ POSITIONS = {"merge": 1, "attention": 3}
 kinds = pytest.mark.parametrize("kind", POSITIONS)
 
 
-def decoder_for(words: Vocabulary, seed: int = 0, sharp: float = 1.0, kind: Kind = "merge") -> Decoder:
+def decoder_for(words: Vocabulary, seed: int = 0, sharp: float = 1.0, kind: Kind = "merge") -> RecurrentDecoder:
     torch.manual_seed(seed)
     config = ModelConfig(decoder=kind, embedding_size=8, lstm_units=8)
     decoder = build_decoder(config, (POSITIONS[kind], 5), len(words)).eval()

@@ -10,14 +10,16 @@ import subprocess
 import sys
 import time
 import urllib.request
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 import mlflow
+import numpy as np
 import pytest
 from hypothesis import given, strategies as st
+from numpy.typing import NDArray
 from PIL import Image, ImageCms
 
 from capexp.captioning.captioner import Caption
@@ -28,6 +30,7 @@ from capexp.tracking.run import tracked_run
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
+    from selenium.webdriver.remote.webelement import WebElement
 
 HOSTILE = (
     "</script><script>document.title = 'run'</script>",
@@ -40,7 +43,13 @@ HOSTILE = (
 THINGS = ("dog", "cat", "house", "boat", "tree", "ball", "car", "bird", "fish", "kite", "horse", "lamp")
 
 
-def write(folder: Path, hypotheses: list[str], references: Sequence[tuple[str, ...]], names: list[str]) -> Path:
+def write(
+    folder: Path,
+    hypotheses: list[str],
+    references: Sequence[tuple[str, ...]],
+    names: list[str],
+    looked: Mapping[int, NDArray[np.float32]] | None = None,
+) -> Path:
     """A gallery of photos of random noise, all the same."""
     photo = io.BytesIO()
     Image.effect_noise((240, 180), 60).convert("RGB").save(photo, "JPEG")
@@ -50,8 +59,8 @@ def write(folder: Path, hypotheses: list[str], references: Sequence[tuple[str, .
     captions = [Caption(text, -1.0 - place) for place, text in enumerate(hypotheses)]
     scores = score_captions(captions, split, seed=1)
     cards = make_cards(captions, split, scores)
-    heading = Heading("one & two", 3, "dev", "greedy decoding", 1.25, 2.5, scores)
-    return write_gallery(cards, choose(cards, 1), heading, 1, folder / "captions.html")
+    heading = Heading("one & two", "the captioner of epoch 3", "dev", "greedy decoding", 1.25, 2.5, scores)
+    return write_gallery(cards, choose(cards, 1), heading, 1, folder / "captions.html", looked or {})
 
 
 @pytest.fixture
@@ -66,6 +75,165 @@ def page(tmp_path: Path) -> Path:
     return write(tmp_path, hypotheses, references, [f"{thing}.jpg" for thing in THINGS])
 
 
+WORDS = ("a", "dog", "stands", "there")
+
+
+def places(word: int) -> set[int]:
+    """The places, of seven in a row and column, where the captioner looked as it said a word: a corner each."""
+    return {place for place in range(49) if (place // 7 > 3, place % 7 > 3) == (word > 1, word % 2 == 1)}
+
+
+def looked(side: int = 7) -> NDArray[np.float32]:
+    coarse = np.array([[place in places(word) for place in range(49)] for word in range(4)], np.float32)
+    maps = coarse.reshape(4, 7, 7).repeat(side // 7, 1).repeat(side // 7, 2)
+    return np.asarray(maps / maps.sum((1, 2), keepdims=True), np.float32)
+
+
+@pytest.fixture
+def looking(tmp_path: Path) -> Path:
+    """Two photos, of which the captioner tells where it looked, and one without words."""
+    said = [" ".join(WORDS), "a cat stands there", ""]
+    maps = {0: looked(), 1: looked(14), 2: np.empty((0, 7, 7), np.float32)}
+    files = ["a.jpg", "b.jpg", "c.jpg"]
+    (tmp_path / "looking").mkdir()
+    page = write(tmp_path / "looking", said, [(text or "a bird", "one") for text in said], files, maps)
+    return page.rename(page.with_name("looking.html"))
+
+
+def lit(chromium: "Chrome", card: int = 0) -> set[int] | None:
+    """The places of a card's photo that are lit; None where all of it is as it is."""
+    alphas = chromium.execute_script(
+        """const canvas = document.querySelectorAll('article')[arguments[0]].querySelector('canvas');
+        if (canvas.hidden) return null;
+        const context = canvas.getContext('2d'), found = [];
+        for (let y = 0; y < 7; y++) for (let x = 0; x < 7; x++)
+          found.push(context.getImageData((x + .5) * canvas.width / 7, (y + .5) * canvas.height / 7, 1, 1).data[3]);
+        return found;""",
+        card,
+    )
+    if alphas is None:
+        return None
+    assert max(alphas) > 200 and min(alphas) < 10
+    return {place for place, alpha in enumerate(alphas) if alpha < 100}
+
+
+def word(chromium: "Chrome", number: int, card: int = 0) -> "WebElement":
+    return chromium.find_elements("css selector", "article")[card].find_elements("css selector", "h2 button")[number]
+
+
+def show_all(chromium: "Chrome", page: Path) -> None:
+    """All cards, in the order of their names."""
+    from selenium.webdriver.support.select import Select
+
+    chromium.get(page.as_uri())
+    choose_view(chromium, "all")
+    unfold(chromium)
+    Select(chromium.find_element("id", "order")).select_by_visible_text("file name")
+
+
+def test_where_it_looked_is_a_digit_a_place_and_large_grids_are_made_coarse(looking: Path, page: Path) -> None:
+    data = re.findall(r'data-looked="([^"]*)"', looking.read_text(encoding="utf-8"))
+    assert len(data) == 3 and data.count("") == 1
+    assert {len(one) for one in data} == {0, 4 * 49}, "49 places of each of four words, whatever the grid"
+    digits = "".join("/" if place in places(word) else "A" for word in range(4) for place in range(49))
+    assert {*data} == {"", digits}
+    assert 'data-looked="' not in page.read_text(encoding="utf-8")
+
+
+@pytest.mark.slow
+def test_a_word_pointed_at_lights_the_photo_where_it_was_looked_for(looking: Path, chromium: "Chrome") -> None:
+    from selenium.webdriver.common.action_chains import ActionChains
+
+    show_all(chromium, looking)
+    assert chromium.find_element("id", "hint").is_displayed()
+    assert [len(card.find_elements("css selector", "h2 button")) for card in cards_of(chromium)] == [4, 4, 0]
+    assert [card.find_element("tag name", "h2").text for card in cards_of(chromium)] == [
+        "a dog stands there", "a cat stands there", "(no words)",
+    ]  # fmt: skip
+    assert lit(chromium) is None
+    for number in (1, 3, 0):
+        ActionChains(chromium).move_to_element(word(chromium, number)).perform()
+        assert lit(chromium) == places(number)
+        assert lit(chromium, 1) is None, "the other photo is left alone"
+        assert word(chromium, number).get_attribute("aria-pressed") == "true"
+    ActionChains(chromium).move_to_element(word(chromium, 2, card=1)).perform()
+    assert (lit(chromium), lit(chromium, 1)) == (None, places(2))
+    canvas, photo = (
+        cards_of(chromium)[1].find_element("tag name", "canvas"),
+        cards_of(chromium)[1].find_element("tag name", "img"),
+    )
+    assert canvas.rect == photo.rect, "the light lies over the photo"
+    word(chromium, 1).click()
+    ActionChains(chromium).move_to_element(chromium.find_element("tag name", "h1")).perform()
+    assert lit(chromium) == places(1), "a word that was clicked stays"
+    word(chromium, 1).click()
+    ActionChains(chromium).move_to_element(chromium.find_element("tag name", "h1")).perform()
+    assert lit(chromium) is None
+    chromium.find_element("id", "search").send_keys("cat there")
+    assert names(chromium) == ["b"]
+    assert [said for said in complaints(chromium) if "getImageData" not in said] == [], "but for what the test reads"
+
+
+@pytest.mark.slow
+def test_by_keyboard_a_caption_is_one_stop_and_arrows_go_from_word_to_word(looking: Path, chromium: "Chrome") -> None:
+    from selenium.webdriver.common.keys import Keys
+
+    show_all(chromium, looking)
+    chromium.find_element("id", "most").send_keys(Keys.TAB)
+    reached = [chromium.switch_to.active_element.text]
+    assert lit(chromium) == places(0)
+    for key, number in (
+        (Keys.ARROW_RIGHT, 1),
+        (Keys.END, 3),
+        (Keys.ARROW_RIGHT, 3),
+        (Keys.ARROW_LEFT, 2),
+        (Keys.HOME, 0),
+    ):
+        chromium.switch_to.active_element.send_keys(key)
+        assert chromium.switch_to.active_element.text == WORDS[number]
+        assert lit(chromium) == places(number)
+    chromium.switch_to.active_element.send_keys(Keys.ARROW_RIGHT, Keys.ESCAPE)
+    assert lit(chromium) is None
+    chromium.switch_to.active_element.send_keys(Keys.TAB)
+    reached.append(chromium.switch_to.active_element.text)
+    assert reached == ["a", "a"]
+    assert (lit(chromium), lit(chromium, 1)) == (None, places(0)), "the next stop is the next caption"
+
+
+@pytest.mark.slow
+def test_on_a_phone_a_tap_lights_and_another_puts_out(looking: Path, chromium: "Chrome") -> None:
+    phone = {"width": 390, "height": 844, "deviceScaleFactor": 2, "mobile": True}
+    chromium.execute_cdp_cmd("Emulation.setDeviceMetricsOverride", phone)
+    chromium.execute_cdp_cmd("Emulation.setTouchEmulationEnabled", {"enabled": True})
+    show_all(chromium, looking)
+
+    def tap(number: int) -> None:
+        script = "arguments[0].scrollIntoView({block: 'center'}); const r = arguments[0].getBoundingClientRect();"
+        x, y = chromium.execute_script(
+            f"{script} return [r.x + r.width / 2, r.y + r.height / 2]", word(chromium, number)
+        )
+        for kind, points in (("touchStart", [{"x": x, "y": y}]), ("touchEnd", [])):
+            chromium.execute_cdp_cmd("Input.dispatchTouchEvent", {"type": kind, "touchPoints": points})
+
+    for number, expected in ((1, places(1)), (2, places(2)), (2, None)):
+        tap(number)
+        assert lit(chromium) == expected
+    assert chromium.execute_script("return document.documentElement.scrollWidth") == 390
+
+
+@pytest.mark.slow
+def test_without_javascript_captions_are_text(looking: Path, chromium: "Chrome") -> None:
+    chromium.execute_cdp_cmd("Emulation.setScriptExecutionDisabled", {"value": True})
+    chromium.get(looking.as_uri())
+    assert not chromium.find_elements("css selector", "h2 button")
+    assert not chromium.find_element("id", "hint").is_displayed()
+    assert "a dog stands there" in [card.find_element("tag name", "h2").text for card in cards_of(chromium)]
+
+
+def cards_of(chromium: "Chrome") -> "list[WebElement]":
+    return chromium.find_elements("tag name", "article")
+
+
 def test_the_page_stands_alone_and_carries_no_metadata(tmp_path: Path) -> None:
     exif = Image.Exif()
     exif[0x010E] = "where the photographer lives"
@@ -78,7 +246,7 @@ def test_the_page_stands_alone_and_carries_no_metadata(tmp_path: Path) -> None:
     captions = [Caption("a wall", -1.0)]
     scores = score_captions(captions, split, seed=1)
     cards = make_cards(captions, split, scores)
-    heading = Heading("walls", 3, "dev", "greedy decoding", 1.25, 2.5, scores)
+    heading = Heading("walls", "the captioner of epoch 3", "dev", "greedy decoding", 1.25, 2.5, scores)
     written = write_gallery(cards, choose(cards, 1), heading, 1, tmp_path / "captions.html").read_text(encoding="utf-8")
     assert not re.search(r"https?:|//[a-z]|url\(|@import|localStorage", written)
     (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', written)
@@ -295,8 +463,8 @@ def test_the_pages_policy_lets_no_other_script_and_no_address_in(page: Path, chr
 
 
 @pytest.mark.slow
-def test_mlflows_artifact_view_shows_it_and_its_search_works_there(
-    page: Path, chromium: "Chrome", monkeypatch: pytest.MonkeyPatch
+def test_mlflows_artifact_view_shows_it_and_its_search_and_light_work_there(
+    page: Path, looking: Path, chromium: "Chrome", monkeypatch: pytest.MonkeyPatch
 ) -> None:
     from selenium.webdriver.support.wait import WebDriverWait
 
@@ -306,6 +474,7 @@ def test_mlflows_artifact_view_shows_it_and_its_search_works_there(
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
     with tracked_run("gallery", "gallery") as tracked:
         tracked.log_artifact(page)
+        tracked.log_artifact(looking)
         experiment = mlflow.get_run(tracked.run_id).info.experiment_id
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
@@ -322,9 +491,8 @@ def test_mlflows_artifact_view_shows_it_and_its_search_works_there(
             with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
                 break
             time.sleep(0.5)
-        chromium.get(
-            f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{tracked.run_id}/artifacts/captions.html"
-        )
+        artifacts = f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{tracked.run_id}/artifacts"
+        chromium.get(f"{artifacts}/captions.html")
         wait = WebDriverWait(chromium, 90)
         frame = wait.until(lambda browser: browser.find_element("css selector", "iframe.mlflow-html-iframe"))
         assert frame.get_attribute("sandbox") == "allow-scripts"
@@ -336,6 +504,17 @@ def test_mlflows_artifact_view_shows_it_and_its_search_works_there(
         photo = chromium.find_element("css selector", "article:not([hidden]) img")
         wait.until(lambda _: photo.get_property("naturalWidth") == 224)
         assert "one & two" in chromium.find_element("tag name", "h1").text
+
+        chromium.switch_to.default_content()
+        chromium.get(f"{artifacts}/looking.html")
+        chromium.refresh()
+        frame = wait.until(lambda browser: browser.find_element("css selector", "iframe.mlflow-html-iframe"))
+        chromium.switch_to.frame(frame)
+        wait.until(lambda browser: browser.find_elements("css selector", "h2 button"))
+        choose_view(chromium, "all")
+        (first,) = [place for place, card in enumerate(cards_of(chromium)) if card.text.startswith("a dog")]
+        word(chromium, 2, card=first).click()
+        assert lit(chromium, first) == places(2)
     finally:
         os.killpg(server.pid, signal.SIGTERM)
         server.wait(timeout=30)

@@ -9,7 +9,7 @@ import pytest
 import torch
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.cache import Features
@@ -196,6 +196,7 @@ def test_improved_means_lower_than_all_before(tmp_path: Path) -> None:
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_tells_the_step(tmp_path: Path) -> None:
     task = Task(tmp_path)
     decoder = task.captioner.decoder
+    assert isinstance(decoder, RecurrentDecoder)
     with torch.no_grad():
         decoder.vocabulary.bias[5] = torch.inf
     before = decoder.vocabulary.weight.clone()

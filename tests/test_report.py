@@ -1,0 +1,60 @@
+"""What a run shows of its captioner."""
+
+import re
+from pathlib import Path
+
+import mlflow
+import numpy as np
+import pytest
+
+from capexp import experiment as experiments
+from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.data.cache import Features
+from capexp.preparation import Prepared, read
+from capexp.report import report
+from capexp.tracking.run import tracked_run
+
+
+@pytest.mark.slow
+def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    """On features drawn at random: fresh attention captioners together, and a map for each word that they say."""
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
+    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    small = {
+        "model.decoder": "attention",
+        "model.embedding_size": 16,
+        "model.lstm_units": 16,
+        "model.photo_norm": "none",
+    }
+    overrides = {**small, "features.pool": "none", "decoding.maximum_length": 6}
+    experiment = experiments.load(experiments.find("scenes"), overrides)
+    data = read(experiment)
+    generator = np.random.default_rng(1)
+    features = {
+        name: Features(
+            (40 * generator.random((40, 196, 512), np.float32)).astype(np.float16),
+            generator.integers(0, 40, len(split.photos)),
+        )
+        for name, split in data.splits.items()
+    }
+    prepared = Prepared(data.splits, features, data.vocabulary, data.encoder, data.decoder_parameters)
+    members = [
+        Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, seed) for seed in (1, 2)
+    ]
+    captioner = Captioner.ensemble(members, experiment.decoding)
+    captioner.training = TrainingRecord(epoch=None, train_loss=None, dev_loss=5.0, dev_digest="d")
+    with tracked_run("report", "report") as tracked:
+        measured, samples = report(tracked, experiment, prepared, captioner, {"dev_loss": 5.0}, tmp_path)
+        metrics = mlflow.get_run(tracked.run_id).data.metrics
+    assert metrics["dev_loss"] == 5.0 and metrics["dev_loss_blind"] == measured.blind.per_token
+    page = (tmp_path / "captions.html").read_text(encoding="utf-8")
+    cards = re.findall(r'data-looked="([^"]*)".*?<h2[^>]*>([^<]*)</h2>', page, re.DOTALL)
+    assert len(cards) == 100
+    assert [len(looked) for looked, _ in cards] == [
+        49 * (0 if said == "(no words)" else len(said.split())) for _, said in cards
+    ]
+    assert len({looked for looked, _ in cards}) > 10
+    assert len(samples) == 50
