@@ -9,11 +9,12 @@ from pathlib import Path
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner
+from capexp.data.errors import Unsent
 from capexp.data.files import write_whole, writing
 from capexp.experiment import Experiment
 from capexp.measurement import Measured, measure
 from capexp.preparation import Prepared
-from capexp.registration import encoder_weights, register
+from capexp.registration import encoder_weights, keep, register
 from capexp.run_folder import (
     CHECKPOINTS,
     DIFFERENT_ON_RESUME,
@@ -27,7 +28,6 @@ from capexp.run_folder import (
 )
 from capexp.scoring.evaluation import perplexity
 from capexp.search.trial import Pruned
-from capexp.tracking import registry
 from capexp.tracking.gallery import Card, Heading, choose, make_cards, write_gallery
 from capexp.tracking.plots import draw_histogram, draw_losses, draw_scores
 from capexp.tracking.registry import Version
@@ -87,14 +87,13 @@ def run(
             refuse_other_data(resume, prepared)
             stack.enter_context(alone(folder / resume))  # before the run's state is touched
         tracked = stack.enter_context(
-            tracked_run(name or experiment.name, experiment.name, resume=resume, parent=parent, tags=tags)
+            tracked_run(name or experiment.name, experiment.name, folder, resume=resume, parent=parent, tags=tags)
         )
         checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
         if resume is None:
             stack.enter_context(alone(checkpoints.folder))
         else:
             checkpoints.clear_parts()
-            registry.discard_unfinished(resume)
         settings = write_whole(checkpoints.folder / SETTINGS, experiment.to_toml())  # what a run is resumed by
         with _log_file(checkpoints.folder / "log.txt", tracked):
             log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, experiment.to_toml())
@@ -142,7 +141,7 @@ def run(
                 best = checkpoints.best()
                 if register_model and best is not None:
                     log.info("interrupted: logging the best captioner so far, %s", best.name)
-                    registry.log_captioner(tracked.run_id, Captioner.load(best), encoder, register_as=None)
+                    keep(tracked, Captioner.load(best), encoder)
                 raise
             bundle = _bundle(checkpoints)
             version = None
@@ -250,6 +249,8 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     root.addHandler(handler)
     try:
         yield
+    except Unsent:
+        raise
     except Exception:
         log.debug("the run has failed", exc_info=True)  # to the file alone: the command tells the user
         raise

@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -304,8 +305,8 @@ def test_mlflows_artifact_view_shows_it_and_its_search_works_there(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    with tracked_run("gallery", "gallery") as tracked:
-        tracked.log_artifact(page)
+    with tracked_run("gallery", "gallery", folder / "checkpoints") as tracked:
+        tracked.log_artifact(Path(shutil.copy(page, tracked.folder)))
         experiment = mlflow.get_run(tracked.run_id).info.experiment_id
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))
