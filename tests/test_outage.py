@@ -54,10 +54,11 @@ def journal_of(folder: Folder) -> list[dict[str, Any]]:
 
 
 def epochs_of(folder: Folder) -> int:
-    """How many epochs the journal holds."""
+    """How many epochs the journal holds; a resumed run logs those before it again."""
     if not list(folder.path.glob("checkpoints/*/journal.jsonl")):
         return 0
-    return sum('"dev_perplexity"' in json.dumps(line) for line in journal_of(folder))
+    logged = [entry["content"] for entry in journal_of(folder) if entry.get("kind") == "metrics"]
+    return len({step for content in logged for name, _, _, step in content if name == "dev_perplexity"})
 
 
 def assert_server_equals_journal(folder: Folder, status: str = "FINISHED") -> Run:
