@@ -13,7 +13,7 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
-USAGE, INTERRUPTED = 2, 130
+USAGE, UNSENT, INTERRUPTED = 2, 3, 130
 
 
 class Parser(argparse.ArgumentParser):
@@ -152,9 +152,11 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
             os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
         status = 1
     except (OSError, ValueError) as error:
-        from capexp.data.errors import InputError
+        from capexp.data.errors import InputError, Unsent
 
-        if isinstance(error, InputError):
+        if isinstance(error, Unsent):
+            status = _say(name, str(error), UNSENT)
+        elif isinstance(error, InputError):
             status = _say(name, str(error), USAGE)
         elif isinstance(error, OSError) and error.strerror:
             where = f"{error.filename}: " if error.filename else ""

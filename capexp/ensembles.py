@@ -72,11 +72,11 @@ def run_ensemble(
             run_folder.refuse_trained(run_folder.CHECKPOINTS)
         else:
             run_folder.refuse_other_data(resume, prepared)
-        tracked = stack.enter_context(tracked_run(experiment.name, experiment.name, resume=resume))
+        tracked = stack.enter_context(
+            tracked_run(experiment.name, experiment.name, run_folder.CHECKPOINTS, resume=resume)
+        )
         folder = run_folder.CHECKPOINTS / tracked.run_id
         stack.enter_context(run_folder.alone(folder))
-        if resume is not None:
-            registry.discard_unfinished(resume)
         settings = write_whole(folder / run_folder.SETTINGS, experiment.to_toml())
         stack.enter_context(runs.log_file(folder / "log.txt", tracked))
         runs.log_beginning(tracked, experiment, prepared, str(device), settings)
@@ -90,7 +90,8 @@ def run_ensemble(
             run_id, bundle = yield from _bundle_of(member, prepared, tracked.run_id)
             trained[f"{len(bundles) + 1}: {member_name(member)}"] = run_id
             bundles.append(bundle)
-        tracked.log_artifacts(folder / "members", "members")
+        for named in sorted((folder / "members").iterdir()):
+            tracked.log_artifact(named)
         tracked.set_tags({f"{MEMBER}_{place}": run_id for place, run_id in enumerate(trained.values(), start=1)})
         members = [Captioner.load(bundle, device) for bundle in bundles]
         captioner = Captioner.ensemble(members, experiment.decoding)

@@ -1,12 +1,16 @@
 """From a trained captioner to a registered version: its bundle, its card, its claim to be champion."""
 
 import logging
+import shutil
 import time
+from contextlib import suppress
+from dataclasses import asdict, dataclass, field
 from pathlib import Path
+from typing import Any
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner, TrainingRecord
-from capexp.data.errors import InputError
+from capexp.data.errors import InputError, Unsent
 from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment
 from capexp.measurement import Measured, measure
@@ -15,13 +19,26 @@ from capexp.preparation import Prepared
 from capexp.scoring.evaluation import SCORE_NAMES, perplexity
 from capexp.tracking import registry
 from capexp.tracking.registry import Version
-from capexp.tracking.run import TrackedRun, git_commit
+from capexp.tracking.run import PATIENCE, SHORT_PATIENCE, TrackedRun, git_commit
 from capexp.tracking.score import Score
 from capexp.tracking.store import undisturbed
 
 log = logging.getLogger(__name__)
 
+_BUNDLE = "bundle"  # in the run's folder, until the store has it
 _SETTING_LENGTH = 80  # of one on the card, which may hold 5,000 letters in all
+
+
+@dataclass(frozen=True)
+class Claim:
+    """What is to become of a captioner that lies in a run's folder: all that a later process needs to know."""
+
+    name: str | None
+    """Of the registered model; None where the captioner is only logged."""
+    card: str = ""
+    tags: dict[str, str] = field(default_factory=dict)
+    score: dict[str, Any] = field(default_factory=dict)
+    promote: bool = False
 
 
 def register(
@@ -36,28 +53,68 @@ def register(
     """Registers a captioner under its run, with its card and score, and moves ``champion`` if it earns it.
 
     The encoder's weights travel with it where they are given. An interrupt waits until all is done.
+
+    Raises:
+        Unsent: the server is away; it is to be done later.
     """
     assert captioner.training is not None
-    name = experiment.registry.model
-    with undisturbed():
-        number = registry.registered_version(name, tracked.run_id, captioner)
-        if number is None:
-            number = registry.log_captioner(tracked.run_id, captioner, encoder, register_as=name)
-            assert number is not None
-        score = Score(
-            experiment.registry.metric,
-            {"dev_loss": captioner.training.dev_loss, "dev_cider": measured.scores.summary["cider"]},
-            prepared.splits["dev"].digest(),
-            prepared.vocabulary.digest(),
-        )
-        card = _card(experiment, prepared, captioner.training, measured)
-        tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
-        registry.describe_version(name, number, captioner, card, tags)
-        version = registry.crown(name, number, score, force=promote)
-        said = {"registered_version": f"{name}/{number}", "champion": f"{version.champion}: {version.reason}"}
-        tracked.set_tags(said)
+    score = Score(
+        experiment.registry.metric,
+        {"dev_loss": captioner.training.dev_loss, "dev_cider": measured.scores.summary["cider"]},
+        prepared.splits["dev"].digest(),
+        prepared.vocabulary.digest(),
+    )
+    card = _card(experiment, prepared, captioner.training, measured)
+    tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
+    claim = Claim(experiment.registry.model, card, tags, asdict(score), promote)
+    version = _make(tracked, captioner, encoder, claim, PATIENCE)
+    assert version is not None
     log.debug("registered %s", version.describe())
     return version
+
+
+def keep(tracked: TrackedRun, captioner: Captioner, encoder: State | None) -> None:
+    """Logs the best captioner of a run that is interrupted, without registering it; now, or with what is sent later."""
+    with suppress(Unsent):  # which the run's end tells of
+        _make(tracked, captioner, encoder, Claim(None), SHORT_PATIENCE)
+
+
+def _make(
+    tracked: TrackedRun, captioner: Captioner, encoder: State | None, claim: Claim, patience: float
+) -> Version | None:
+    captioner.save(tracked.folder / _BUNDLE, encoder)
+    version = tracked.claim(asdict(claim), lambda: carry_out(tracked, claim), patience)
+    clear(tracked.folder)
+    return version
+
+
+def carry_out(tracked: TrackedRun, claim: Claim) -> Version | None:
+    """Does what is claimed of the bundle in the run's folder, in as far as it was not done before.
+
+    Raises:
+        InputError: the bundle is missing or damaged.
+    """
+    bundle = tracked.folder / _BUNDLE
+    captioner = Captioner.load(bundle)
+    version = None
+    with undisturbed():
+        if claim.name is None:
+            registry.log_captioner(tracked.run_id, bundle)
+        else:
+            number = registry.registered_version(claim.name, tracked.run_id, captioner)
+            if number is None:
+                model_id = registry.log_captioner(tracked.run_id, bundle)
+                number = registry.register_model(model_id, claim.name, captioner)
+            registry.describe_version(claim.name, number, captioner, claim.card, claim.tags)
+            version = registry.crown(claim.name, number, Score(**claim.score), force=claim.promote)
+            said = {"registered_version": f"{claim.name}/{number}", "champion": f"{version.champion}: {version.reason}"}
+            tracked.set_tags(said)
+    return version
+
+
+def clear(folder: Path) -> None:
+    """Deletes the bundle in a run's folder that waited for the store."""
+    shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
 
 
 def register_bundle(

@@ -8,10 +8,11 @@ from pathlib import Path
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner
+from capexp.data.errors import Unsent
 from capexp.data.files import write_whole, writing
 from capexp.experiment import Experiment
 from capexp.preparation import Prepared
-from capexp.registration import encoder_weights, register
+from capexp.registration import encoder_weights, keep, register
 from capexp.report import report
 from capexp.run_folder import (
     CHECKPOINTS,
@@ -26,7 +27,6 @@ from capexp.run_folder import (
 )
 from capexp.scoring.evaluation import perplexity
 from capexp.search.trial import Pruned
-from capexp.tracking import registry
 from capexp.tracking.gallery import Card
 from capexp.tracking.plots import draw_losses
 from capexp.tracking.registry import Version
@@ -86,14 +86,13 @@ def run(
             refuse_other_data(resume, prepared)
             stack.enter_context(alone(folder / resume))  # before the run's state is touched
         tracked = stack.enter_context(
-            tracked_run(name or experiment.name, experiment.name, resume=resume, parent=parent, tags=tags)
+            tracked_run(name or experiment.name, experiment.name, folder, resume=resume, parent=parent, tags=tags)
         )
         checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
         if resume is None:
             stack.enter_context(alone(checkpoints.folder))
         else:
             checkpoints.clear_parts()
-            registry.discard_unfinished(resume)
         settings = write_whole(checkpoints.folder / SETTINGS, experiment.to_toml())  # what a run is resumed by
         with log_file(checkpoints.folder / "log.txt", tracked):
             log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, experiment.to_toml())
@@ -145,7 +144,7 @@ def run(
                 held = checkpoints.best()
                 if register_model and held is not None:
                     log.info("interrupted: logging the best captioner so far, %s", held.name)
-                    registry.log_captioner(tracked.run_id, Captioner.load(held), encoder, register_as=None)
+                    keep(tracked, Captioner.load(held), encoder)
                 raise
             bundle = _bundle(checkpoints)
             version = None
@@ -220,6 +219,8 @@ def log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     root.addHandler(handler)
     try:
         yield
+    except Unsent:
+        raise
     except Exception:
         log.debug("the run has failed", exc_info=True)  # to the file alone: the command tells the user
         raise

@@ -14,7 +14,7 @@ from capexp.preparation import Prepared
 from capexp.registration import register_bundle
 from capexp.tracking.registry import Version
 from capexp.tracking.run import TrackedRun, nested_runs, run_tags, tracked_run
-from capexp.tracking.store import prepare_store
+from capexp.tracking.store import await_store, prepare_store
 from capexp.training.fit import Epoch
 
 log = logging.getLogger(__name__)
@@ -68,7 +68,7 @@ def run_seeds(
     else:
         run_folder.refuse_other_data(resume, prepared)
     name, tags = f"{experiment.name}, {count} seeds", {SEEDS: str(count)}
-    with tracked_run(name, experiment.name, resume=resume, tags=tags) as tracked:
+    with tracked_run(name, experiment.name, run_folder.CHECKPOINTS, resume=resume, tags=tags) as tracked:
         folder = run_folder.CHECKPOINTS / tracked.run_id
         with run_folder.alone(folder):
             write_whole(folder / run_folder.SETTINGS, experiment.to_toml())
@@ -79,6 +79,7 @@ def run_seeds(
             for seed in range(experiment.seed, experiment.seed + count):
                 one = experiments.replace(experiment, {"seed": seed})
                 held = begun.get(seed)
+                await_store()
                 if held is None or not run_folder.is_complete(held, one, folder):
                     epochs = runs.run(
                         one, prepared, resume=held, parent=tracked.run_id, name=f"{experiment.name}, seed {seed}",

@@ -28,7 +28,7 @@ from capexp.tracking.run import (
     run_tags,
     tracked_run,
 )
-from capexp.tracking.store import prepare_store
+from capexp.tracking.store import await_store, prepare_store
 from capexp.training.fit import Epoch
 
 TRIAL = "trial"
@@ -52,6 +52,7 @@ class Trials:
         Where other machines are at work too, the best captioner so far is put among its run's artifacts.
         """
         parents = self.study.parent_runs()
+        await_store()
         try:
             result = yield from runs.run(
                 experiments.replace(self.experiment, attempt.values),
@@ -149,7 +150,7 @@ def study_run(experiment: Experiment, prepared: Prepared, study: Study, name: st
             held = study.parent_runs()
             resume = held[0] if held and adopted_run() is None and run_tags(held[0]) else None
             stack.callback(leave)
-            tracked = stack.enter_context(tracked_run(name, experiment.name, resume=resume))
+            tracked = stack.enter_context(tracked_run(name, experiment.name, run_folder.CHECKPOINTS, resume=resume))
             study.nest_under(tracked.run_id)
         settings = experiment.model_dump(mode="json", exclude={"ensemble"})
         tracked.log_params({key: str(value) for key, value in experiments.flatten(settings)})

@@ -3,7 +3,6 @@
 import math
 import re
 import sys
-import tempfile
 import time
 from contextlib import closing
 from pathlib import Path
@@ -106,9 +105,8 @@ def _finish(trials: "Trials", tracked: "TrackedRun", name: str, promote: bool, b
     if best is None:
         print("no trial has finished: nothing to register")
         return 1
-    with tempfile.TemporaryDirectory() as folder:
-        for chart in draw_charts(trials.study.optuna, f"study {name}", Path(folder)):
-            tracked.log_artifact(chart)
+    for chart in draw_charts(trials.study.optuna, f"study {name}", tracked.folder):
+        tracked.log_artifact(chart)
     version = trials.register_best(tracked, best, promote)
     print(f"\nbest        trial {best.number}, run {best.run_id}: dev loss {best.dev_loss:.4f} nats per token")
     for setting, value in best.values.items():

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State
+from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder, State
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import EOS, Vocabulary

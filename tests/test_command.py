@@ -15,7 +15,9 @@ from capexp.captioning.decoding import DecodingConfig
 from capexp.data.features import NETS, EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
 
-COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download")
+ROOT = Path(__file__).parents[1]
+
+COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download", "sync")
 HEAVY = {"torch", "mlflow", "optuna", "torchvision", "numpy", "streamlit"}
 CODE = """
 import sys
@@ -58,8 +60,7 @@ def bundle_with_encoder(folder: Path) -> Path:
 @pytest.mark.parametrize("command", [*COMMANDS, "app"])
 def test_help_imports_nothing_heavy(command: str) -> None:
     code = CODE.format(command=command, heavy=HEAVY)
-    root = Path(__file__).parents[1]
-    printed = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True).stdout
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
     assert printed.splitlines()[-1] == "[]"
     assert f"python -m capexp.{command}" in printed
 
@@ -76,5 +77,24 @@ def test_nor_does_a_dry_run() -> None:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_command_is_an_entry_point_of_the_mlflow_project(command: str) -> None:
-    project = yaml.safe_load((Path(__file__).parents[1] / "MLproject").read_text())
+    project = yaml.safe_load((ROOT / "MLproject").read_text())
     assert any(f"python -m capexp.{command} " in entry["command"] for entry in project["entry_points"].values())
+
+
+UNSENT = """
+import pickle
+from capexp import command
+from capexp.data.errors import Unsent
+
+def end():
+    raise pickle.loads(pickle.dumps(Unsent("0123", "no server")))
+
+command.main("tune", end)
+"""
+
+
+def test_a_run_that_was_not_all_sent_is_told_with_the_remedy_from_a_worker_too() -> None:
+    printed = subprocess.run([sys.executable, "-c", UNSENT], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 3
+    assert printed.stderr.count("\n") == 1 and printed.stderr.startswith("capexp.tune: run 0123 ")
+    assert "(no server)" in printed.stderr and printed.stderr.endswith("python -m capexp.sync 0123\n")

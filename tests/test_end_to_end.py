@@ -539,10 +539,11 @@ def test_four_first_runs_at_once_all_end_well(tmp_path: Path) -> None:
 @pytest.mark.slow
 def test_an_unreachable_server_is_told_of_before_any_work(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    folder.environment["MLFLOW_TRACKING_URI"] = "http://127.0.0.1:9"
+    folder.environment["MLFLOW_TRACKING_URI"] = "http://someone:geheim@127.0.0.1:9"
     start = time.monotonic()
     printed = folder.run("train", *SMALL, status=2)
     assert "MLFLOW_TRACKING_URI" in printed.stderr.splitlines()[-1]
+    assert "geheim" not in printed.stdout + printed.stderr
     assert time.monotonic() - start < 60
 
 

@@ -46,11 +46,11 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
     ]
     captioner = Captioner.ensemble(members, experiment.decoding)
     captioner.training = TrainingRecord(epoch=None, train_loss=None, dev_loss=5.0, dev_digest="d")
-    with tracked_run("report", "report") as tracked:
-        measured, samples = report(tracked, experiment, prepared, captioner, {"dev_loss": 5.0}, tmp_path)
+    with tracked_run("report", "report", tmp_path) as tracked:
+        measured, samples = report(tracked, experiment, prepared, captioner, {"dev_loss": 5.0}, tracked.folder)
         metrics = mlflow.get_run(tracked.run_id).data.metrics
     assert metrics["dev_loss"] == 5.0 and metrics["dev_loss_blind"] == measured.blind.per_token
-    page = (tmp_path / "captions.html").read_text(encoding="utf-8")
+    page = (tracked.folder / "captions.html").read_text(encoding="utf-8")
     cards = re.findall(r'data-looked="([^"]*)".*?<h2[^>]*>([^<]*)</h2>', page, re.DOTALL)
     assert len(cards) == 100
     assert [len(looked) for looked, _ in cards] == [

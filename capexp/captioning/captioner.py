@@ -177,7 +177,7 @@ class Captioner:
         """
         if self._encoder is None:
             if self._bundled_encoder is not None and weights is None:
-                encoder = Encoder(self.encoder_identity, _read_tensors(self._bundled_encoder))
+                encoder = self._read_encoder(self._bundled_encoder)
             else:
                 encoder = load_encoder(self._features_config(weights))
             if encoder.identity.key() != self.encoder_identity.key():
@@ -297,8 +297,12 @@ class Captioner:
         settings = _parse(_Settings, folder / _SETTINGS)
         vocabulary = _parse_vocabulary(folder / _VOCABULARY)
         decoder = outline_decoder(settings.model, settings.encoder.shape, len(vocabulary))
+        state = _read_tensors(folder / _DECODER)
+        strange = [name for name, value in state.items() if value.dtype != torch.float32]
+        if strange:
+            raise InputError(f"{folder / _DECODER}: {strange[0]} is {state[strange[0]].dtype}, not float32")
         try:
-            decoder.load_state_dict(_read_tensors(folder / _DECODER), assign=True)
+            decoder.load_state_dict(state, assign=True)
         except RuntimeError as error:
             raise InputError(f"{folder / _DECODER}: does not fit {_SETTINGS} ({str(error).splitlines()[-1]})") from None
         decoder.to(device or torch.device("cpu")).eval()
@@ -306,6 +310,12 @@ class Captioner:
         if _ENCODER in files:
             captioner._bundled_encoder = folder / _ENCODER
         return captioner
+
+    def _read_encoder(self, path: Path) -> Encoder:
+        try:
+            return Encoder(self.encoder_identity, _read_tensors(path))
+        except RuntimeError as error:
+            raise InputError(f"{path}: not VGG16's weights ({str(error).splitlines()[-1].strip()})") from None
 
     def _features_config(self, weights: str | None) -> FeaturesConfig:
         identity = self.encoder_identity

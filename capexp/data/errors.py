@@ -18,6 +18,21 @@ class Outage(InputError):
     """
 
 
+class Unsent(Outage):
+    """A run has done its work, but MLflow's server has not taken all of it."""
+
+    def __init__(self, run_id: str, reason: str) -> None:
+        super().__init__(run_id, reason)
+        self.run_id = run_id
+
+    def __str__(self) -> str:
+        run_id, reason = self.args
+        return (
+            f"run {run_id} has ended, but not all of it was sent ({reason}); nothing is lost: when the server is back, "
+            f"python -m capexp.sync {run_id}"
+        )
+
+
 def shown_uri(uri: str) -> str:
     """A URI as it may be shown: without user, password and query."""
     scheme, separator, rest = uri.partition("://")

@@ -8,8 +8,10 @@ Shapes: B batch, P grid positions, F feature.
 """
 
 import hashlib
+import io
 import json
 import os
+import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass
 from pathlib import Path
@@ -30,6 +32,7 @@ State = dict[str, Tensor]
 
 SIZE: Final = 224  # the side of the square that VGG16 was trained on, in pixels
 _CHANNELS = (64, 128, 256, 512, 512)  # of its convolutions, block by block
+_DENSE = 4096 * 25088  # weights of the first fully connected layer
 
 
 @dataclass(frozen=True)
@@ -296,12 +299,14 @@ def _read_weights(config: FeaturesConfig) -> State:
     for name, value in state.items():
         ours = name.replace("features.", "convolutions.", 1).replace("classifier.", "dense.", 1)
         if ours in expected:
-            named[ours] = value.half()
+            named[ours] = value
     wrong = [name for name, shape in expected.items() if name not in named or named[name].shape != shape]
     if wrong:
         raise InputError(f"{path}: not VGG16's weights ({wrong[0]} is missing or has another shape)")
+    named = {name: value.half() for name, value in named.items()}  # of known shapes: a stranger's may claim any
     dense = state.get("classifier.0.weight")
-    if config.weights not in NETS and dense is not None and bool(dense.isfinite().all()):
+    is_whole = dense is not None and dense.numel() <= _DENSE and bool(dense.isfinite().all())
+    if config.weights not in NETS and is_whole:
         raise InputError(
             f"{path}: holds fully connected layers, so it is torchvision's own net, whose preprocessing differs; "
             f"put it at {_hub_file('IMAGENET1K_V1')} and set features.weights = IMAGENET1K_V1"
@@ -312,9 +317,26 @@ def _read_weights(config: FeaturesConfig) -> State:
     return named
 
 
+class _Bounded(io.BufferedReader):
+    """A file that takes no memory for more bytes than it has, whatever number its content makes a reader ask for."""
+
+    def read(self, size: int | None = -1, /) -> bytes:
+        """At most so many bytes."""
+        left = os.fstat(self.fileno()).st_size - self.tell()
+        return super().read(left if size is None or size < 0 else min(size, left))
+
+
 def _load_state(path: Path) -> State:
     try:
-        state = torch.load(path, map_location="cpu", weights_only=True)
+        if zipfile.is_zipfile(path):
+            with zipfile.ZipFile(path) as archive:
+                claimed = sum(entry.file_size for entry in archive.infolist())
+            if claimed > path.stat().st_size:  # torch packs nothing
+                raise InputError(f"{path}: an archive that would swell to {claimed:,} bytes; get the weights again")
+        with path.open("rb", buffering=0) as file, _Bounded(file) as bounded:
+            state = torch.load(bounded, map_location="cpu", weights_only=True)
+    except InputError:
+        raise
     except MemoryError:
         raise
     except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by kind of damage

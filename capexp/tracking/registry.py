@@ -4,7 +4,6 @@ import base64
 import importlib.metadata
 import io
 import os
-import tempfile
 from collections.abc import Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -13,14 +12,14 @@ from pathlib import Path
 import mlflow
 import pandas as pd
 from mlflow.exceptions import MlflowException
-from mlflow.models import ModelSignature
+from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
+from mlflow.tracking.context.registry import resolve_tags
 from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schema
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
-from capexp.data.features import State
 from capexp.tracking.bundle import find_bundle
 from capexp.tracking.score import Score
 from capexp.tracking.store import artifact_faults, is_missing, store_lock
@@ -66,26 +65,44 @@ class Version:
         return f"{self.name} version {self.number} {alias}"
 
 
-def log_captioner(run_id: str, captioner: Captioner, encoder: State | None, register_as: str | None) -> str | None:
-    """Logs a captioner to a run, which is the active one, as the pyfunc model ``captioner``, its bundle inside.
+def log_captioner(run_id: str, bundle: Path) -> str:
+    """Logs a captioner to a run as the pyfunc model ``captioner``, its bundle inside; returns the model's id.
 
-    With ``register_as``, registers it under that name and returns the version's number. The encoder's
-    weights travel with it where they are given; nothing is fetched.
+    Nothing is fetched for it. One that the run holds already is not logged again, and what a kill or an outage has cut
+    short is deleted.
     """
-    with tempfile.TemporaryDirectory() as folder, _offline(), artifact_faults(run_id):
-        bundle = captioner.save(Path(folder) / "bundle", encoder)
-        info = mlflow.pyfunc.log_model(
-            name=ARTIFACT,
+    client = MlflowClient()
+    run = client.get_run(run_id)
+    digest = Captioner.load(bundle).digest()
+    for model in client.search_logged_models(
+        [run.info.experiment_id], filter_string=f"source_run_id = '{run_id}'", max_results=100
+    ):
+        if str(model.status) != "READY":
+            client.delete_logged_model(model.model_id)
+        elif model.tags.get(_DIGEST) == digest:
+            return str(model.model_id)
+    model = client.create_logged_model(
+        run.info.experiment_id, ARTIFACT, run_id, resolve_tags({_DIGEST: digest}), dict(run.data.params)
+    )
+    with _offline(), artifact_faults(run_id):
+        Model.log(  # what mlflow.pyfunc.log_model calls, which knows only the run of this process
+            artifact_path=None,
+            run_id=run_id,
+            model_id=model.model_id,
+            flavor=mlflow.pyfunc,
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"bundle": str(bundle)},
             code_paths=[str(_PACKAGE)],
             signature=_SIGNATURE,
             input_example=_example(),
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in _REQUIREMENTS],
-            registered_model_name=register_as,
         )
-    version = info.registered_model_version
-    return None if version is None else str(version)
+    return str(model.model_id)
+
+
+def register_model(model_id: str, name: str, captioner: Captioner) -> str:
+    """Makes a logged captioner a version of a registered model, and returns its number."""
+    return str(mlflow.register_model(f"models:/{model_id}", name, tags={_DIGEST: captioner.digest()}).version)
 
 
 def registered_version(name: str, run_id: str, captioner: Captioner) -> str | None:
@@ -99,9 +116,12 @@ def registered_version(name: str, run_id: str, captioner: Captioner) -> str | No
     found = None
     for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
         number = str(version.version)
+        held = version.tags.get(_DIGEST)
         # One that holds something of its own, a user has registered.
-        is_bare = not (version.tags or version.description or client.get_model_version(name, number).aliases)
-        held = _held_digest(name, number) if is_bare else version.tags.get(_DIGEST)
+        others = version.tags.keys() - {_DIGEST} or version.description
+        is_bare = not (others or client.get_model_version(name, number).aliases)
+        if is_bare and held is None:
+            held = _held_digest(name, number)
         if held == digest:
             found = number
         elif is_bare and held is not None:
@@ -115,15 +135,6 @@ def _held_digest(name: str, number: str) -> str | None:
         return Captioner.load(find_bundle(f"models:/{name}/{number}")).digest()
     except InputError:
         return None
-
-
-def discard_unfinished(run_id: str) -> None:
-    """Deletes models whose logging a kill has cut short."""
-    client = MlflowClient()
-    experiment = client.get_run(run_id).info.experiment_id
-    for model in client.search_logged_models([experiment], filter_string=f"source_run_id = '{run_id}'"):
-        if str(model.status) == "PENDING":
-            client.delete_logged_model(model.model_id)
 
 
 def describe_version(name: str, number: str, captioner: Captioner, description: str, tags: Mapping[str, str]) -> None:

@@ -3,28 +3,50 @@
 import logging
 import os
 import subprocess
+import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any, TypeVar
 
 import mlflow
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
-from mlflow.entities import Metric, Param, Run, RunStatus, RunTag
+from mlflow.entities import Run, RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from sqlalchemy.exc import SQLAlchemyError
 
-from capexp.data.errors import InputError, shown_uri
-from capexp.tracking.store import artifact_faults, discreet, is_missing, local_write, require_store, store_faults
+from capexp.data.errors import InputError, Outage, Unsent, shown_uri
+from capexp.tracking.journal import JOURNAL, Entry, Journal
+from capexp.tracking.sampler import Sampler
+from capexp.tracking.sender import ARTIFACT, INPUT, METRICS, PARAMS, TAGS, Sender
+from capexp.tracking.store import (
+    artifact_faults,
+    discreet,
+    fault_of,
+    is_local,
+    is_missing,
+    local_write,
+    no_retries,
+    require_store,
+    store_faults,
+)
 
 log = logging.getLogger(__name__)
 
 PARENT = "mlflow.parentRunId"
 """The tag that names the run that a run is nested under."""
+PATIENCE = 60.0
+"""Seconds that a run's end waits for a server that takes nothing."""
+SHORT_PATIENCE = 10.0
+"""The same where the run was interrupted or has failed."""
 _PARAM_LENGTH = 6000  # MLflow's limit
-_BATCH = 100  # params that MLflow takes at once
-_SAMPLING_SECONDS = 5.0  # of system metrics; runs on small data are short
+CLAIM, ENDED = "claim", "ended"
+"""Kinds of entries that wait for what is before them: a model to be logged and registered; the run's end."""
+
+T = TypeVar("T")
 
 
 @dataclass(frozen=True)
@@ -47,48 +69,121 @@ class FoundRun:
 
 
 class TrackedRun:
-    """What the project logs to one run. Logging the same again changes nothing."""
+    """What the project logs to one run: written to the journal in its folder, then sent.
 
-    def __init__(self, run_id: str, client: MlflowClient) -> None:
+    Logging the same again changes nothing. A server that is away holds nobody up until the run's end.
+    """
+
+    def __init__(self, run_id: str, folder: Path, in_background: bool) -> None:
+        """``folder`` is the run's own."""
         self.run_id = run_id
-        self._client = client
+        self.folder = folder
+        self._journal = Journal(folder / JOURNAL)
+        self._sender = Sender(run_id, folder, self._journal, in_background)
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """Logs the params that the run does not hold yet: ``mlflow run -P`` has logged its own as text."""
-        with local_write():
-            held = self._client.get_run(self.run_id).data.params
-            lacking = [Param(name, value[:_PARAM_LENGTH]) for name, value in params.items() if name not in held]
-            for start in range(0, len(lacking), _BATCH):
-                self._client.log_batch(self.run_id, params=lacking[start : start + _BATCH])
+        """Logs the params that the run does not hold yet."""
+        self._sender.log(PARAMS, {name: value[:_PARAM_LENGTH] for name, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
         """Logs values of one step; ``timestamp`` in milliseconds since 1970."""
-        with local_write():
-            self._client.log_batch(
-                self.run_id, metrics=[Metric(name, value, timestamp, step) for name, value in metrics.items()]
-            )
+        self._sender.log(METRICS, [[name, float(value), timestamp, step] for name, value in metrics.items()])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags, over those of the same name."""
-        with local_write():
-            self._client.log_batch(self.run_id, tags=[RunTag(name, value) for name, value in tags.items()])
+        self._sender.log(TAGS, dict(tags))
 
     def log_inputs(self, inputs: list[Input]) -> None:
         """Logs the splits as data sets."""
         for item in inputs:
             source = LocalArtifactDatasetSource(str(item.path.absolute()))
-            with local_write():
-                mlflow.log_input(MetaDataset(source, name=item.name, digest=item.digest[:36]), context=item.context)
+            dataset = MetaDataset(source, name=item.name, digest=item.digest[:36])
+            self._sender.log(INPUT, {"context": item.context, "dataset": dataset.to_dict()})
 
     def log_artifact(self, path: Path) -> None:
-        """Copies a file to the run's artifacts."""
-        with artifact_faults(self.run_id):
-            self._client.log_artifact(self.run_id, str(path))
+        """Copies a file of the run's folder to the run's artifacts, as it is when its turn comes."""
+        self._sender.log(ARTIFACT, str(path.resolve().relative_to(self.folder.resolve())))
 
-    def log_artifacts(self, folder: Path, name: str) -> None:
-        """Copies what is in a folder to the run's artifacts, under a name."""
-        with artifact_faults(self.run_id):
-            self._client.log_artifacts(self.run_id, str(folder), name)
+    def claim(self, content: dict[str, Any], action: Callable[[], T], patience: float = PATIENCE) -> T:
+        """Does what is more than logging, once all before it is sent; the journal keeps ``content`` until it is done.
+
+        Raises:
+            Unsent: a server took nothing for ``patience`` seconds.
+        """
+        return self._deliver(self._journal.write(CLAIM, content), action, patience)
+
+    def send_rest(self, action: Callable[[Any], T]) -> tuple[int, T | None, str | None]:
+        """Sends what an earlier process could not, does its claim, and ends the run as that process has ended.
+
+        Returns the number of entries that had waited, what came of the claim, and the state of the run's end; None
+        where that process was killed before it.
+
+        Raises:
+            Unsent: a server took nothing for a minute.
+        """
+        waiting, state = self._journal.waiting, self._left_as()
+        claims = [entry for entry in waiting if entry.kind == CLAIM]
+        ends = [entry for entry in waiting if entry.kind == ENDED]
+        self._journal.mark_sent([*claims[:-1], *ends[:-1]])
+        done = None
+        if claims:
+            done = self._deliver(claims[-1], lambda: action(claims[-1].content), PATIENCE)
+        fault = self._sender.drain(PATIENCE)
+        if fault is not None:
+            raise Unsent(self.run_id, fault_of(fault))
+        if ends:
+            self._deliver(ends[-1], lambda: self._terminate(ends[-1].content), PATIENCE)
+        self._sender.close()
+        return len(waiting), done, state
+
+    def _left_as(self) -> str | None:
+        """The state in which the last process has ended the run; None where it could not."""
+        last = next(
+            e for e in reversed(self._journal.entries) if e.kind in (PARAMS, ENDED)
+        )  # params begin each process
+        return None if last.kind == PARAMS else str(last.content["status"])
+
+    def forget_end(self) -> None:
+        """The run goes on: what an earlier process has left to be done at its end, this one does at its own."""
+        self._journal.mark_sent(entry for entry in self._journal.waiting if entry.kind in (CLAIM, ENDED))
+
+    def end(self, status: str, patience: float) -> None:
+        """Ends the run once all is sent.
+
+        Raises:
+            Unsent: a server took nothing for ``patience`` seconds.
+        """
+        content = {"status": status, "ended_at": time.time_ns() // 1_000_000}
+        try:
+            entry = self._journal.write(ENDED, content)
+            self._deliver(entry, lambda: self._terminate(content), patience)
+        finally:
+            self._sender.close()
+
+    def _terminate(self, content: Mapping[str, Any]) -> None:
+        client = MlflowClient()
+        for stale in {"stopped", "error"} & client.get_run(self.run_id).data.tags.keys():
+            if content["status"] == RunStatus.to_string(RunStatus.FINISHED):
+                client.delete_tag(self.run_id, stale)  # others have taken it for lost meanwhile
+        client.set_terminated(self.run_id, content["status"], content["ended_at"])
+
+    def _deliver(self, entry: Entry, action: Callable[[], T], patience: float) -> T:
+        fault = self._sender.drain(patience)
+        end, pause = time.monotonic() + (patience if fault is None else 0), 1.0
+        while fault is None or time.monotonic() < end:
+            try:
+                done = action()
+            except (MlflowException, OSError, Outage) as error:
+                if is_local() or (isinstance(error, MlflowException) and is_missing(error)):
+                    raise
+                log.debug("%s: %s", entry.kind, fault_of(error))
+                fault = error
+                time.sleep(min(pause, max(0.0, end - time.monotonic())))
+                pause *= 2
+            else:
+                self._journal.mark_sent([entry])
+                return done
+        raise Unsent(self.run_id, fault_of(fault))
 
 
 def run_status(run_id: str) -> str:
@@ -145,8 +240,8 @@ def keep_open(run_id: str) -> None:
 
 def add_artifacts(run_id: str, folder: Path, name: str) -> None:
     """Copies a folder to the artifacts of a run that may have ended."""
-    with store_faults():
-        TrackedRun(run_id, MlflowClient()).log_artifacts(folder, name)
+    with store_faults(), artifact_faults(run_id):
+        MlflowClient().log_artifacts(run_id, str(folder), name)
 
 
 def fetch_artifacts(run_id: str, name: str) -> Path | None:
@@ -200,6 +295,7 @@ def _find(run_id: str) -> Run | None:
 def tracked_run(
     name: str,
     experiment: str,
+    folder: Path,
     *,
     resume: str | None = None,
     parent: str | None = None,
@@ -207,13 +303,13 @@ def tracked_run(
 ) -> Iterator[TrackedRun]:
     """Starts a run, or goes on with one, and ends it in the state that fits how the block was left.
 
-    With ``parent`` it is nested, in the parent's experiment. It has its tags from the beginning.
-    Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED, tagged
-    ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
+    Its journal is in ``folder``, under the run's id. With ``parent`` it is nested, in the parent's experiment. It has
+    its tags from the beginning. Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED,
+    tagged ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
+
+    Raises:
+        Unsent: the block was left in order, but a server has not taken all that was logged.
     """
-    if "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL" not in os.environ:
-        mlflow.set_system_metrics_sampling_interval(_SAMPLING_SECONDS)
-    mlflow.set_system_metrics_samples_before_logging(1)
     client = MlflowClient()
     with store_faults(), local_write():
         if adopted_run() is None and resume is None and parent is None:
@@ -225,26 +321,48 @@ def tracked_run(
             nested=parent is not None,
             parent_run_id=parent,
             tags=dict(tags or {}),
-            log_system_metrics=True,
+            log_system_metrics=False,  # ours go through the journal
         )
         # The web page opens on what fits the training of models, instead of asking.
         client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
         for stale in {"stopped", "error"} & run.data.tags.keys():
             client.delete_tag(run.info.run_id, stale)
-    tracked = TrackedRun(run.info.run_id, client)
-    status = RunStatus.to_string(RunStatus.FAILED)
+    run_id = str(run.info.run_id)
+    status, patience = RunStatus.to_string(RunStatus.FAILED), SHORT_PATIENCE
     try:
-        yield tracked
-        status = RunStatus.to_string(RunStatus.FINISHED)
-    except (KeyboardInterrupt, GeneratorExit):
-        status = RunStatus.to_string(RunStatus.KILLED)
-        tracked.set_tags({"stopped": "interrupt"})
-        raise
-    except Exception as error:
-        tracked.set_tags({"error": discreet(f"{type(error).__name__}: {error}")[:500]})
-        raise
+        with no_retries():
+            tracked = TrackedRun(run_id, folder / run_id, in_background=not is_local())
+            tracked.forget_end()
+            sampler = Sampler(run_id, resume is not None, tracked.log_metrics)
+            sampler.start()
+            left_by: BaseException | None = None
+            try:
+                yield tracked
+                status, patience = RunStatus.to_string(RunStatus.FINISHED), PATIENCE
+            except (KeyboardInterrupt, GeneratorExit) as interrupt:
+                left_by = interrupt
+                status = RunStatus.to_string(RunStatus.KILLED)
+                tracked.set_tags({"stopped": "interrupt"})
+                raise
+            except Exception as error:
+                left_by = error
+                if isinstance(error, Unsent) and error.run_id == run_id:
+                    status = RunStatus.to_string(RunStatus.FINISHED)
+                else:
+                    tracked.set_tags({"error": discreet(f"{type(error).__name__}: {error}")[:500]})
+                raise
+            finally:
+                sampler.finish()
+                try:
+                    tracked.end(status, patience)
+                except Unsent as unsent:
+                    if left_by is None:
+                        raise
+                    if not isinstance(left_by, Unsent):
+                        log.warning("%s", unsent)
     finally:
-        mlflow.end_run(status)
+        with suppress(MlflowException, SQLAlchemyError), no_retries():
+            mlflow.end_run(status)  # it has ended; this takes it off the list of this process's active runs
 
 
 def git_commit() -> str:

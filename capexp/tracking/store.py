@@ -3,6 +3,7 @@
 import os
 import signal
 import threading
+import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
@@ -20,7 +21,9 @@ _LOCK = ".mlflow.lock"
 _SQLITE = "sqlite:///"
 _TIMEOUTS = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # of each one's driver
 _CONNECT_SECONDS = 10
-_QUICK = {"MLFLOW_HTTP_REQUEST_MAX_RETRIES": "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
+_QUICK = {_RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
+_PATIENCE = 240.0  # seconds; MLflow's own, without what is set here
 
 
 def prepare_store() -> None:
@@ -55,6 +58,45 @@ def check_store() -> None:
             for name, value in before.items():
                 if value is None:
                     del os.environ[name]
+
+
+def await_store() -> None:
+    """Waits for a server that is away, for some minutes: between two runs of many nothing is lost by that.
+
+    Raises:
+        Outage: it stays away.
+    """
+    end, pause = time.monotonic() + _PATIENCE, 1.0
+    while not is_local():
+        try:
+            MlflowClient().search_experiments(max_results=1)
+            return
+        except (MlflowException, SQLAlchemyError):
+            if time.monotonic() > end:
+                with store_faults():
+                    raise
+        time.sleep(pause)
+        pause = min(2 * pause, 15.0)
+
+
+def is_local() -> bool:
+    """Whether the store is a file of this machine, which needs no patience."""
+    return str(mlflow.get_tracking_uri()).startswith(_SQLITE)
+
+
+@contextmanager
+def no_retries() -> Iterator[None]:
+    """MLflow asks a server that is away once instead of eight times over minutes, unless the user has said how often.
+
+    The journal sends again, and in the background.
+    """
+    before = os.environ.get(_RETRIES)
+    os.environ.setdefault(_RETRIES, "0")
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ[_RETRIES]
 
 
 def require_store() -> None:
@@ -138,7 +180,7 @@ def local_write() -> Iterator[None]:
 
     A server keeps its own store, and may be long in answering.
     """
-    with undisturbed() if mlflow.get_tracking_uri().startswith(_SQLITE) else nullcontext():
+    with undisturbed() if is_local() else nullcontext():
         yield
 
 
@@ -169,13 +211,15 @@ def store_faults() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        uri = mlflow.get_tracking_uri()
-        lines = str(error).strip().splitlines()
-        told = [line for line in lines if not line.startswith("(raised as a result of")]  # where, not what
-        reason = discreet((told or lines or [type(error).__name__])[0])[:200]
-        raise Outage(
-            f"MLflow's store {shown_uri(uri)}: {reason}; mend it, or name another with MLFLOW_TRACKING_URI"
-        ) from None
+        raise Outage(f"{fault_of(error)}; mend it, or name another with MLFLOW_TRACKING_URI") from None
+
+
+def fault_of(error: Exception) -> str:
+    """What the store or the server has against it, in a line."""
+    lines = str(error).strip().splitlines()
+    told = [line for line in lines if not line.startswith("(raised as a result of")]  # where, not what
+    reason = discreet((told or lines or [type(error).__name__])[0])[:200]
+    return reason if isinstance(error, Outage) else f"MLflow's store {shown_uri(mlflow.get_tracking_uri())}: {reason}"
 
 
 def discreet(text: str) -> str:

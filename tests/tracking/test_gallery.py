@@ -4,6 +4,7 @@ import base64
 import io
 import os
 import re
+import shutil
 import signal
 import socket
 import subprocess
@@ -49,12 +50,13 @@ def write(
     references: Sequence[tuple[str, ...]],
     names: list[str],
     looked: Mapping[int, NDArray[np.float32]] | None = None,
+    photo: bytes = b"",
 ) -> Path:
-    """A gallery of photos of random noise, all the same."""
-    photo = io.BytesIO()
-    Image.effect_noise((240, 180), 60).convert("RGB").save(photo, "JPEG")
+    """A gallery of photos that are all the same: of random noise, unless one is given."""
+    noise = io.BytesIO()
+    Image.effect_noise((240, 180), 60).convert("RGB").save(noise, "JPEG")
     for name in names:
-        (folder / name).write_bytes(photo.getvalue())
+        (folder / name).write_bytes(photo or noise.getvalue())
     split = Split("dev", folder, tuple(names), tuple(references))
     captions = [Caption(text, -1.0 - place) for place, text in enumerate(hypotheses)]
     scores = score_captions(captions, split, seed=1)
@@ -257,6 +259,23 @@ def test_the_page_stands_alone_and_carries_no_metadata(tmp_path: Path) -> None:
     (tmp_path / "inlined.jpg").write_bytes(inlined)
     with Image.open(tmp_path / "inlined.jpg") as image:
         assert image.size == (149, 224)
+
+
+@pytest.mark.parametrize("kind", ["JPEG", "PNG", "WEBP"])
+def test_where_a_photo_was_taken_is_not_in_the_page(tmp_path: Path, kind: str) -> None:
+    exif = Image.Exif()
+    exif[0x010E] = "where the photographer lives"
+    exif[0x8825] = {1: "N", 2: (52.0, 31.0, 12.0), 3: "E", 4: (13.0, 24.0, 36.0)}  # GPS
+    photo = io.BytesIO()
+    Image.new("RGB", (90, 60), "red").save(photo, kind, exif=exif)
+    with Image.open(io.BytesIO(photo.getvalue())) as image:
+        assert image.getexif().get_ifd(0x8825)[2] == (52.0, 31.0, 12.0)
+    page = write(tmp_path, ["a wall"], [("a red wall",)], ["photo"], photo=photo.getvalue()).read_text(encoding="utf-8")
+    (data,) = re.findall(r'src="data:image/jpeg;base64,([^"]+)"', page)
+    content = base64.b64decode(data)
+    assert b"photographer" not in content and b"Exif" not in content
+    with Image.open(io.BytesIO(content)) as image:
+        assert not image.getexif() and not image.getexif().get_ifd(0x8825)
 
 
 @given(
@@ -472,9 +491,9 @@ def test_mlflows_artifact_view_shows_it_and_its_search_and_light_work_there(
     monkeypatch.chdir(folder)
     monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
     mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
-    with tracked_run("gallery", "gallery") as tracked:
-        tracked.log_artifact(page)
-        tracked.log_artifact(looking)
+    with tracked_run("gallery", "gallery", folder / "checkpoints") as tracked:
+        for one in (page, looking):
+            tracked.log_artifact(Path(shutil.copy(one, tracked.folder)))
         experiment = mlflow.get_run(tracked.run_id).info.experiment_id
     with socket.socket() as probe:
         probe.bind(("127.0.0.1", 0))

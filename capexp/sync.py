@@ -1,0 +1,59 @@
+"""Sends what a run's journal holds and MLflow's server has not taken: metrics, files, the model, how the run ended."""
+
+from pathlib import Path
+
+from capexp import command
+
+
+def sync(argv: list[str] | None = None) -> int:
+    """The command; returns its exit status."""
+    parser = command.Parser("sync", __doc__, "None of them decides something here.")
+    parser.add_argument("run_id", metavar="RUN_ID", help="as the run's end has told it")
+    arguments, settings = parser.parse(argv)
+    for name in settings:
+        parser.error(f"--{name} decides nothing here; the run's own settings do")
+
+    from capexp import run_folder
+    from capexp.registration import Claim, carry_out, clear
+    from capexp.tracking.run import TrackedRun, run_status
+    from capexp.tracking.store import check_store, is_local, no_retries, store_faults
+
+    folder = _find(arguments.run_id)
+    check_store()
+    run_status(arguments.run_id)  # refuses one that the store does not know
+    with run_folder.alone(folder), store_faults(), no_retries():
+        tracked = TrackedRun(arguments.run_id, folder, in_background=not is_local())
+        sent, version, state = tracked.send_rest(lambda claim: carry_out(tracked, Claim(**claim)))
+        clear(folder)
+    print(f"run         {arguments.run_id}: {sent or 'no'} entries of its journal had waited, all are sent now")
+    if version is not None:
+        print(f"registered  {version.describe()}")
+    if state is None:
+        print(f"it was cut short: python -m capexp.train --resume {arguments.run_id} goes on with it")
+    else:
+        print(f"ended       {state}")
+    return 0
+
+
+def _find(run_id: str) -> Path:
+    """The folder of a run, which may be one of several seeds or a trial of a study.
+
+    Raises:
+        InputError: there is none here.
+    """
+    from capexp.data.errors import InputError
+    from capexp.run_folder import CHECKPOINTS
+    from capexp.tracking.journal import JOURNAL
+    from capexp.workers import STUDIES
+
+    for pattern in (CHECKPOINTS / "*", CHECKPOINTS / "*/*", STUDIES / "*/*"):
+        for path in Path().glob(str(pattern / JOURNAL)):
+            if path.parent.name == run_id:
+                return path.parent
+    raise InputError(
+        f"run {run_id}: has no {JOURNAL} under {CHECKPOINTS} or {STUDIES} here; start where it was trained"
+    )
+
+
+if __name__ == "__main__":
+    command.main("sync", sync)

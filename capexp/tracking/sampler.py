@@ -1,0 +1,40 @@
+"""MLflow's samples of the machine (memory, load, GPU), logged as a run's other metrics are."""
+
+import logging
+import time
+from collections.abc import Callable, Mapping
+
+from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
+
+log = logging.getLogger(__name__)
+
+_SECONDS = 5.0  # between samples; runs on small data are short
+
+
+class Sampler(SystemMetricsMonitor):  # type: ignore[misc]
+    """MLflow's own monitor stops for good when a server does not answer once; this one writes to the journal."""
+
+    def __init__(self, run_id: str, resumed: bool, write: Callable[[Mapping[str, float], int, int], None]) -> None:
+        """``write`` takes metrics, their step and their time in milliseconds since 1970."""
+        super().__init__(run_id, sampling_interval=_SECONDS, samples_before_logging=1, resume_logging=resumed)
+        self._write = write
+
+    def monitor(self) -> None:
+        """Takes samples until it is told to finish."""
+        while True:
+            self.collect_metrics()
+            if self._shutdown_event.wait(self.sampling_interval):
+                return
+            try:
+                self.publish_metrics(self.aggregate_metrics())
+            except Exception as error:  # a full disk, or a local store that fails: the run itself is told of it
+                log.debug("no samples of the machine any more: %s", error)
+                return
+
+    def publish_metrics(self, metrics: Mapping[str, float]) -> None:
+        """Logs a sample under the names that MLflow's page knows."""
+        values = {f"{self._metrics_prefix}{name}": value for name, value in metrics.items()}
+        self._write(values, self._logging_step, time.time_ns() // 1_000_000)
+        self._logging_step += 1
+        for monitor in self.monitors:
+            monitor.clear_metrics()

@@ -1,0 +1,188 @@
+"""Sends what a run's journal holds to MLflow's store: at once to a local one, from a thread to a server."""
+
+import logging
+import threading
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from mlflow.entities import Dataset, DatasetInput, InputTag, Metric, Param, RunTag
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
+
+from capexp.tracking.journal import Entry, Journal
+from capexp.tracking.store import artifact_faults, fault_of, is_missing, local_write, undisturbed
+
+log = logging.getLogger(__name__)
+
+METRICS, PARAMS, TAGS, INPUT, ARTIFACT = "metrics", "params", "tags", "input", "artifact"
+"""Kinds of entries that a sender sends; others are left to who wrote them."""
+_KINDS = (METRICS, PARAMS, TAGS, INPUT, ARTIFACT)
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 15.0  # seconds between two tries
+_MOST_METRICS = 1000  # that MLflow takes at once,
+_MOST_PARAMS = 100  # and of params
+
+
+class Sender:
+    """Sends entries in order. What a server does not take is kept and sent again, and nobody waits for it."""
+
+    def __init__(self, run_id: str, folder: Path, journal: Journal, in_background: bool) -> None:
+        """Goes on with what the journal holds of an earlier process; ``folder`` is where artifacts are."""
+        self._run_id, self._folder, self._journal = run_id, folder, journal
+        self._client = MlflowClient()
+        self._changed = threading.Condition(threading.RLock())
+        self._queue = [entry for entry in journal.waiting if entry.kind in _KINDS]
+        self._is_closed = False
+        self._moved_at = time.monotonic()
+        self._fault: Exception | None = None  # why the last try failed
+        self._thread: threading.Thread | None = None
+        if in_background:
+            self._thread = threading.Thread(target=self._work, name="capexp-sender", daemon=True)
+            self._thread.start()
+
+    def log(self, kind: str, content: Any) -> None:
+        """Writes an entry to the journal and sends it, now or soon.
+
+        Raises:
+            MlflowException: the store is a local one and has not taken it, or a server knows no such run.
+        """
+        with undisturbed(), self._changed:
+            self._queue.append(self._journal.write(kind, content))
+            self._changed.notify_all()
+        if self._thread is None:
+            self.flush()
+        else:
+            self._refuse_missing()
+
+    def flush(self) -> None:
+        """Sends all that waits, from the calling thread.
+
+        Raises:
+            MlflowException: the store has not taken it.
+        """
+        with self._changed:
+            while self._queue:
+                with local_write():
+                    self._send_some()
+
+    def drain(self, seconds: float) -> Exception | None:
+        """Waits until all is sent, or nothing was for so many seconds; returns what is in the way.
+
+        Raises:
+            MlflowException: as :meth:`log`.
+        """
+        if self._thread is None:
+            self.flush()
+            return None
+        start = time.monotonic()
+        with self._changed:
+            self._changed.notify_all()  # ends a wait between two tries
+            while self._queue:
+                self._refuse_missing()
+                left = max(start, self._moved_at) + seconds - time.monotonic()
+                if left <= 0:
+                    return self._fault or TimeoutError(f"nothing was taken for {seconds:.0f} s")
+                self._changed.wait(left)
+        return None
+
+    def close(self) -> None:
+        """Sends no more."""
+        with self._changed:
+            self._is_closed = True
+            self._changed.notify_all()
+
+    def _work(self) -> None:
+        pause = _FIRST_WAIT
+        while True:
+            with self._changed:
+                self._changed.wait_for(lambda: self._queue or self._is_closed)
+                if self._is_closed:
+                    return
+            try:
+                self._send_some()
+            except Exception as error:  # stores for artifacts raise what their libraries do
+                with self._changed:
+                    if self._is_closed:
+                        return
+                    if self._fault is None:
+                        log.warning(
+                            "%s; the run goes on, and what is to be logged waits in %s",
+                            fault_of(error), self._journal.path,
+                        )  # fmt: skip
+                    self._fault = error
+                    self._changed.notify_all()
+                    if isinstance(error, MlflowException) and is_missing(error):
+                        return
+                    self._changed.wait(pause)
+                pause = min(2 * pause, _LONGEST_WAIT)
+            else:
+                pause = _FIRST_WAIT
+                with self._changed:
+                    if self._fault is not None:
+                        log.warning("MLflow's store answers again")
+                    self._fault = None
+
+    def _refuse_missing(self) -> None:
+        """Raises what makes sending again useless: a run that was deleted."""
+        fault = self._fault
+        if isinstance(fault, MlflowException) and is_missing(fault):
+            raise fault
+
+    def _send_some(self) -> None:
+        """Sends the first entry that waits, and the ones behind it that go with it."""
+        with self._changed:
+            some = _together(self._queue)
+        send(self._client, self._run_id, self._folder, some)
+        with self._changed:
+            self._journal.mark_sent(some)
+            del self._queue[: len(some)]
+            self._moved_at = time.monotonic()
+            self._changed.notify_all()
+
+
+def _together(queue: Sequence[Entry]) -> list[Entry]:
+    """The first entry; with metrics as many as go into one request, so that an outage is soon made up for."""
+    some = [queue[0]]
+    if queue[0].kind == METRICS:
+        count = len(queue[0].content)
+        for entry in queue[1:]:
+            count += len(entry.content)
+            if entry.kind != METRICS or count > _MOST_METRICS:
+                break
+            some.append(entry)
+    return some
+
+
+def send(client: MlflowClient, run_id: str, folder: Path, entries: Sequence[Entry]) -> None:
+    """Does what entries ask for: one, or several of metrics. Sent again, they change nothing.
+
+    Raises:
+        MlflowException: the store has not taken them.
+        Outage: it has not taken an artifact.
+    """
+    first = entries[0]
+    if first.kind == METRICS:
+        # (name, value, timestamp, step)
+        client.log_batch(run_id, metrics=[Metric(*values) for entry in entries for values in entry.content])
+    elif first.kind == PARAMS:
+        held = client.get_run(run_id).data.params  # ``mlflow run -P`` has logged its own as text
+        lacking = [Param(name, value) for name, value in first.content.items() if name not in held]
+        for start in range(0, len(lacking), _MOST_PARAMS):
+            client.log_batch(run_id, params=lacking[start : start + _MOST_PARAMS])
+    elif first.kind == TAGS:
+        client.log_batch(run_id, tags=[RunTag(name, value) for name, value in first.content.items()])
+    elif first.kind == INPUT:
+        context = InputTag(MLFLOW_DATASET_CONTEXT, first.content["context"])
+        dataset = Dataset(**first.content["dataset"])
+        client.log_inputs(run_id, [DatasetInput(dataset, [context])])
+    elif first.kind == ARTIFACT:
+        path = folder / first.content
+        if not path.is_file():
+            log.warning("%s: is gone, and will not be among the run's artifacts", path)
+            return
+        with artifact_faults(run_id):
+            client.log_artifact(run_id, str(path))
+    else:
+        raise AssertionError(first.kind)

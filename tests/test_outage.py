@@ -1,0 +1,263 @@
+"""A tracking server that goes away, is slow or fails, in front of real runs: at the end it has what the journal has."""
+
+import json
+import signal
+import statistics
+import subprocess
+import sys
+from collections.abc import Iterator
+from pathlib import Path
+from typing import Any
+
+import pytest
+from mlflow.entities import Run
+from tracking_server import Proxy, Server, serving
+from user_folder import Folder, wait_for
+
+pytestmark = pytest.mark.slow
+
+SMALL = (
+    *("--model.embedding_size", "32", "--model.lstm_units", "32", "--model.output_dropout", "0"),
+    *("--training.learning_rate", "0.01", "--training.patience", "500"),
+)
+PASSWORD = "geheim-im-netz"  # of the server's address: in nothing that is told, logged, kept or sent
+
+
+@pytest.fixture
+def away(tmp_path: Path) -> Iterator[tuple[Folder, Server, Proxy]]:
+    """A user's folder whose server is reached through a proxy, by an address with a password."""
+    with serving(tmp_path / "server") as (server, proxy):
+        (tmp_path / "user").mkdir()
+        folder = Folder(tmp_path / "user")
+        address = proxy.address.replace("http://", f"http://someone:{PASSWORD}@")
+        folder.environment |= {"MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1"}
+        yield folder, server, proxy
+        for path in (path for path in tmp_path.rglob("*") if path.is_file()):
+            assert PASSWORD.encode() not in path.read_bytes(), path
+
+
+def start(folder: Folder, *arguments: str) -> subprocess.Popen[str]:
+    return folder.start(sys.executable, "-m", "capexp.train", *SMALL, *arguments)
+
+
+def end(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+    out, err = process.communicate(timeout=400)
+    print(out, err)
+    assert process.returncode == status, f"{out}\n{err}"
+    assert PASSWORD not in out + err
+    return out, err
+
+
+def journal_of(folder: Folder) -> list[dict[str, Any]]:
+    (path,) = folder.path.glob("checkpoints/*/journal.jsonl")
+    return [json.loads(line) for line in path.read_text().splitlines()]
+
+
+def epochs_of(folder: Folder) -> int:
+    """How many epochs the journal holds; a resumed run logs those before it again."""
+    if not list(folder.path.glob("checkpoints/*/journal.jsonl")):
+        return 0
+    logged = [entry["content"] for entry in journal_of(folder) if entry.get("kind") == "metrics"]
+    return len({step for content in logged for name, _, _, step in content if name == "dev_perplexity"})
+
+
+def assert_server_equals_journal(folder: Folder, status: str = "FINISHED") -> Run:
+    """The run on the server has what the journal has, and nothing else of it waits."""
+    (run,) = folder.runs()
+    lines = journal_of(folder)
+    entries = [line for line in lines if "kind" in line]
+    assert {n for line in lines for n in line.get("sent", ())} == {entry["number"] for entry in entries}
+    held: dict[str, set[tuple[float, int, int]]] = {}
+    tags: dict[str, str] = {}
+    for entry in entries:
+        if entry["kind"] == "metrics":
+            for name, value, timestamp, step in entry["content"]:
+                held.setdefault(name, set()).add((value, timestamp, step))
+        elif entry["kind"] == "params":
+            assert run.data.params == entry["content"]
+        elif entry["kind"] == "tags":
+            tags |= entry["content"]
+    assert held.keys() == run.data.metrics.keys()
+    for name, points in held.items():
+        history = folder.client.get_metric_history(run.info.run_id, name)
+        assert sorted((point.value, point.timestamp, point.step) for point in history) == sorted(points), name
+    if status == "FINISHED":
+        tags = {name: value for name, value in tags.items() if name not in ("stopped", "error")}
+        assert not {"stopped", "error"} & run.data.tags.keys()
+    assert tags.items() <= run.data.tags.items()
+    files = {entry["content"] for entry in entries if entry["kind"] == "artifact"}
+    assert files == {item.path for item in folder.client.list_artifacts(run.info.run_id) if not item.is_dir}
+    assert len(run.inputs.dataset_inputs) == 2
+    assert run.info.status == status
+    assert not list(folder.path.glob("checkpoints/*/bundle")), "the store has it"
+    return run
+
+
+def assert_one_model(folder: Folder, run: Run, versions: int = 1) -> None:
+    """The run has logged one model, of which there are so many versions."""
+    (model,) = folder.client.search_logged_models([run.info.experiment_id])
+    assert str(model.status) == "READY"
+    assert model.source_run_id == run.info.run_id
+    found = folder.client.search_model_versions("name='capexp-scenes'")
+    assert [version.run_id for version in found] == [run.info.run_id] * versions
+    assert [output.model_id for output in run.outputs.model_outputs][-1] == model.model_id
+    if versions:
+        assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run.info.run_id
+
+
+def test_a_server_that_is_stopped_and_started_during_training_misses_nothing(
+    away: tuple[Folder, Server, Proxy],
+) -> None:
+    folder, server, _ = away
+    process = start(folder, "--training.epochs", "14")
+    wait_for(lambda: epochs_of(folder) >= 2, 200)
+    server.stop()
+    there = epochs_of(folder)
+    wait_for(lambda: epochs_of(folder) >= there + 3, 200)  # training goes on
+    server.start()
+    _, said = end(process)
+    assert said.count("the run goes on, and what is to be logged waits in ") == 1
+    assert said.count("MLflow's store answers again") == 1
+    run = assert_server_equals_journal(folder)
+    assert_one_model(folder, run)
+    assert len(folder.client.get_metric_history(run.info.run_id, "dev_loss")) == 14
+    assert any(name.startswith("system/") for name in run.data.metrics)
+
+
+def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(
+    away: tuple[Folder, Server, Proxy], tmp_path: Path
+) -> None:
+    folder, server, _ = away
+    process = start(folder, "--training.epochs", "4")
+    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    server.stop()
+    _, said = end(process, status=3)
+    (run_id,) = [path.parent.name for path in folder.path.glob("checkpoints/*/journal.jsonl")]
+    assert said.splitlines()[-1].endswith(f"python -m capexp.sync {run_id}")
+    assert "Traceback" not in said
+    away_still = folder.run("sync", run_id, status=2)
+    assert away_still.stderr.count("\n") == 1
+    server.start()
+    assert folder.runs()[0].info.status == "RUNNING"
+    printed = folder.run("sync", run_id)
+    assert "registered  capexp-scenes version 1 @champion (the first champion)" in printed.stdout
+    assert "ended       FINISHED" in printed.stdout
+    run = assert_server_equals_journal(folder)
+    assert_one_model(folder, run)
+    assert run.data.metrics["best_dev_loss"] > 0
+    before = folder.runs()[0].to_dictionary()
+    assert "no entries" in folder.run("sync", run_id).stdout
+    assert folder.runs()[0].to_dictionary() == before
+    assert_one_model(folder, run)
+    folder.run("evaluate", "--model", "models:/capexp-scenes@champion")
+    elsewhere = Folder(tmp_path)
+    elsewhere.environment["MLFLOW_TRACKING_URI"] = folder.store
+    assert "start where it was trained" in elsewhere.run("sync", run_id, status=2).stderr
+    # Everything sent once more, as if the journal had lost what it knew of that: nothing changes.
+    (path,) = folder.path.glob("checkpoints/*/journal.jsonl")
+    lines = [line for line in path.read_text().splitlines() if '"kind"' in line and '"claim"' not in line]
+    path.write_text("\n".join(lines) + "\n")
+    folder.run("sync", run_id)
+    run = assert_server_equals_journal(folder)
+    assert_one_model(folder, run)
+
+
+def test_a_slow_server_does_not_slow_training_down(away: tuple[Folder, Server, Proxy]) -> None:
+    folder, _, proxy = away
+    process = start(folder, "--training.epochs", "10")
+    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    proxy.delay = 4.0
+    wait_for(lambda: epochs_of(folder) >= 9, 200)
+    proxy.delay = 0.0
+    end(process)
+    run = assert_server_equals_journal(folder)
+    history = {name: folder.client.get_metric_history(run.info.run_id, name) for name in ("dev_loss", "epoch_seconds")}
+    ended = [point.timestamp / 1000 for point in history["dev_loss"]]
+    seconds = [point.value for point in history["epoch_seconds"]]
+    between = [after - before - took for before, after, took in zip(ended, ended[1:], seconds[1:], strict=False)]
+    print("seconds beside the epochs themselves, while each request takes 4 s:", between[1:-1])
+    assert statistics.median(between[1:-1]) < 2.0
+
+
+def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(
+    away: tuple[Folder, Server, Proxy],
+) -> None:
+    folder, _, proxy = away
+    process = start(folder, "--training.epochs", "8")
+    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    proxy.fails = True
+    there = epochs_of(folder)
+    wait_for(lambda: epochs_of(folder) >= there + 2 and proxy.failed > 1, 200)
+    proxy.loses, proxy.fails = True, False
+    out, said = process.communicate(timeout=400)
+    status = process.returncode
+    print(out, said, status, sorted(proxy.lost))
+    (run_id,) = [path.parent.name for path in folder.path.glob("checkpoints/*/journal.jsonl")]
+    for _ in range(4):
+        if status == 0:
+            break
+        assert status == 3
+        assert f"python -m capexp.sync {run_id}" in said
+        process = folder.start(sys.executable, "-m", "capexp.sync", run_id)
+        out, said = process.communicate(timeout=400)
+        status = process.returncode
+        assert PASSWORD not in out + said
+    assert status == 0, said
+    assert any("model-versions" in path for _, path in proxy.lost)
+    run = assert_server_equals_journal(folder)
+    assert_one_model(folder, run)
+
+
+def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: tuple[Folder, Server, Proxy]) -> None:
+    folder, server, _ = away
+    process = start(folder, "--training.epochs", "300")
+    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    server.stop()
+    there = epochs_of(folder)
+    wait_for(lambda: epochs_of(folder) >= there + 1, 200)
+    process.send_signal(signal.SIGINT)
+    _, said = end(process, status=130)
+    (run_id,) = [path.parent.name for path in folder.path.glob("checkpoints/*/journal.jsonl")]
+    assert f"python -m capexp.sync {run_id}" in said
+    server.start()
+    assert "ended       KILLED" in folder.run("sync", run_id).stdout
+    run = assert_server_equals_journal(folder, status="KILLED")
+    assert_one_model(folder, run, versions=0)
+    there = epochs_of(folder)
+    process = folder.start(sys.executable, "-m", "capexp.train", "--resume", run_id, "--training.epochs", "200")
+    wait_for(lambda: epochs_of(folder) >= there + 1, 200)
+    server.stop()
+    there = epochs_of(folder)
+    wait_for(lambda: epochs_of(folder) >= there + 1, 200)
+    process.kill()
+    process.communicate()
+    server.start()
+    assert f"capexp.train --resume {run_id}" in folder.run("sync", run_id).stdout
+    done = len(folder.client.get_metric_history(run_id, "dev_loss"))
+    assert done == epochs_of(folder)
+    folder.run("train", "--resume", run_id, "--training.epochs", str(done + 1))
+    run = assert_server_equals_journal(folder)
+    assert len(folder.client.get_metric_history(run_id, "dev_loss")) == done + 1
+    assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run_id
+
+
+def test_the_workers_of_a_study_get_over_an_outage(away: tuple[Folder, Server, Proxy]) -> None:
+    folder, server, _ = away
+    space = json.dumps({"model.dropout": {"low": 0.1, "high": 0.5}})
+    words = ("--trials", "4", "--workers", "2", "--training.epochs", "4", "--tune.pruner", "none")
+    process = folder.start(sys.executable, "-m", "capexp.tune", *SMALL, *words, "--tune.search", space)
+    wait_for(lambda: len(list(folder.path.glob("studies/scenes/*/ep*"))) >= 2, 300)
+    server.stop()
+    journals = folder.path.glob("studies/scenes/*/journal.jsonl")
+    sizes = {path: path.stat().st_size for path in journals}
+    wait_for(lambda: all(not path.exists() or path.stat().st_size > size for path, size in sizes.items()), 200)
+    server.start()
+    end(process)
+    parent, *trials = folder.runs()
+    assert {run.info.status for run in (parent, *trials)} == {"FINISHED"}
+    assert len(trials) == 4
+    for run in trials:
+        assert len(folder.client.get_metric_history(run.info.run_id, "dev_loss")) == 4
+    (version,) = folder.client.search_model_versions("name='capexp-scenes'")
+    assert version.run_id == parent.info.run_id
+    assert "study.html" in {item.path for item in folder.client.list_artifacts(parent.info.run_id)}

@@ -1,0 +1,379 @@
+"""What strangers give (experiments, captions, bundles, caches, weights, pictures) is read or refused, and no more.
+
+Each test tries as many inputs as ``CAPEXP_FUZZ`` says, and prints how many of them were read and refused (``-s``).
+"""
+
+import hashlib
+import io
+import json
+import os
+import pickle
+import resource
+import shutil
+import struct
+import zipfile
+import zlib
+from collections import Counter
+from collections.abc import Callable, Iterator
+from contextlib import contextmanager
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from hypothesis import HealthCheck, given, settings, strategies as st
+from PIL import Image
+from safetensors.torch import load_file, save_file
+from user_folder import ROOT
+
+from capexp.captioning.captioner import Captioner
+from capexp.data.cache import FeatureCache
+from capexp.data.captions import CaptionsConfig, read_captions, read_list, read_splits
+from capexp.data.errors import InputError
+from capexp.data.features import FeaturesConfig, load_encoder
+from capexp.data.photos import read_photo
+from capexp.experiment import load
+
+pytestmark = pytest.mark.slow
+
+TRIES = int(os.environ.get("CAPEXP_FUZZ", "200"))
+BUNDLE = ROOT / "tests/captioning/golden-1/bundle"
+SCENES = ROOT / "experiments/scenes"
+LEFT = 2 * 2**30  # bytes of address space that reading something may take beside what is taken already
+TOLD: Counter[tuple[str, bool]] = Counter()
+
+JSON = st.recursive(
+    st.none() | st.booleans() | st.integers() | st.floats() | st.text(max_size=8),
+    lambda inner: st.lists(inner, max_size=4) | st.dictionaries(st.text(max_size=8), inner, max_size=4),
+    max_leaves=10,
+)
+NAMES = st.sampled_from(["a.jpg", "../a.jpg", "/etc/passwd", "b/../../c.jpg", "b\\c.jpg", "\0", "", "./a.jpg"])
+
+
+def fuzz(function: Callable[..., None]) -> Callable[..., None]:
+    quiet = [HealthCheck.function_scoped_fixture, HealthCheck.too_slow, HealthCheck.data_too_large]
+    return settings(max_examples=TRIES, deadline=None, suppress_health_check=quiet, database=None)(function)
+
+
+@st.composite
+def damaged(draw: st.DrawFn, content: bytes) -> bytes:
+    """Bytes that are nearly those of a good file: some changed, cut out, doubled, or put in."""
+    for _ in range(draw(st.integers(1, 4))):
+        start = draw(st.integers(0, len(content)))
+        stop = min(len(content), start + draw(st.integers(0, 40)))
+        put = draw(
+            st.binary(max_size=12) | st.sampled_from([b"", content[start:stop] * 2, b"\0" * 8, b"9" * 11, b"-1"])
+        )
+        content = content[:start] + put + content[stop:]
+    return content
+
+
+@contextmanager
+def refusable(what: str) -> Iterator[None]:
+    """It is done, or refused in one line: no other exception, and no memory for what the input only claims."""
+    used = int(Path("/proc/self/statm").read_text().split()[0]) * resource.getpagesize()
+    before = resource.getrlimit(resource.RLIMIT_AS)
+    resource.setrlimit(resource.RLIMIT_AS, (used + LEFT, before[1]))
+    refused = ""
+    try:
+        yield
+    except InputError as error:
+        refused = str(error)
+        assert refused
+    finally:
+        resource.setrlimit(resource.RLIMIT_AS, before)
+    TOLD[what, not refused] += 1
+
+
+@pytest.fixture(autouse=True, scope="module")
+def tell() -> Iterator[None]:
+    yield
+    for what in sorted({what for what, _ in TOLD}):
+        print(f"\n{what}: {TOLD[what, True]} read, {TOLD[what, False]} refused", end="")
+
+
+@fuzz
+@given(damaged((ROOT / "experiments/scenes.toml").read_bytes()) | damaged(b"") | st.binary(max_size=200))
+def test_experiments(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "experiment.toml"
+    path.write_bytes(content)
+    with refusable("TOML"):
+        load(path, {})
+
+
+SECTIONS = st.sampled_from(["captions", "vocabulary", "features", "model", "training", "decoding", "registry", "tune"])
+
+
+@fuzz
+@given(SECTIONS, st.text(max_size=8) | st.sampled_from(["root", "lstm_units", "epochs", "search", "weights"]), JSON)
+def test_settings(tmp_path: Path, section: str, name: str, value: object) -> None:
+    path = tmp_path / "experiment.toml"
+    text = (ROOT / "experiments/scenes.toml").read_text()
+    written = json.dumps(value) if isinstance(value, str | int | float | bool | list) else "{}"
+    path.write_text(f"{text}\n[{section}]\n{json.dumps(name)} = {written}\n", errors="surrogateescape")
+    with refusable("settings"):
+        load(path, {f"{section}.{name}": str(value)})
+
+
+@fuzz
+@given(damaged(b"a.jpg#0\tA cat .\nb/c.jpg#0\tA dog .\nb/c.jpg#1\tTwo dogs .\n") | st.binary(max_size=200))
+def test_captions_in_lines(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "captions.txt"
+    path.write_bytes(content)
+    with refusable("captions in lines"):
+        read_captions(path)
+    with refusable("lists"):
+        for name in read_list(path):
+            assert (tmp_path / name).resolve().is_relative_to(tmp_path.resolve())
+
+
+IMAGES = st.fixed_dictionaries(
+    {},
+    optional={
+        "id": st.integers(0, 3) | JSON,
+        "file_name": NAMES | JSON,
+        "filename": NAMES | JSON,
+        "filepath": NAMES | JSON,
+        "split": st.sampled_from(["train", "val", "test", "restval"]) | JSON,
+        "sentences": st.lists(st.fixed_dictionaries({"raw": st.text(max_size=5) | JSON}), max_size=3) | JSON,
+    },
+)
+NOTES = st.fixed_dictionaries({"image_id": st.integers(0, 3) | JSON, "caption": st.text(max_size=5) | JSON})
+COCO = {"images": [{"id": 1, "file_name": "a.jpg"}], "annotations": [{"image_id": 1, "caption": "A cat"}]}
+KARPATHY = {"images": [{"filename": "a.jpg", "split": "train", "sentences": [{"raw": "A cat"}]}]}
+
+
+@fuzz
+@given(
+    st.fixed_dictionaries({"images": st.lists(IMAGES, max_size=3), "annotations": st.lists(NOTES, max_size=3)})
+    .map(json.dumps)
+    .map(str.encode)
+    | st.sampled_from([COCO, KARPATHY]).flatmap(lambda good: damaged(json.dumps(good).encode()))
+    | JSON.map(json.dumps).map(str.encode)
+)
+def test_captions_in_json(tmp_path: Path, content: bytes) -> None:
+    (tmp_path / "photos").mkdir(exist_ok=True)
+    (tmp_path / "captions.json").write_bytes(content)
+    with refusable("captions in JSON"):
+        for name in read_captions(tmp_path / "captions.json").captions:
+            assert (tmp_path / "photos" / name).resolve().is_relative_to(tmp_path.resolve())
+    with refusable("splits in JSON"):
+        read_splits(
+            CaptionsConfig(root=tmp_path, photos=Path("photos"), captions=Path("captions.json"), splits="karpathy")
+        )
+
+
+def caption_with(captioner: Captioner) -> None:
+    """Whoever is loaded can be used."""
+    shape = captioner.encoder_identity.shape
+    (caption,) = captioner.caption_features(np.ones((1, *shape), np.float16))
+    assert isinstance(caption.text, str)
+
+
+def seal(folder: Path) -> None:
+    """Makes a bundle's digests fit, as whoever has changed it would."""
+    files = [path for path in sorted(folder.iterdir()) if path.name != "manifest.json"]
+    digests = {path.name: hashlib.sha256(path.read_bytes()).hexdigest() for path in files}
+    record = json.loads((BUNDLE / "manifest.json").read_text()) | {"sha256": digests}
+    (folder / "manifest.json").write_text(json.dumps(record))
+
+
+@fuzz
+@given(st.data(), st.sampled_from(sorted(path.name for path in BUNDLE.iterdir())))
+def test_bundles(tmp_path: Path, data: st.DataObject, name: str) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
+    (folder / name).write_bytes(data.draw(damaged((BUNDLE / name).read_bytes())))
+    if name != "manifest.json":
+        seal(folder)
+    with refusable("bundles"):
+        caption_with(Captioner.load(folder))
+
+
+@fuzz
+@given(st.data())
+def test_bundles_whose_sizes_are_made_up(tmp_path: Path, data: st.DataObject) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder, dirs_exist_ok=True)
+    record = json.loads((BUNDLE / "captioner.json").read_text())
+    section = data.draw(st.sampled_from(sorted(key for key, value in record.items() if isinstance(value, dict))))
+    key = data.draw(st.sampled_from(sorted(record[section])))
+    record[section][key] = data.draw(st.integers(-2, 2**70) | JSON | st.sampled_from([2**31, 2**40]))
+    (folder / "captioner.json").write_text(json.dumps(record))
+    seal(folder)
+    with refusable("bundles with made-up sizes"):
+        caption_with(Captioner.load(folder))
+
+
+def cache_file() -> Path:
+    (path,) = (SCENES / "features").glob("*.features")
+    return path
+
+
+def cache_in(folder: Path) -> FeatureCache:
+    header = cache_file().read_bytes()[:4096]
+    record = json.loads(header.split(b"\n", 1)[1].rstrip(b"\0"))
+    identity = Captioner.load(BUNDLE).encoder_identity
+    del record["size"], record["transform"]
+    fields = {**record, "mean": tuple(record["mean"]), "std": tuple(record["std"]), "weights": "IMAGENET1K_FEATURES"}
+    return FeatureCache(folder, type(identity)(**fields))
+
+
+@fuzz
+@given(st.data())
+def test_caches(tmp_path: Path, data: st.DataObject) -> None:
+    good = cache_file().read_bytes()[: 4096 + 3 * (32 + 4 + 1024)]
+    cache = cache_in(tmp_path)
+    assert cache.path.name == cache_file().name
+    cut = data.draw(st.integers(0, len(good)))
+    content = data.draw(damaged(good) | st.just(good[:cut]) | damaged(good[:200]).map(lambda head: head + good[200:]))
+    cache.path.write_bytes(content)
+    wanted = [good[start : start + 32] for start in range(4096, len(good), 32 + 4 + 1024)]
+    with refusable("caches"):
+        found = cache.find(wanted)
+        if found is not None:
+            first = np.frombuffer(good, "<f2", 512, 4096 + 36)
+            assert np.array_equal(found.gather(np.array([0]))[0, 0], first), "what is read is what was written"
+
+
+def weights_of(path: Path) -> FeaturesConfig:
+    return FeaturesConfig(layer="conv5_3", pool="mean", weights=str(path))
+
+
+def small_state() -> bytes:
+    content = io.BytesIO()
+    torch.save({"features.0.weight": torch.ones(64, 3, 3, 3), "features.0.bias": torch.ones(64)}, content)
+    return content.getvalue()
+
+
+def legacy_state() -> bytes:
+    content = io.BytesIO()
+    state = {"features.0.weight": torch.ones(64, 3, 3, 3), "features.0.bias": torch.ones(64)}
+    torch.save(state, content, _use_new_zipfile_serialization=False)
+    return content.getvalue()
+
+
+@fuzz
+@given(st.sampled_from([small_state(), legacy_state()]).flatmap(damaged) | st.binary(max_size=100))
+def test_weights(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.pth"
+    path.write_bytes(content)
+    with refusable("weights"):
+        load_encoder(weights_of(path))
+
+
+def expanded(name: str) -> dict[str, torch.Tensor]:
+    """One value that claims to be a tera of them."""
+    return {name: torch.ones(1).expand(2**20, 2**20)}
+
+
+class Executed:
+    def __reduce__(self) -> tuple[Callable[[str], object], tuple[str]]:
+        return os.mkdir, ("executed",)
+
+
+@pytest.mark.parametrize("name", ["features.0.weight", "classifier.0.weight", "anything"])
+def test_a_shape_takes_no_memory_before_it_is_checked(tmp_path: Path, name: str) -> None:
+    path = tmp_path / "weights.pth"
+    torch.save(expanded(name), path)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InputError, match="not VGG16's weights"), refusable_raises():
+        load_encoder(weights_of(path))
+
+
+@contextmanager
+def refusable_raises() -> Iterator[None]:
+    """As ``refusable``, for who wants to see the refusal."""
+    fault: list[InputError] = []
+    with refusable("claims of memory"):
+        try:
+            yield
+        except InputError as error:
+            fault.append(error)
+            raise
+    raise fault[0]
+
+
+def test_an_archive_that_swells_is_refused(tmp_path: Path) -> None:
+    plain, path = tmp_path / "plain.pth", tmp_path / "weights.pth"
+    torch.save({"features.0.weight": torch.zeros(2**28)}, plain)  # 1 GiB
+    with zipfile.ZipFile(plain) as source, zipfile.ZipFile(path, "w", zipfile.ZIP_DEFLATED) as packed:
+        for entry in source.infolist():
+            with source.open(entry) as content, packed.open(entry.filename, "w", force_zip64=True) as copy:
+                shutil.copyfileobj(content, copy, 2**20)
+    plain.unlink()
+    assert path.stat().st_size < 2 * 2**20
+    with pytest.raises(InputError, match="would swell"), refusable_raises():
+        load_encoder(weights_of(path))
+
+
+def test_code_in_weights_is_not_run(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.chdir(tmp_path)
+    torch.save({"features.0.weight": Executed()}, "weights.pth")
+    Path("pickled.pth").write_bytes(pickle.dumps(Executed()))
+    for name in ("weights.pth", "pickled.pth"):
+        with pytest.raises(InputError, match="holds more than tensors"):
+            load_encoder(weights_of(Path(name)))
+    assert not Path("executed").exists()
+
+
+def test_a_safetensors_header_that_claims_more_than_the_file_is_refused(tmp_path: Path) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder)
+    header = {"x": {"dtype": "F32", "shape": [2**40], "data_offsets": [0, 2**42]}}
+    text = json.dumps(header).encode()
+    for content in (struct.pack("<Q", len(text)) + text, struct.pack("<Q", 2**62) + text, b""):
+        (folder / "decoder.safetensors").write_bytes(content)
+        seal(folder)
+        with pytest.raises(InputError, match=r"decoder\.safetensors: cannot be read"), refusable_raises():
+            Captioner.load(folder)
+
+
+@pytest.mark.parametrize("kind", [torch.float64, torch.float16, torch.int32, torch.bool])
+def test_a_decoder_of_other_numbers_is_refused(tmp_path: Path, kind: torch.dtype) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder)
+    state = load_file(BUNDLE / "decoder.safetensors")
+    save_file({name: value.to(kind) for name, value in state.items()}, folder / "decoder.safetensors")
+    seal(folder)
+    with pytest.raises(InputError, match="not float32"):
+        Captioner.load(folder)
+
+
+@pytest.mark.parametrize("state", [{}, {"convolutions.0.weight": torch.ones(2)}, {"convolutions.x": torch.ones(2)}])
+def test_a_bundled_encoder_that_is_none_is_refused(tmp_path: Path, state: dict[str, torch.Tensor]) -> None:
+    folder = tmp_path / "bundle"
+    shutil.copytree(BUNDLE, folder)
+    save_file(state, folder / "encoder.safetensors")
+    seal(folder)
+    with pytest.raises(InputError, match=r"encoder\.safetensors: not VGG16's weights"):
+        Captioner.load(folder).use_encoder()
+
+
+def pictures() -> list[bytes]:
+    found = []
+    for kind in ("PNG", "JPEG", "GIF", "BMP", "TIFF", "WEBP", "PPM", "TGA", "ICO"):
+        content = io.BytesIO()
+        Image.linear_gradient("L").resize((40, 30)).convert("RGB").save(content, kind)
+        found.append(content.getvalue())
+    return found
+
+
+@fuzz
+@given(st.sampled_from(pictures()).flatmap(damaged) | st.binary(max_size=200))
+def test_pictures(tmp_path: Path, content: bytes) -> None:
+    with refusable("pictures"):
+        assert read_photo(content).mode == "RGB"
+    path = tmp_path / "photo.jpg"
+    path.write_bytes(content)
+    with refusable("picture files"):
+        read_photo(path)
+
+
+def test_a_picture_that_claims_too_many_pixels_takes_no_memory() -> None:
+    content = pictures()[0]
+    assert content[12:16] == b"IHDR"
+    header = b"IHDR" + struct.pack(">II", 30_000, 30_000) + content[24:29]
+    bomb = content[:12] + header + struct.pack(">I", zlib.crc32(header)) + content[33:]
+    with pytest.raises(InputError, match="pixels"), refusable_raises():
+        read_photo(bomb)
