@@ -69,14 +69,16 @@ def assert_server_equals_journal(folder: Folder, status: str = "FINISHED") -> Ru
     assert {n for line in lines for n in line.get("sent", ())} == {entry["number"] for entry in entries}
     held: dict[str, set[tuple[float, int, int]]] = {}
     tags: dict[str, str] = {}
+    params: dict[str, str] = {}
     for entry in entries:
         if entry["kind"] == "metrics":
             for name, value, timestamp, step in entry["content"]:
                 held.setdefault(name, set()).add((value, timestamp, step))
         elif entry["kind"] == "params":
-            assert run.data.params == entry["content"]
+            params = entry["content"] | params  # a run keeps those that it was started with
         elif entry["kind"] == "tags":
             tags |= entry["content"]
+    assert run.data.params == params
     assert held.keys() == run.data.metrics.keys()
     for name, points in held.items():
         history = folder.client.get_metric_history(run.info.run_id, name)
