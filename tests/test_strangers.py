@@ -11,6 +11,7 @@ import pickle
 import resource
 import shutil
 import struct
+import tomllib
 import zipfile
 import zlib
 from collections import Counter
@@ -20,6 +21,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import tomli_w
 import torch
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
@@ -32,7 +34,7 @@ from capexp.data.captions import CaptionsConfig, read_captions, read_list, read_
 from capexp.data.errors import InputError
 from capexp.data.features import FeaturesConfig, load_encoder
 from capexp.data.photos import read_photo
-from capexp.experiment import load
+from capexp.experiment import load, setting_names
 
 pytestmark = pytest.mark.slow
 
@@ -101,18 +103,32 @@ def test_experiments(tmp_path: Path, content: bytes) -> None:
         load(path, {})
 
 
-SECTIONS = st.sampled_from(["captions", "vocabulary", "features", "model", "training", "decoding", "registry", "tune"])
+TOML = st.recursive(
+    st.booleans()
+    | st.integers(-3, 2**63 - 1)
+    | st.floats()
+    | st.text(max_size=8)
+    | st.sampled_from(["fc2", "auto", "."]),
+    lambda inner: st.lists(inner, max_size=3) | st.dictionaries(st.text(max_size=8), inner, max_size=3),
+    max_leaves=6,
+)
 
 
 @fuzz
-@given(SECTIONS, st.text(max_size=8) | st.sampled_from(["root", "lstm_units", "epochs", "search", "weights"]), JSON)
-def test_settings(tmp_path: Path, section: str, name: str, value: object) -> None:
+@given(st.sampled_from(setting_names()) | st.text(max_size=8), TOML)
+def test_settings(tmp_path: Path, name: str, value: object) -> None:
+    table = tomllib.loads((ROOT / "experiments/scenes.toml").read_text())
+    section, _, key = name.rpartition(".")
+    place = table
+    for part in section.split(".") if section else []:
+        place = place.setdefault(part, {})
+    place[key] = value
     path = tmp_path / "experiment.toml"
-    text = (ROOT / "experiments/scenes.toml").read_text()
-    written = json.dumps(value) if isinstance(value, str | int | float | bool | list) else "{}"
-    path.write_text(f"{text}\n[{section}]\n{json.dumps(name)} = {written}\n", errors="surrogateescape")
-    with refusable("settings"):
-        load(path, {f"{section}.{name}": str(value)})
+    path.write_text(tomli_w.dumps(table), encoding="utf-8", errors="replace")
+    with refusable("settings in files"):
+        load(path, {})
+    with refusable("settings as flags"):
+        load(ROOT / "experiments/scenes.toml", {name: str(value)})
 
 
 @fuzz
