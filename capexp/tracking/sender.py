@@ -183,6 +183,7 @@ def send(client: MlflowClient, run_id: str, folder: Path, entries: Sequence[Entr
             log.warning("%s: is gone, and will not be among the run's artifacts", path)
             return
         with artifact_faults(run_id):
-            client.log_artifact(run_id, str(path))
+            inside = str(Path(first.content).parent)
+            client.log_artifact(run_id, str(path), None if inside == "." else inside)
     else:
         raise AssertionError(first.kind)
