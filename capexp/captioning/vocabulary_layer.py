@@ -10,6 +10,8 @@ from torch import Tensor, nn
 
 _AT_ONCE = 2**23
 """Logits that are in memory at a time (32 MiB)."""
+_LINE = 16
+"""Values of a line of memory."""
 
 
 class VocabularyLayer(nn.Linear):
@@ -51,19 +53,20 @@ class _CrossEntropy(torch.autograd.Function):
         learning: bool,
     ) -> tuple[Tensor, Tensor]:
         count, words = len(outputs), len(weight)
-        layer, read = weight.to(dtype), outputs.to(dtype)  # (V, H), (M, H)
-        size = min(max(_AT_ONCE // words, 1), count)
-        held = weight.new_empty(words * size)
+        layer = weight.to(dtype)  # (V, H)
+        size = min(max(_AT_ONCE // words // _LINE, 1) * _LINE, -(-count // _LINE) * _LINE)
+        # Outputs of zero behind the last ones, whose shares are zero too: whole lines of memory are read much faster.
+        read = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
+        held = weight.new_empty(words * size).view(words, size)
         logarithms = []  # of the sums of exponentials
-        of_outputs = torch.empty_like(outputs, dtype=torch.float32)
+        of_outputs = torch.empty_like(read, dtype=torch.float32)
         of_weight, of_bias = None, torch.zeros_like(bias)
         for start in range(0, count, size):
             part = read[start : start + size]  # (C, H)
-            values = held[: words * len(part)].view(words, len(part))  # (V, C)
             if dtype == torch.float32:
-                torch.addmm(bias.unsqueeze(1), layer, part.t(), out=values)
+                values = torch.addmm(bias.unsqueeze(1), layer, part.t(), out=held)  # (V, C)
             else:
-                torch.add(layer @ part.t(), bias.unsqueeze(1), out=values)
+                values = torch.add(layer @ part.t(), bias.unsqueeze(1), out=held)
             top = values.amax(0)
             values.sub_(top).exp_()
             sums = values.sum(0)
@@ -71,15 +74,16 @@ class _CrossEntropy(torch.autograd.Function):
             if not learning:
                 continue
             product = values.to(dtype)
-            of_outputs[start : start + size] = (product.t() @ layer) / sums.unsqueeze(1)
-            share = outputs[start : start + size] / (sums * count).unsqueeze(1)
-            if of_weight is None and size == count:
-                of_weight = (product @ share.to(dtype)).float()
+            shares = (1 / (sums * count)).unsqueeze(1)  # (C, 1)
+            shares[count - start :] = 0
+            of_outputs[start : start + size] = (product.t() @ layer) * shares
+            added = product @ (part * shares).to(dtype)
+            if of_weight is None:
+                of_weight = added.float()
             else:
-                of_weight = torch.zeros_like(weight) if of_weight is None else of_weight
-                of_weight += product @ share.to(dtype)
-            of_bias.addmv_(values, 1 / (sums * count))
-        normal = torch.cat(logarithms)  # (M,)
+                of_weight += added
+            of_bias.addmv_(values, shares[:, 0])
+        normal = torch.cat(logarithms)[:count]  # (M,)
         chosen = weight[targets]  # (M, H)
         nats = (normal - (outputs * chosen).sum(1) - bias[targets]).mean()
         minimised = nats
@@ -90,14 +94,14 @@ class _CrossEntropy(torch.autograd.Function):
             minimised = (1 - smoothing) * nats + smoothing * spread
         if learning:
             assert of_weight is not None
-            of_outputs -= (1 - smoothing) * chosen
+            of_outputs = of_outputs[:count].sub_(chosen, alpha=(1 - smoothing) / count)
             of_weight.index_add_(0, targets, outputs.float(), alpha=(smoothing - 1) / count)
             of_bias.index_add_(0, targets, torch.full_like(normal, (smoothing - 1) / count))
             if smoothing:
-                of_outputs -= smoothing * middle
+                of_outputs -= smoothing / count * middle
                 of_weight -= smoothing / words * outputs.float().mean(0)
                 of_bias -= smoothing / words
-            ctx.save_for_backward(of_outputs.div_(count).to(outputs.dtype), of_weight, of_bias)
+            ctx.save_for_backward(of_outputs.to(outputs.dtype), of_weight, of_bias)
         ctx.mark_non_differentiable(nats)
         return nats, minimised.clone()
 

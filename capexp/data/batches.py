@@ -116,7 +116,7 @@ class CaptionBatches:
         if self.order == "photos":
             seen, rows = np.unique(seen, return_inverse=True)
         return Batch(
-            torch.from_numpy(self._features.gather(seen)).float(),
+            torch.from_numpy(self._features.gather(seen).astype(np.float32)),
             torch.from_numpy(rows),
             torch.from_numpy(self._tokens[places].astype(np.int64)),
             torch.from_numpy(self._tokens[places + 1].astype(np.int64)),
@@ -131,7 +131,7 @@ def photo_batches(features: Features, size: int, seed: int, number: int) -> Iter
     """
 
     def make(photos: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor]:
-        return photos, torch.from_numpy(features.gather(photos)).float()
+        return photos, torch.from_numpy(features.gather(photos).astype(np.float32))
 
     return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features)), size)
 

@@ -16,7 +16,7 @@ from pydantic import BaseModel, ConfigDict, Field
 from torch import nn
 
 from capexp.captioning.captioner import Captioner, TrainingRecord
-from capexp.captioning.decoder import RecurrentDecoder
+from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.errors import InputError
 from capexp.data.features import Precision, use_bfloat16
@@ -248,13 +248,21 @@ def train_epoch(
                 )
             optimizer.zero_grad()
             torch.autograd.backward(smoothed)
-            nn.utils.clip_grad_norm_(decoder.parameters(), config.clip_norm)
+            clip(decoder, config.clip_norm)
             optimizer.step()
             if average is not decoder:
                 _average(average, decoder, config.average, (number - 1) * len(batches) + step)
             total += value * len(outputs)
             targets += len(outputs)
     return Loss(total, targets)
+
+
+def clip(decoder: Decoder, most: float) -> None:
+    """Cuts the gradient's norm to ``most``."""
+    learnt = [value for value in decoder.parameters() if value.grad is not None]
+    norm = nn.utils.get_total_norm([value.grad for value in learnt if value.grad is not None])
+    if norm.device.type != "cpu" or norm > most:  # a GPU is not waited for
+        nn.utils.clip_grads_with_norm_(learnt, most, norm)
 
 
 @torch.no_grad()

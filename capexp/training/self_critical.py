@@ -27,7 +27,7 @@ from capexp.scoring.cider import CiderReferences
 from capexp.scoring.evaluation import Loss, cross_entropy
 from capexp.scoring.metrics import score, tokenize
 from capexp.training.checkpoints import Checkpoints, TrainingState
-from capexp.training.fit import Epoch, TrainingConfig
+from capexp.training.fit import Epoch, TrainingConfig, clip
 
 _END = ""  # where a caption ends is part of what is rewarded: otherwise it comes to end on "in a"
 _PART = 512  # dev photos at a time
@@ -163,7 +163,7 @@ def _train_epoch(
                 )
             optimizer.zero_grad()
             torch.autograd.backward(loss)
-            nn.utils.clip_grad_norm_(decoder.parameters(), config.clip_norm)
+            clip(decoder, config.clip_norm)
             optimizer.step()
             nats -= float(chosen.detach().sum())
             targets += len(chosen)
