@@ -3,6 +3,7 @@
 Shapes: B batch (captions), N photos, M words, T steps, P grid positions, F feature.
 """
 
+import math
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
@@ -20,6 +21,7 @@ from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
 Order = Literal["captions", "photos"]
 _AHEAD = 2  # batches that are read before they are asked for
+_HELD_AT_ONCE = 1000  # photos whose features are moved to a device together
 T = TypeVar("T")
 
 
@@ -30,7 +32,7 @@ class Batch:
     Each word that is read has one target, the word that comes next; there is no padding.
     """
 
-    features: Tensor  # (N, P, F)
+    features: Tensor  # (N, P, F), float16 until they are on a device
     photos: Tensor  # (B,): the row of each caption's photo in the features
     words: Tensor  # (M,): BOS and each caption's words
     targets: Tensor  # (M,): the words and EOS
@@ -38,9 +40,16 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        values = (self.features, self.photos, self.words, self.targets)
-        features, photos, words, targets = (value.to(device, non_blocking=True) for value in values)
+        features = _moved(self.features, device).float()  # half as much to move
+        photos, words, targets = (_moved(value, device) for value in (self.photos, self.words, self.targets))
         return Batch(features, photos, words, targets, self.counts)
+
+
+def _moved(value: Tensor, device: torch.device) -> Tensor:
+    """A tensor on a device, without waiting for it."""
+    if device.type == "cuda" and value.device.type == "cpu":
+        value = value.pin_memory()  # of other memory the processor would wait for the copy
+    return value.to(device, non_blocking=True)
 
 
 class CaptionBatches:
@@ -70,6 +79,18 @@ class CaptionBatches:
         units = counts if order == "photos" else np.ones_like(self._lengths)
         self._bounds = np.concatenate(([0], np.cumsum(units)))
         self._units = max(1, round(batch_size * len(units) / len(self._lengths)))  # in a batch
+        self._held: Tensor | None = None  # the features of all photos, where a device has room for them
+
+    def hold(self, device: torch.device) -> None:
+        """Holds the features of all photos on a device, unless they would take more than a quarter of its free memory.
+
+        Batches are then put together there.
+        """
+        positions, size = self._features.shape
+        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        if self._held is None and 4 * 2 * len(self._features) * positions * size <= room:
+            parts = [torch.from_numpy(part).to(device) for part in self._features.parts(_HELD_AT_ONCE)]
+            self._held = torch.cat(parts)
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -115,8 +136,12 @@ class CaptionBatches:
         seen, rows = photos[captions], np.arange(len(captions))
         if self.order == "photos":
             seen, rows = np.unique(seen, return_inverse=True)
+        if self._held is not None:
+            features = self._held[_moved(torch.from_numpy(seen), self._held.device)]
+        else:
+            features = torch.from_numpy(self._features.gather(seen))
         return Batch(
-            torch.from_numpy(self._features.gather(seen).astype(np.float32)),
+            features,
             torch.from_numpy(rows),
             torch.from_numpy(self._tokens[places].astype(np.int64)),
             torch.from_numpy(self._tokens[places + 1].astype(np.int64)),

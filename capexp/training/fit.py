@@ -23,6 +23,8 @@ from capexp.data.features import Precision, use_bfloat16
 from capexp.scoring.evaluation import Loss, cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState
 
+_UNSEEN = 100  # steps that a GPU does before its loss is looked at
+
 
 class SelfCriticalConfig(BaseModel):
     """The second phase, on the captions' scores: see :mod:`capexp.training.self_critical`."""
@@ -143,6 +145,9 @@ def fit(
         weight_decay=config.weight_decay,
         fused=True,
     )
+    if device.type == "cuda":
+        train.hold(device)
+        dev.hold(device)
     history: list[Epoch] = []
     state = checkpoints.go_back()
     if state is not None:
@@ -229,7 +234,7 @@ def train_epoch(
         InputError: the loss is not finite any more.
     """
     decoder.train()
-    total, targets = 0.0, 0
+    total, targets = torch.zeros((), dtype=torch.float64, device=device), 0
     # Dropout draws from torch's global generator: seeded for this epoch, and put back for whoever else uses it.
     with torch.random.fork_rng():
         torch.manual_seed(seed * 1_000_003 + number)
@@ -240,10 +245,13 @@ def train_epoch(
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
                 outputs = decoder.outputs(here.features, here.photos, here.words, here.counts)  # (M, H)
                 loss, smoothed = decoder.vocabulary.cross_entropy(outputs, here.targets, config.label_smoothing)
-            value = loss.item()
-            if not torch.isfinite(loss):
+            total += loss.double() * len(outputs)
+            targets += len(outputs)
+            # To look at a GPU's loss is to wait for it.
+            is_looked_at = device.type == "cpu" or step % _UNSEEN == 0 or step == len(batches)
+            if is_looked_at and not math.isfinite(value := (loss if device.type == "cpu" else total).item()):
                 raise InputError(
-                    f"the loss is {value} at step {step} of epoch {number}; weights are kept as they were: "
+                    f"the loss is {value} at step {step} of epoch {number}; the best captioner before it is kept: "
                     f"lower training.learning_rate = {config.learning_rate}"
                 )
             optimizer.zero_grad()
@@ -252,9 +260,7 @@ def train_epoch(
             optimizer.step()
             if average is not decoder:
                 _average(average, decoder, config.average, (number - 1) * len(batches) + step)
-            total += value * len(outputs)
-            targets += len(outputs)
-    return Loss(total, targets)
+    return Loss(total.item(), targets)
 
 
 def clip(decoder: Decoder, most: float) -> None:

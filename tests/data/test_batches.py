@@ -6,6 +6,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import torch
 from numpy.typing import NDArray
 
 from capexp.data.batches import Batch, CaptionBatches
@@ -145,3 +146,13 @@ def test_caption_without_a_known_word_has_one_target() -> None:
     (batch,) = made.in_order()
     assert unpacked(batch) == [([BOS, 3], [3, EOS]), ([BOS], [EOS])]
     assert (made.targets, made.longest) == (3, 3)
+
+
+def test_batches_of_features_that_a_device_holds_are_the_same(batches: CaptionBatches) -> None:
+    before = [batch.to(torch.device("cpu")) for batch in batches.epoch(seed=1, number=1)]
+    batches.hold(torch.device("cpu"))
+    after = [batch.to(torch.device("cpu")) for batch in batches.epoch(seed=1, number=1)]
+    for one, other in zip(before, after, strict=True):
+        assert one.features.dtype == torch.float32
+        assert torch.equal(one.features, other.features)
+        assert torch.equal(one.words, other.words) and torch.equal(one.photos, other.photos)
