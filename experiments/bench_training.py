@@ -12,8 +12,8 @@ is the products of matrices that a target needs, at the rate of one large produc
 
 import string
 import sys
-from collections.abc import Callable
-from itertools import product
+from collections.abc import Callable, Iterator
+from itertools import islice, product
 from pathlib import Path
 from typing import Literal
 
@@ -27,7 +27,7 @@ from torch import Tensor, nn
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
-from capexp.data.batches import CaptionBatches
+from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.features import EncoderIdentity
@@ -44,7 +44,13 @@ class Task:
     """Made-up photos and captions, and what the contestants share of them."""
 
     def __init__(
-        self, photos: int, device: torch.device, entries: int = ENTRIES, length: float = MEAN_LENGTH, batch: int = BATCH
+        self,
+        photos: int,
+        device: torch.device,
+        entries: int = ENTRIES,
+        length: float = MEAN_LENGTH,
+        batch: int = BATCH,
+        kind: type[CaptionBatches] = CaptionBatches,
     ) -> None:
         rng = np.random.default_rng(1)
         names = ["".join(letters) for letters in product(string.ascii_lowercase, repeat=4)][: entries - 3]
@@ -57,7 +63,7 @@ class Task:
         split = Split("train", Path(), tuple(f"{i}.jpg" for i in range(photos)), texts)
         block = rng.random((min(photos, 1000), 1, FEATURES), dtype=np.float32).astype(np.float16)
         self.features = Features(block, np.arange(photos) % len(block))
-        self.batches = CaptionBatches(split, self.vocabulary, self.features, batch)
+        self.batches = kind(split, self.vocabulary, self.features, batch)
         self.texts = texts
         self._epoch = 0
 
@@ -182,9 +188,17 @@ def multiplications(entries: int, targets_a_caption: float) -> float:
     return 6 * a_target + 4 * FEATURES * UNITS / targets_a_caption
 
 
+class First(CaptionBatches):
+    """Batches of which an epoch has the first few only."""
+
+    def epoch(self, seed: int, number: int) -> Iterator[Batch]:
+        """The first of an epoch."""
+        return islice(super().epoch(seed, number), 50)
+
+
 def peak_of(photos: int) -> None:
-    """An epoch, for its memory."""
-    task = Task(photos, torch.device("cpu"))
+    """The first batches of an epoch, for their memory."""
+    task = Task(photos, torch.device("cpu"), kind=First)
     task.ours("float32")()
 
 

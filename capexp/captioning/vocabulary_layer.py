@@ -54,7 +54,8 @@ class _CrossEntropy(torch.autograd.Function):
     ) -> tuple[Tensor, Tensor]:
         count, words = len(outputs), len(weight)
         layer = weight.to(dtype)  # (V, H)
-        size = min(max(_AT_ONCE // words // _LINE, 1) * _LINE, -(-count // _LINE) * _LINE)
+        parts = -(-count * words // _AT_ONCE)
+        size = -(-count // parts // _LINE) * _LINE  # of a part, each as large as the others
         # Outputs of zero behind the last ones, whose shares are zero too: whole lines of memory are read much faster.
         read = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
         held = weight.new_empty(words * size).view(words, size)
