@@ -52,11 +52,17 @@ class Record:
     growth: dict[str, dict[str, float]] = field(default_factory=dict)
     """How a cost grows: what grows, then its values."""
 
-    def race(self, contestants: Mapping[str, Callable[[], float]], pairs: list[tuple[str, str]], rounds: int) -> None:
+    def race(
+        self,
+        contestants: Mapping[str, Callable[[], float]],
+        pairs: list[tuple[str, str]],
+        rounds: int,
+        warm_up: bool = True,
+    ) -> None:
         """Runs contestants in turn, after a round that is not counted; each gives how much it did."""
-        measured = [{name: rate(work, self.device) for name, work in contestants.items()} for _ in range(rounds + 1)][
-            1:
-        ]
+        all_rounds = rounds + warm_up
+        measured = [{name: rate(work, self.device) for name, work in contestants.items()} for _ in range(all_rounds)]
+        measured = measured[-rounds:]
         for name in contestants:
             self.rates[name] = statistics.median(one[name] for one in measured)
         for a, b in pairs:

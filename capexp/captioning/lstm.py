@@ -60,7 +60,10 @@ class _Lstm(torch.autograd.Function):
         for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
             here = slice(start, start + count)
             a = active[here]
-            a.copy_(torch.addmm(gates[here], h[:count].to(dtype), recurrent))
+            if dtype == torch.float32:
+                torch.addmm(gates[here], h[:count], recurrent, out=a)
+            else:
+                a.copy_(torch.addmm(gates[here], h[:count].to(dtype), recurrent))
             enter, keep, new, leave = a.chunk(4, 1)
             a[:, : 2 * size].sigmoid_()
             new.tanh_()
@@ -79,29 +82,42 @@ class _Lstm(torch.autograd.Function):
         of_outputs, of_cells = gradients
         starts = list(accumulate(counts, initial=0))
         recurrent = weight.to(dtype)  # (4H, H)
+        # Of each gate, and of the cell: what its gradient is a multiple of, for all steps at once. Of a sigmoid that is
+        # s (1 - s), of a hyperbolic tangent 1 - t^2.
+        enter, keep, new, leave = active.chunk(4, 1)
+        factors = torch.empty_like(active)
+        f_enter, f_keep, f_new, f_leave = factors.chunk(4, 1)
+        torch.mul(new, enter, out=f_enter).mul_(1 - enter)
+        torch.mul(_before(cells, cell, counts, starts), keep, out=f_keep).mul_(1 - keep)
+        torch.mul(enter, 1 - new * new, out=f_new)
+        torch.mul(squashed, leave, out=f_leave).mul_(1 - leave)
+        passed = leave * (1 - squashed * squashed)
         of_gates = torch.empty_like(active)
         dh, dc = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(cell, dtype=torch.float32)
+        three = factors.view(len(factors), 4, -1)[:, :3]
+        of_three = of_gates.view(len(factors), 4, -1)[:, :3]
+        of_leave = of_gates.chunk(4, 1)[3]
         for step in reversed(range(len(counts))):
-            count, here = counts[step], slice(starts[step], starts[step + 1])
-            before = cell[:count] if step == 0 else cells[starts[step - 1] :][:count]
-            enter, keep, new, leave = active[here].chunk(4, 1)
-            d_enter, d_keep, d_new, d_leave = of_gates[here].chunk(4, 1)
-            h, c, t = dh[:count], dc[:count], squashed[here]
+            here = slice(starts[step], starts[step + 1])
+            h, c = dh[: counts[step]], dc[: counts[step]]
             if of_outputs is not None:
                 h.add_(of_outputs[here])
             if of_cells is not None:
                 c.add_(of_cells[here])
-            held = h * leave
-            c.add_(held).sub_(held.mul_(t).mul_(t))  # d tanh = 1 - tanh^2
-            # Of a sigmoid: s (1 - s); each gate's own gradient in place of it.
-            torch.mul(h, t, out=d_leave).mul_(leave).mul_(1 - leave)
-            torch.mul(c, new, out=d_enter).mul_(enter).mul_(1 - enter)
-            torch.mul(c, before, out=d_keep).mul_(keep).mul_(1 - keep)
-            torch.mul(c, enter, out=d_new).mul_(1 - new * new)
-            c.mul_(keep)
-            h.copy_(of_gates[here].to(dtype) @ recurrent)
-        earlier = [hidden.float(), *(outputs[start:] for start in starts[:-2])]
-        read_before = torch.cat([part[:count] for part, count in zip(earlier, counts, strict=True)])  # (M, H)
+            c.addcmul_(h, passed[here])
+            torch.mul(h, f_leave[here], out=of_leave[here])
+            torch.mul(c.unsqueeze(1), three[here], out=of_three[here])
+            c.mul_(keep[here])
+            if dtype == torch.float32:
+                torch.mm(of_gates[here], recurrent, out=h)
+            else:
+                h.copy_(of_gates[here].to(dtype) @ recurrent)
         of_gates = of_gates.to(dtype)
-        of_weight = (of_gates.t() @ read_before.to(dtype)).to(weight.dtype)
+        of_weight = (of_gates.t() @ _before(outputs, hidden, counts, starts).to(dtype)).to(weight.dtype)
         return of_gates, of_weight, dh.to(hidden.dtype), dc.to(cell.dtype), None
+
+
+def _before(values: Tensor, first: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
+    """Of values after each word, ``(M, H)``, and those before the first ones, ``(B, H)``: what was before each word."""
+    earlier = [first.float(), *(values[start:] for start in starts[:-2])]
+    return torch.cat([part[:count] for part, count in zip(earlier, counts, strict=True)])

@@ -68,9 +68,9 @@ def test_no_step_is_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
     rows: list[int] = []
     addmm = torch.addmm
 
-    def counted(gates: Tensor, hidden: Tensor, weight: Tensor) -> Tensor:
+    def counted(gates: Tensor, hidden: Tensor, weight: Tensor, *, out: Tensor) -> Tensor:
         rows.append(len(hidden))
-        return addmm(gates, hidden, weight)
+        return addmm(gates, hidden, weight, out=out)
 
     monkeypatch.setattr(torch, "addmm", counted)
     zeros = torch.zeros(len(LENGTHS), H)
