@@ -30,8 +30,9 @@ install: .venv/installed
 	$(BIN)/python -m pip install --quiet --disable-pip-version-check --requirement .venv/requirements.txt --requirement .venv/requirements-test.txt
 	touch $@
 
+# Threads that spin for a moment before they sleep: a third faster for a small model that has the cores to itself.
 demo: .venv/installed
-	MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
+	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
 test: .venv/installed-test

@@ -133,10 +133,8 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # that it tries again
     for told_in_one_line_below in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
         logging.getLogger(told_in_one_line_below).setLevel(logging.CRITICAL)
-    # Threads that wait sleep after some microseconds of spinning: two runs on one machine then share its cores, and one
-    # alone is a quarter faster than without any.
+    # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    os.environ.setdefault("GOMP_SPINCOUNT", "10000")
     # Large photos are refused at a limit of our own.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
     # Names of files that are not UTF-8 are printed as the bytes they are.
