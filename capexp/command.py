@@ -13,6 +13,8 @@ from pathlib import Path
 from types import FrameType
 from typing import Any, NoReturn
 
+from capexp.training.ranks import place
+
 USAGE, UNSENT, INTERRUPTED = 2, 3, 130
 
 
@@ -32,7 +34,9 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage above it."""
-        self.exit(USAGE, f"capexp.{self.command}: {' '.join(message.split())}; see --help\n")
+        self.exit(
+            USAGE, f"capexp.{self.command}: {' '.join(message.split())}; see --help\n" if place().is_first else None
+        )
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The command's own flags, and the settings among the others by dotted name."""
@@ -124,7 +128,7 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("capexp").setLevel(logging.DEBUG)  # all of it goes to a run's log file
     for handler in logging.getLogger().handlers:
-        handler.addFilter(lambda record: record.levelno >= logging.INFO)
+        handler.addFilter(lambda record: record.levelno >= (logging.INFO if place().is_first else logging.WARNING))
     # MLflow's hints, migrations and progress bars would bury what the command itself has to say.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -140,10 +144,15 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     # Names of files that are not UTF-8 are printed as the bytes they are.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    signal.signal(signal.SIGTERM, _interrupt)
-    signal.signal(signal.SIGINT, _interrupt)
+    if place().is_first:
+        signal.signal(signal.SIGTERM, _interrupt)
+        signal.signal(signal.SIGINT, _interrupt)
+    else:  # of torchrun's processes the first tells and brings the run to its end
+        signal.signal(signal.SIGINT, signal.SIG_DFL)
+        os.environ["TQDM_DISABLE"] = "1"
+        os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
-        status = command()
+        status = _refuse_ranks(name) or command()
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = _say(name, "interrupted", INTERRUPTED)
@@ -166,8 +175,16 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
+def _refuse_ranks(name: str) -> int:
+    """Status 2 where torchrun starts what gains nothing by it."""
+    if place().count == 1 or name in ("train", "extract"):
+        return 0
+    return _say(name, "torchrun starts capexp.train and capexp.extract only; start this one by itself", USAGE)
+
+
 def _say(name: str, message: str, status: int) -> int:
-    print(f"capexp.{name}: {' '.join(message.split())}", file=sys.stderr)
+    where = "" if place().is_first else f"rank {place().rank}: "
+    print(f"capexp.{name}: {where}{' '.join(message.split())}", file=sys.stderr)
     return status
 
 

@@ -21,14 +21,23 @@ def extract(argv: list[str] | None = None) -> int:
     from capexp.data.captions import read_splits
     from capexp.data.features import identify
     from capexp.preparation import read_features
+    from capexp.training.ranks import place
 
     command.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
+    ranks = place()
+    if arguments.clear and ranks.count > 1:
+        parser.error("--clear: not under torchrun; give it to one process alone")
+    if not ranks.is_first:
+        ranks.join()  # what is wrong for all, the first tells
     experiment = experiments.load(experiments.find(arguments.experiment), settings)
     splits = list(read_splits(experiment.captions, arguments.split).values())
     identity = identify(experiment.features)
+    if ranks.is_first:
+        ranks.join()
     cache = FeatureCache(experiment.features.cache, identity)
     start = time.perf_counter()
-    features = read_features(experiment, splits, identity, anew=arguments.clear)
+    features = read_features(experiment, splits, identity, anew=arguments.clear, ranks=ranks)
+    ranks.leave()
     seconds = time.perf_counter() - start
     count = sum(len(part) for part in features.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20

@@ -2,21 +2,27 @@
 
 import hashlib
 import logging
+from collections.abc import Callable
 from dataclasses import dataclass, field
+from pathlib import Path
 
 import numpy as np
+import torch
+from torch import Tensor
 
 from capexp.captioning.decoding import refuse_wide
 from capexp.captioning.model import outline_decoder
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.cache import FeatureCache, Features, cache_features
 from capexp.data.captions import Split, SplitName, read_splits
+from capexp.data.errors import InputError
 from capexp.data.features import Encoder, EncoderIdentity, identify, load_encoder
 from capexp.data.photos import digest_photos
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
 from capexp.members import members_of
 from capexp.training.fit import TrainingConfig, choose_device
+from capexp.training.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 
@@ -80,21 +86,28 @@ def read(experiment: Experiment) -> Read:
     return Read(splits, vocabulary, identity, decoder.parameter_count())
 
 
-def prepare(experiment: Experiment, data: Read | None = None) -> Prepared:
-    """Reads and checks the data, and computes the features that the cache lacks.
+def prepare(experiment: Experiment, data: Read | None = None, ranks: Ranks = ALONE) -> Prepared:
+    """Reads and checks the data, and computes the features that the cache lacks, each process its share.
 
     Raises:
         InputError: anything wrong with the input; nothing has been written but features.
     """
     data = data or read(experiment)
-    features = read_features(experiment, list(data.splits.values()), data.encoder)
+    features = read_features(experiment, list(data.splits.values()), data.encoder, ranks=ranks)
     return Prepared(data.splits, features, data.vocabulary, data.encoder, data.decoder_parameters)
 
 
 def read_features(
-    experiment: Experiment, splits: list[Split], identity: EncoderIdentity, anew: bool = False
+    experiment: Experiment,
+    splits: list[Split],
+    identity: EncoderIdentity,
+    anew: bool = False,
+    ranks: Ranks = ALONE,
 ) -> dict[SplitName, Features]:
-    """The features of some splits, from the cache or computed now, all in one pass; ``anew``: all computed now."""
+    """The features of some splits, from the cache or computed now, all in one pass; ``anew``: all computed now.
+
+    Of several processes each computes its share.
+    """
     device = choose_device(experiment.training.device)
 
     def load() -> Encoder:
@@ -103,11 +116,57 @@ def read_features(
 
     cache = FeatureCache(experiment.features.cache, identity)
     paths = [path for split in splits for path in split.paths()]
-    whole = cache_features(paths, cache, load, experiment.features.batch_size, anew)
+    if ranks.count > 1:
+        assert not anew, "refused by the command"
+        whole = _features_together(paths, cache, load, experiment.features.batch_size, ranks)
+    else:
+        whole = cache_features(paths, cache, load, experiment.features.batch_size, anew)
     bounds = np.cumsum([0] + [len(split.photos) for split in splits])
     return {
         split.name: whole.part(start, stop) for split, start, stop in zip(splits, bounds[:-1], bounds[1:], strict=True)
     }
+
+
+def _features_together(
+    paths: list[Path], cache: FeatureCache, encoder: Callable[[], Encoder], batch_size: int, ranks: Ranks
+) -> Features:
+    """As ``cache_features``: each process computes a share into a file of its own, the first puts them together.
+
+    Raises:
+        InputError: pictures of this process's share that cannot be read, or each process has a cache of its own.
+    """
+    digests = [bytes(row) for row in ranks.from_first(lambda: _as_rows(digest_photos(paths))).numpy()]
+    if ranks.is_first:
+        cache.tidy()
+    ranks.wait()
+    rows = cache.lookup(digests)
+    lacking = {digest: path for digest, path, row in zip(digests, paths, rows, strict=True) if row < 0}
+    own = list(lacking.items())[ranks.rank :: ranks.count]
+    fault: InputError | None = None
+    if own:
+        try:
+            cache.of_rank(ranks.rank).extend(
+                [path for _, path in own], [digest for digest, _ in own], encoder(), batch_size
+            )
+        except InputError as error:
+            fault = error
+    ranks.wait()
+    if fault is not None:
+        raise fault
+    if ranks.is_first:
+        cache.absorb()
+    ranks.wait()
+    found = cache.find(digests)
+    if found is None:
+        raise InputError(
+            f"features.cache = '{cache.path.parent}': lacks what other processes have computed; "
+            "give a folder that all machines share"
+        )
+    return found
+
+
+def _as_rows(digests: list[bytes]) -> Tensor:
+    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)
 
 
 def comparable(experiment: Experiment, data: Read) -> dict[str, str]:

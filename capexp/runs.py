@@ -1,10 +1,13 @@
 """One experiment, run and tracked: from photos with captions to a registered captioner."""
 
 import logging
-from collections.abc import Generator, Iterator, Mapping
+from collections import deque
+from collections.abc import Generator, Iterator, Mapping, Sequence
 from contextlib import ExitStack, contextmanager
 from dataclasses import dataclass
 from pathlib import Path
+
+import torch
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner
@@ -34,6 +37,7 @@ from capexp.tracking.run import Input, TrackedRun, tracked_run
 from capexp.tracking.store import discreet, prepare_store, store_faults
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.fit import Epoch, choose_device, fit
+from capexp.training.ranks import ALONE, Ranks
 from capexp.training.self_critical import refine
 
 log = logging.getLogger(__name__)
@@ -64,6 +68,7 @@ def run(
     folder: Path = CHECKPOINTS,
     register_model: bool = True,
     promote: bool = False,
+    ranks: Ranks = ALONE,
 ) -> Generator[Epoch, None, Result]:
     """Trains, tracks and registers; yields every epoch as it is logged, and returns what came of it.
 
@@ -71,10 +76,10 @@ def run(
     Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
     ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
     ``register_model=False`` (a trial of a study, nested under ``parent`` and tagged with its number) the model is
-    neither logged nor registered; its bundle stays among the checkpoints.
+    neither logged nor registered; its bundle stays among the checkpoints. Of several processes the first calls
+    this, and the others :func:`follow`.
     """
     device = choose_device(experiment.training.device)
-    digest = prepared.splits["dev"].digest()
     encoder = encoder_weights(experiment) if register_model else None
     refuse_cramped(folder, prepared.decoder_parameters, experiment.training.keep)
     prepare_store()
@@ -100,38 +105,17 @@ def run(
             if resume is not None:
                 now = experiment.flat()
                 tracked.set_tags({f"resumed.{name}": now[name] for name in DIFFERENT_ON_RESUME})
-            captioner = Captioner.fresh(
-                experiment.model, prepared.vocabulary, prepared.encoder, experiment.decoding, experiment.seed
-            )
+            captioner = _fresh(experiment, prepared)
             epochs: list[Epoch] = []
             try:
-                first = fit(
-                    captioner,
-                    prepared.batches("train", experiment.training),
-                    prepared.batches("dev", experiment.training),
-                    experiment.training,
-                    seed=experiment.seed,
-                    device=device,
-                    dev_digest=digest,
-                    checkpoints=checkpoints,
-                )
+                first = _first(captioner, experiment, prepared, device, checkpoints, ranks)
                 yield from _logged(first, tracked, epochs)
                 if has_second_phase(experiment):
                     captioner = Captioner.load(_bundle(checkpoints), device)
                     checkpoints = second_phase(checkpoints, experiment, _best(epochs).number)
-                    second = refine(
-                        captioner,
-                        (prepared.splits["train"], prepared.features["train"]),
-                        (prepared.splits["dev"], prepared.features["dev"]),
-                        prepared.batches("dev", experiment.training),
-                        experiment.training,
-                        before=tuple(epochs),
-                        seed=experiment.seed,
-                        device=device,
-                        dev_digest=digest,
-                        checkpoints=checkpoints,
-                    )
+                    second = _second(captioner, experiment, prepared, device, checkpoints, epochs, ranks)
                     yield from _logged(second, tracked, epochs)
+                ranks.leave()
                 best = _best(epochs)
                 tracked.log_artifact(draw_losses(epochs, experiment.name, checkpoints.folder / "loss.png"))
                 came_to = {"best_dev_loss": best.dev_loss, "best_epoch": float(best.number)}
@@ -152,6 +136,68 @@ def run(
                 best_captioner = Captioner.load(bundle)
                 version = register(tracked, experiment, prepared, best_captioner, measured, promote, encoder)
             return Result(tracked.run_id, best, measured.blind.per_token, version, bundle, samples)
+
+
+def follow(experiment: Experiment, prepared: Prepared, ranks: Ranks) -> None:
+    """What each of several processes but the first does in a run: its share of the training."""
+    device = choose_device(experiment.training.device)
+    nothing = Checkpoints(Path(), experiment.training.keep)  # those of the first one count
+    captioner = _fresh(experiment, prepared)
+    epochs = list(_first(captioner, experiment, prepared, device, nothing, ranks))
+    if has_second_phase(experiment):
+        deque(_second(captioner, experiment, prepared, device, nothing, epochs, ranks), 0)
+    ranks.leave()
+
+
+def _fresh(experiment: Experiment, prepared: Prepared) -> Captioner:
+    return Captioner.fresh(
+        experiment.model, prepared.vocabulary, prepared.encoder, experiment.decoding, experiment.seed
+    )
+
+
+def _first(
+    captioner: Captioner,
+    experiment: Experiment,
+    prepared: Prepared,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    ranks: Ranks,
+) -> Generator[Epoch, None, None]:
+    return fit(
+        captioner,
+        prepared.batches("train", experiment.training),
+        prepared.batches("dev", experiment.training),
+        experiment.training,
+        seed=experiment.seed,
+        device=device,
+        dev_digest=prepared.splits["dev"].digest(),
+        checkpoints=checkpoints,
+        ranks=ranks,
+    )
+
+
+def _second(
+    captioner: Captioner,
+    experiment: Experiment,
+    prepared: Prepared,
+    device: torch.device,
+    checkpoints: Checkpoints,
+    before: Sequence[Epoch],
+    ranks: Ranks,
+) -> Generator[Epoch, None, None]:
+    return refine(
+        captioner,
+        (prepared.splits["train"], prepared.features["train"]),
+        (prepared.splits["dev"], prepared.features["dev"]),
+        prepared.batches("dev", experiment.training),
+        experiment.training,
+        before=tuple(before),
+        seed=experiment.seed,
+        device=device,
+        dev_digest=prepared.splits["dev"].digest(),
+        checkpoints=checkpoints,
+        ranks=ranks,
+    )
 
 
 def log_beginning(tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path) -> None:

@@ -15,6 +15,7 @@ if TYPE_CHECKING:
     from capexp.tracking.gallery import Card
     from capexp.tracking.registry import Version
     from capexp.training.fit import Epoch
+    from capexp.training.ranks import Ranks
 
 
 def train(argv: list[str] | None = None) -> int:
@@ -34,7 +35,13 @@ def train(argv: list[str] | None = None) -> int:
         parser.error("--resume takes the experiment from the run; leave --experiment out")
 
     from capexp import experiment as experiments
+    from capexp.training.ranks import place
 
+    ranks = place()
+    if arguments.seeds is not None and ranks.count > 1:
+        parser.error("--seeds: not under torchrun; give it to one process, or start a run a seed")
+    if not ranks.is_first:
+        return 0 if arguments.dry_run else _follow(ranks)
     count: int | None = arguments.seeds
     if arguments.resume:
         from capexp import run_folder, seeds
@@ -56,6 +63,7 @@ def train(argv: list[str] | None = None) -> int:
         sep="\n",
     )
 
+    from capexp.data.errors import InputError
     from capexp.data.features import encoder_at_hand
     from capexp.preparation import prepare, read
 
@@ -71,11 +79,15 @@ def train(argv: list[str] | None = None) -> int:
     from capexp.tracking.store import check_store
     from capexp.training.checkpoints import refuse_cramped
 
+    if ranks.count > 1 and (count is not None or experiment.is_ensemble):
+        raise InputError(f"experiment {experiment.name}: several runs in one, not under torchrun; start each by itself")
     if count is not None:
         seeds.check_count(count, experiment)
     check_store()
     refuse_cramped(run_folder.CHECKPOINTS, data.decoder_parameters, experiment.training.keep)
-    prepared = prepare(experiment, data)
+    ranks.join()
+    ranks.from_first(experiment.model_dump_json)
+    prepared = prepare(experiment, data, ranks)
     train_split, dev_split = prepared.splits["train"], prepared.splits["dev"]
     train_batches, dev_batches = (prepared.batches(name, experiment.training) for name in ("train", "dev"))
     print(
@@ -106,13 +118,26 @@ def train(argv: list[str] | None = None) -> int:
                 except StopIteration as stop:
                     _print_ensemble(stop.value)
                     return 0
-    with closing(runs.run(experiment, prepared, resume=arguments.resume, promote=arguments.promote)) as epochs:
+    started_run = runs.run(experiment, prepared, resume=arguments.resume, promote=arguments.promote, ranks=ranks)
+    with closing(started_run) as epochs:
         while True:
             try:
                 _print_epoch(next(epochs))
             except StopIteration as stop:
                 _print_result(name, stop.value)
                 return 0
+
+
+def _follow(ranks: "Ranks") -> int:
+    """What each of torchrun's processes but the first does: its share of the features and of each batch."""
+    from capexp import runs
+    from capexp.experiment import Experiment
+    from capexp.preparation import prepare, read
+
+    ranks.join()  # the first one has checked settings and data, or told what is wrong with them
+    experiment = Experiment.model_validate_json(ranks.from_first(str), strict=True)
+    runs.follow(experiment, prepare(experiment, read(experiment), ranks), ranks)
+    return 0
 
 
 def _print_epoch(epoch: "Epoch", before: str = "") -> None:

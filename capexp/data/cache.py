@@ -19,7 +19,7 @@ from pathlib import Path
 from typing import Any
 
 import numpy as np
-from filelock import FileLock
+from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
@@ -141,11 +141,42 @@ class FeatureCache:
                     raise InputError(f"{len(bad)} photos cannot be read as pictures: {names}; replace them")
             return len(todo)
 
+    def of_rank(self, rank: int) -> "FeatureCache":
+        """Where one of several processes puts what it computes, until it is absorbed."""
+        own = FeatureCache(self.path.parent, self.identity)
+        own.path = self.path.with_stem(f"{self.path.stem}-rank{rank}")
+        return own
+
+    def absorb(self, wait: bool = True) -> None:
+        """Takes over what processes have put into caches of their own, killed ones too, and deletes those.
+
+        Those at work are waited for, or passed over.
+        """
+        for path in sorted(self.path.parent.glob(f"{self.path.stem}-rank*{self.path.suffix}")):
+            part = FeatureCache(self.path.parent, self.identity)
+            part.path = path
+            try:
+                with FileLock(path.with_suffix(".lock"), blocking=wait), FileLock(self.path.with_suffix(".lock")):
+                    self._append(part)
+                    path.unlink(missing_ok=True)
+            except Timeout:
+                continue
+
+    def _append(self, part: "FeatureCache") -> None:
+        records, mapping = part._records()
+        with self._appending() as file:
+            for start in range(0, len(records), _COPIED):
+                self._write(file, records[start : start + _COPIED].tobytes())
+                _release(mapping)
+            with writing(self.path):
+                os.fsync(file.fileno())
+
     def tidy(self) -> None:
-        """Deletes what a killed renewal has left."""
+        """Clears up what killed processes have left."""
         if self._beside.exists():
             with FileLock(self.path.with_suffix(".lock")):
                 self._beside.unlink(missing_ok=True)
+        self.absorb(wait=False)
 
     def _write(self, file: Any, content: bytes | memoryview) -> None:
         try:

@@ -5,11 +5,12 @@ Shapes: M targets, H hidden.
 
 import copy
 import math
+import os
 import re
 import time
 from collections.abc import Generator
 from dataclasses import dataclass
-from typing import Literal
+from typing import Any, Literal
 
 import torch
 from pydantic import BaseModel, ConfigDict, Field
@@ -22,6 +23,7 @@ from capexp.data.errors import InputError
 from capexp.data.features import Precision, use_bfloat16
 from capexp.scoring.evaluation import Loss, cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState
+from capexp.training.ranks import ALONE, Ranks, place
 
 _UNSEEN = 100  # steps that a GPU does before its loss is looked at
 
@@ -100,11 +102,17 @@ class Epoch:
 def choose_device(name: str) -> torch.device:
     """The device that a setting names; ``auto`` is CUDA where it is.
 
+    Of the processes of torchrun on a machine, each has a GPU of its own.
+
     Raises:
         InputError: a device that is not there.
     """
     if name == "auto":
-        return torch.device("cuda" if torch.cuda.is_available() else "cpu")
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if place().count > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise InputError(f"training.device = '{name}': torchrun gives each process a GPU of its own; use 'cuda'")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
     if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
         raise InputError(f"training.device = '{name}': use 'auto', 'cpu', 'cuda' or 'cuda:0'")
     device = torch.device(name)
@@ -124,6 +132,7 @@ def fit(
     device: torch.device,
     dev_digest: str,
     checkpoints: Checkpoints,
+    ranks: Ranks = ALONE,
 ) -> Generator[Epoch, None, None]:
     """Trains a captioner; yields each epoch when its checkpoint is on disk.
 
@@ -131,6 +140,9 @@ def fit(
     their record, and training goes on after them: the caller sees the same sequence either way. The order of
     the captions and the dropout masks of an epoch follow from seed and epoch number alone, so a stopped and
     resumed training gives the losses of an undisturbed one.
+
+    Of several processes all call this and get the same epochs; the first alone has a folder, and reads and writes it.
+    What they come to is what one comes to, but for rounding and the dropout masks, which each draws for its own share.
 
     Raises:
         InputError: the loss is not finite any more, or the GPU's memory does not suffice.
@@ -149,7 +161,7 @@ def fit(
         train.hold(device)
         dev.hold(device)
     history: list[Epoch] = []
-    state = checkpoints.go_back()
+    state = state_of_first(checkpoints, ranks)
     if state is not None:
         try:
             trained.load_state_dict(state.decoder)
@@ -167,15 +179,15 @@ def fit(
         number = len(history) + 1
         start = time.perf_counter()
         try:
-            train_loss = train_epoch(trained, decoder, optimizer, train, config, seed, number, device)
+            train_loss = train_epoch(trained, decoder, optimizer, train, config, seed, number, device, ranks)
             middle = time.perf_counter()
-            dev_loss = cross_entropy(decoder, dev.in_order()).per_token
+            dev_loss = shared_cross_entropy(decoder, dev, ranks)
         except torch.OutOfMemoryError:
             raise InputError(
                 f"{device} has too little memory for training.batch_size = {config.batch_size}; "
                 "lower training.batch_size, or set training.device = 'cpu'"
             ) from None
-        if not math.isfinite(dev_loss):
+        if ranks.is_first and not math.isfinite(dev_loss):
             raise InputError(
                 f"the dev loss is {dev_loss} after epoch {number}; the best captioner before it is kept: "
                 f"lower training.learning_rate = {config.learning_rate}"
@@ -196,16 +208,29 @@ def fit(
             captioner.training = TrainingRecord(
                 epoch=number, train_loss=epoch.train_loss, dev_loss=dev_loss, dev_digest=dev_digest
             )
-            checkpoints.save_captioner(captioner)
-        checkpoints.save_state(
-            TrainingState(
-                trained.state_dict(),
-                optimizer.state_dict(),
-                [vars(past) for past in history],
-                decoder.state_dict() if config.average else None,
+            if ranks.is_first:
+                checkpoints.save_captioner(captioner)
+        if ranks.is_first:
+            checkpoints.save_state(
+                TrainingState(
+                    trained.state_dict(),
+                    optimizer.state_dict(),
+                    [vars(past) for past in history],
+                    decoder.state_dict() if config.average else None,
+                )
             )
-        )
         yield epoch
+
+
+def state_of_first(checkpoints: Checkpoints, ranks: Ranks) -> TrainingState | None:
+    """The state that the first process goes on from; the others are sent it."""
+
+    def record() -> dict[str, Any] | None:
+        state = checkpoints.go_back()
+        return None if state is None else vars(state)
+
+    held = ranks.from_first(record)
+    return None if held is None else TrainingState(**held)
 
 
 def is_finished(history: list[Epoch], config: TrainingConfig) -> bool:
@@ -225,10 +250,12 @@ def train_epoch(
     seed: int,
     number: int,
     device: torch.device,
+    ranks: Ranks = ALONE,
 ) -> Loss:
     """One pass over the batches of epoch ``number``: the running mean of the loss in training mode, in nats.
 
-    ``average`` is the decoder that holds the mean of the weights, or ``decoder`` itself where there is none.
+    ``average`` is the decoder that holds the mean of the weights, or ``decoder`` itself where there is none. Of several
+    processes each gives its share of every batch.
 
     Raises:
         InputError: the loss is not finite any more.
@@ -237,30 +264,44 @@ def train_epoch(
     total, targets = torch.zeros((), dtype=torch.float64, device=device), 0
     # Dropout draws from torch's global generator: seeded for this epoch, and put back for whoever else uses it.
     with torch.random.fork_rng():
-        torch.manual_seed(seed * 1_000_003 + number)
-        for step, batch in enumerate(batches.epoch(seed, number), start=1):
+        torch.manual_seed(seed * 1_000_003 + number + ranks.rank * 2**52)
+        for step, batch in enumerate(batches.epoch(seed, number, ranks.rank, ranks.count), start=1):
             for group in optimizer.param_groups:
                 group["lr"] = _learning_rate(config, number - 1 + (step - 1) / len(batches))
             here = batch.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
                 outputs = decoder.outputs(here.features, here.photos, here.words, here.counts)  # (M, H)
                 loss, smoothed = decoder.vocabulary.cross_entropy(outputs, here.targets, config.label_smoothing)
-            total += loss.double() * len(outputs)
-            targets += len(outputs)
+            if batch.share:
+                total += loss.double() * len(outputs)
+                targets += len(outputs)
+            optimizer.zero_grad()
+            torch.autograd.backward(smoothed * batch.share)
+            loss = ranks.add_gradients(decoder, loss * batch.share)
             # To look at a GPU's loss is to wait for it.
             is_looked_at = device.type == "cpu" or step % _UNSEEN == 0 or step == len(batches)
-            if is_looked_at and not math.isfinite(value := (loss if device.type == "cpu" else total).item()):
+            if (
+                is_looked_at
+                and ranks.is_first
+                and not math.isfinite(value := (loss if device.type == "cpu" else total).item())
+            ):
                 raise InputError(
                     f"the loss is {value} at step {step} of epoch {number}; the best captioner before it is kept: "
                     f"lower training.learning_rate = {config.learning_rate}"
                 )
-            optimizer.zero_grad()
-            torch.autograd.backward(smoothed)
             clip(decoder, config.clip_norm)
             optimizer.step()
             if average is not decoder:
                 _average(average, decoder, config.average, (number - 1) * len(batches) + step)
-    return Loss(total.item(), targets)
+    nats, count = ranks.add(total.item(), targets)
+    return Loss(nats, int(count))
+
+
+def shared_cross_entropy(decoder: Decoder, batches: CaptionBatches, ranks: Ranks) -> float:
+    """The loss in evaluation mode in nats per token, of which each process computes a share."""
+    own = cross_entropy(decoder, batches.in_order(rank=ranks.rank, ranks=ranks.count))
+    total, targets = ranks.add(own.total, own.targets)
+    return total / targets
 
 
 def clip(decoder: Decoder, most: float) -> None:

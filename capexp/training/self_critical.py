@@ -24,10 +24,11 @@ from capexp.data.errors import InputError
 from capexp.data.features import use_bfloat16
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.cider import CiderReferences
-from capexp.scoring.evaluation import Loss, cross_entropy
+from capexp.scoring.evaluation import Loss
 from capexp.scoring.metrics import score, tokenize
 from capexp.training.checkpoints import Checkpoints, TrainingState
-from capexp.training.fit import Epoch, TrainingConfig, clip
+from capexp.training.fit import Epoch, TrainingConfig, clip, shared_cross_entropy, state_of_first
+from capexp.training.ranks import ALONE, Ranks
 
 _END = ""  # where a caption ends is part of what is rewarded: otherwise it comes to end on "in a"
 _PART = 512  # dev photos at a time
@@ -62,32 +63,37 @@ def refine(
     device: torch.device,
     dev_digest: str,
     checkpoints: Checkpoints,
+    ranks: Ranks = ALONE,
 ) -> Generator[Epoch, None, None]:
     """Goes on with the captioner of the best epoch ``before``; yields each new epoch when its checkpoint is on disk.
 
     Whether an epoch is an improvement is told by the CIDEr-D of the dev captions, decoded as the captioner decodes.
     ``checkpoints`` is a folder of this phase alone, which begins with that captioner; the first phase's stays as it is.
-    A stopped and resumed training gives the same epochs as an undisturbed one, as that of :func:`fit` does.
+    A stopped and resumed training gives the same epochs as an undisturbed one, as that of :func:`fit` does. Of several
+    processes each draws and rewards its share of every batch, from a generator of its own, so that what they come to
+    depends on their number; the first alone decodes the dev captions.
 
     Raises:
         InputError: the loss is not finite any more, or the first phase has gone on since this one began.
     """
     settings = config.self_critical
     decoder = captioner.decoder.to(device)
+    decoder.load_state_dict(ranks.from_first(decoder.state_dict))
     optimizer = torch.optim.Adam(
         [value for value in decoder.parameters() if value.requires_grad], lr=settings.learning_rate, fused=True
     )
-    best = dev_cider(captioner, *dev)
-    state = checkpoints.go_back()
+    best = ranks.from_first(lambda: dev_cider(captioner, *dev))
+    state = state_of_first(checkpoints, ranks)
     if state is None:
         history = list(before)
-        checkpoints.save_captioner(captioner)
-        checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
+        if ranks.is_first:
+            checkpoints.save_captioner(captioner)
+            checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
     else:
         decoder.load_state_dict(state.decoder)
         optimizer.load_state_dict(state.optimizer)
         history = [Epoch(**record) for record in state.history]
-        if history[: len(before)] != list(before):
+        if ranks.is_first and history[: len(before)] != list(before):
             raise InputError(
                 f"{checkpoints.folder}: self-critical training began after fewer epochs; set training.epochs back"
             )
@@ -97,13 +103,13 @@ def refine(
     while len(history) < len(before) + settings.epochs:
         number = len(history) + 1
         start = time.perf_counter()
-        drawn, mean = _train_epoch(captioner, optimizer, train[1], reward, config, seed, number, device)
+        drawn, mean = _train_epoch(captioner, optimizer, train[1], reward, config, seed, number, device, ranks)
         middle = time.perf_counter()
-        cider = dev_cider(captioner, *dev)
+        cider = ranks.from_first(lambda: dev_cider(captioner, *dev))
         epoch = Epoch(
             number=number,
             train_loss=drawn.per_token,
-            dev_loss=cross_entropy(decoder, dev_batches.in_order()).per_token,
+            dev_loss=shared_cross_entropy(decoder, dev_batches, ranks),
             learning_rate=settings.learning_rate,
             seconds=time.perf_counter() - start,
             tokens_per_second=drawn.targets / (middle - start),
@@ -118,8 +124,10 @@ def refine(
             captioner.training = TrainingRecord(
                 epoch=number, train_loss=epoch.train_loss, dev_loss=epoch.dev_loss, dev_digest=dev_digest
             )
-            checkpoints.save_captioner(captioner)
-        checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
+            if ranks.is_first:
+                checkpoints.save_captioner(captioner)
+        if ranks.is_first:
+            checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
         yield epoch
 
 
@@ -142,34 +150,41 @@ def _train_epoch(
     seed: int,
     number: int,
     device: torch.device,
+    ranks: Ranks,
 ) -> tuple[Loss, float]:
     """The loss over what was drawn, and its mean reward."""
     decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
     _train_without_dropout(decoder)
     nats, targets, total, captions = 0.0, 0, 0.0, 0
     with torch.random.fork_rng():
-        torch.manual_seed(seed * 1_000_003 + number)
-        for photos, held in photo_batches(features, settings.photos, seed, number):
+        torch.manual_seed(seed * 1_000_003 + number + ranks.rank * 2**52)
+        shares = photo_batches(features, settings.photos, seed, number, ranks.rank, ranks.count)
+        for photos, held, is_own in shares:
             seen = held.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
                 drawn = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)  # (B, T)
                 rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
                 chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
                 loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
-            if not math.isfinite(loss.item()):
+            own = len(chosen) if is_own else 0
+            (whole,) = ranks.add(own)
+            optimizer.zero_grad()
+            torch.autograd.backward(loss * (own / whole))
+            loss = ranks.add_gradients(decoder, loss * (own / whole))
+            if ranks.is_first and not math.isfinite(loss.item()):
                 raise InputError(
                     f"the loss is {loss.item()} in epoch {number}; weights are kept as they were: "
                     f"lower training.self_critical.learning_rate = {settings.learning_rate}"
                 )
-            optimizer.zero_grad()
-            torch.autograd.backward(loss)
             clip(decoder, config.clip_norm)
             optimizer.step()
-            nats -= float(chosen.detach().sum())
-            targets += len(chosen)
-            total += float(rewards.sum())
-            captions += len(rewards)
-    return Loss(nats, targets), total / captions
+            if is_own:
+                nats -= float(chosen.detach().sum())
+                targets += len(chosen)
+                total += float(rewards.sum())
+                captions += len(rewards)
+    nats, all_targets, total, all_captions = ranks.add(nats, targets, total, captions)
+    return Loss(nats, int(all_targets)), total / all_captions
 
 
 def _train_without_dropout(decoder: Decoder) -> None:

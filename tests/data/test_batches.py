@@ -76,6 +76,21 @@ def test_features_belong_to_the_captions_photos(batches: CaptionBatches) -> None
         assert all(photo == photo_of(caption) for caption, photo in read(made))
 
 
+@pytest.mark.parametrize("ranks", [2, 3])
+def test_processes_share_each_batch_and_their_shares_make_one(batches: CaptionBatches, ranks: int) -> None:
+    whole = list(batches.epoch(seed=1, number=1))
+    shares = [list(batches.epoch(1, 1, rank, ranks)) for rank in range(ranks)]
+    assert {len(one) for one in shares} == {len(whole)}
+    for batch, *parts in zip(whole, *shares, strict=True):
+        own = [part for part in parts if part.share]
+        assert sorted(read([batch])) == sorted(read(own))
+        assert [part.share for part in own] == pytest.approx([len(p.targets) / len(batch.targets) for p in own])
+        assert sum(part.share for part in parts) == pytest.approx(1)
+    assert any(part.share == 0 for part in shares[-1]), "a batch of fewer captions than processes"
+    dev = [caption for rank in range(ranks) for caption, _ in read(batches.in_order(rank=rank, ranks=ranks))]
+    assert Counter(dev) == Counter(CAPTIONS)
+
+
 def test_order_depends_on_seed_and_epoch_and_on_nothing_else(batches: CaptionBatches) -> None:
     def order(seed: int, number: int) -> list[tuple[str, int]]:
         return list(read(batches.epoch(seed, number)))

@@ -14,6 +14,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 from torch import nn
@@ -361,3 +362,21 @@ def test_what_was_read_is_let_go_of(tmp_path: Path) -> None:
     assert held() - before < photos * record / 5
     assert records.any(axis=(1, 2)).sum() == 0
     assert held() - before > photos * record / 2, "what reading without letting go comes to"
+
+
+def test_what_processes_put_into_caches_of_their_own_is_absorbed(
+    photos: list[Path], encoder: Encoder, tmp_path: Path
+) -> None:
+    cache = FeatureCache(tmp_path / "shared", encoder.identity)
+    expected = all_of(cache_features(photos, FeatureCache(tmp_path / "whole", encoder.identity), lambda: encoder, 2))
+    digests = digest_photos(photos)
+    for rank in range(2):
+        assert cache.of_rank(rank).extend(photos[rank::2], digests[rank::2], encoder, 2) == 2
+    with cache.of_rank(1).path.open("ab") as file:
+        file.write(b"?" * (RECORD - 1))  # a record that its process was killed in
+    with FileLock(cache.of_rank(0).path.with_suffix(".lock")):
+        cache.tidy()  # passes over the one that is at work
+    assert (cache.lookup(digests) >= 0).tolist() == [False, True, False, True]
+    found = cache_features(photos, cache, never, 2)  # absorbs the other one first
+    np.testing.assert_array_equal(all_of(found), expected)
+    assert not list(cache.path.parent.glob("*-rank*.features"))

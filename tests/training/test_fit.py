@@ -21,6 +21,7 @@ from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.scoring.evaluation import cross_entropy
 from capexp.training.checkpoints import Checkpoints
 from capexp.training.fit import Epoch, TrainingConfig, choose_device, fit, train_epoch
+from capexp.training.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
@@ -51,22 +52,32 @@ kinds = pytest.mark.parametrize(("decoder", "order"), [("merge", "captions"), ("
 class Task:
     """Something to train on, made anew for each training."""
 
-    def __init__(self, folder: Path, keep: int = 1, decoder: Kind = "merge", order: Order = "captions") -> None:
+    def __init__(
+        self,
+        folder: Path,
+        keep: int = 1,
+        decoder: Kind = "merge",
+        order: Order = "captions",
+        dropout: float = 0.2,
+        batch_size: int = 16,
+    ) -> None:
         pool: Pool = "mean" if decoder == "merge" else "max2"
         train, train_features = data("train", 80, 1, pool)
         dev, dev_features = data("dev", 20, 2, pool)
         words = build_vocabulary(
             (text for photo in train.references for text in photo), VocabularyConfig(minimum_count=1)
         )
-        self.train = CaptionBatches(train, words, train_features, 16, order)
-        self.dev = CaptionBatches(dev, words, dev_features, 16, order)
+        self.train = CaptionBatches(train, words, train_features, batch_size, order)
+        self.dev = CaptionBatches(dev, words, dev_features, batch_size, order)
         folder.mkdir(exist_ok=True)
         self.checkpoints = Checkpoints(folder, keep)
         identity = EncoderIdentity("conv5_3", pool, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
-        small = ModelConfig(decoder=decoder, embedding_size=16, lstm_units=16, dropout=0.2)
+        small = ModelConfig(decoder=decoder, embedding_size=16, lstm_units=16, dropout=dropout)
         self.captioner = Captioner.fresh(small, words, identity, DecodingConfig(), seed=1)
 
-    def started(self, config: TrainingConfig = CONFIG, seed: int = 1) -> Generator[Epoch, None, None]:
+    def started(
+        self, config: TrainingConfig = CONFIG, seed: int = 1, ranks: Ranks = ALONE
+    ) -> Generator[Epoch, None, None]:
         return fit(
             self.captioner,
             self.train,
@@ -76,6 +87,7 @@ class Task:
             device=CPU,
             dev_digest="d",
             checkpoints=self.checkpoints,
+            ranks=ranks,
         )
 
     def epochs(self, config: TrainingConfig = CONFIG, seed: int = 1) -> list[Epoch]:

@@ -21,6 +21,7 @@ from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.metrics import score
 from capexp.training.checkpoints import Checkpoints
 from capexp.training.fit import Epoch, SelfCriticalConfig, TrainingConfig
+from capexp.training.ranks import ALONE, Ranks
 from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
 
 CPU = torch.device("cpu")
@@ -111,7 +112,9 @@ class Task:
         self.captioner = Captioner.fresh(config, WORDS, identity, DecodingConfig(maximum_length=4), seed=1)
         self.captioner.training = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
 
-    def started(self, epochs: int, before: tuple[Epoch, ...] = BEFORE) -> Generator[Epoch, None, None]:
+    def started(
+        self, epochs: int, before: tuple[Epoch, ...] = BEFORE, ranks: Ranks = ALONE
+    ) -> Generator[Epoch, None, None]:
         dev = data("dev", 20, 2)
         config = TrainingConfig(
             precision="float32",
@@ -128,6 +131,7 @@ class Task:
             device=CPU,
             dev_digest="d",
             checkpoints=self.checkpoints,
+            ranks=ranks,
         )
 
 

@@ -1,0 +1,129 @@
+"""torchrun as a user types it: two real processes, a real MLflow store, the embedded scenes."""
+
+import os
+import signal
+import sys
+from pathlib import Path
+
+import numpy as np
+import psutil
+import pytest
+import torch
+import torchvision
+from mlflow.entities import Run
+from PIL import Image
+from user_folder import Folder, wait_for
+
+from capexp.data.cache import FeatureCache
+from capexp.data.features import FeaturesConfig, identify
+from capexp.data.photos import digest_photos
+
+pytestmark = pytest.mark.slow
+
+EXACT = (  # masks of dropout differ by process
+    *("--model.embedding_size", "48", "--model.lstm_units", "48", "--model.dropout", "0"),
+    *("--model.output_dropout", "0", "--training.precision", "float32", "--training.schedule", "constant"),
+    *("--training.learning_rate", "1e-3"),  # rounding grows from step to step, with a larger one sooner
+)
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
+
+
+def together(folder: Folder, command: str, *arguments: str, status: int = 0) -> tuple[str, str]:
+    """What torchrun's two processes print; torchrun itself ends with 1 where one of them has failed."""
+    process = folder.start(*TORCHRUN, f"capexp.{command}", *arguments)
+    out, err = process.communicate(timeout=300)
+    assert process.returncode == status, f"{out}\n{err}"
+    return out, err
+
+
+def losses(folder: Folder, run: Run) -> list[tuple[float, float]]:
+    train, dev = (folder.client.get_metric_history(run.info.run_id, name) for name in ("train_loss", "dev_loss"))
+    return [(one.value, other.value) for one, other in zip(train, dev, strict=True)]
+
+
+@pytest.fixture
+def folder(tmp_path: Path) -> Folder:
+    made = Folder(tmp_path)
+    made.environment["OMP_NUM_THREADS"] = "1"
+    return made
+
+
+def test_a_run_goes_on_under_torchrun_and_without_it_to_the_same_losses(folder: Folder) -> None:
+    folder.run("train", *EXACT, "--training.epochs", "4")
+    (alone,) = folder.runs()
+    out, err = together(folder, "train", *EXACT, "--training.epochs", "1")
+    assert out.count("epoch   1") == 1, "the first process alone tells"
+    assert "Traceback" not in err
+    _, run = folder.runs()
+    assert run.info.status == "FINISHED"
+    folder.run("train", "--resume", run.info.run_id, "--training.epochs", "2")
+    together(folder, "train", "--resume", run.info.run_id, "--training.epochs", "4")
+    _, run = folder.runs()
+    np.testing.assert_allclose(losses(folder, run), losses(folder, alone), rtol=2e-4)
+    assert run.info.status == "FINISHED"
+    assert folder.client.get_registered_model("capexp-scenes").latest_versions[0].run_id == run.info.run_id
+
+
+def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder) -> None:
+    started = folder.start(*TORCHRUN, "capexp.train", *EXACT, "--training.epochs", "500", "--training.patience", "500")
+    wait_for(lambda: list(folder.path.glob("checkpoints/*/previous.pt")))
+    second = next(child for child in psutil.Process(started.pid).children() if child.environ().get("RANK") == "1")
+    os.kill(second.pid, signal.SIGKILL)
+    _, err = started.communicate(timeout=60)
+    assert started.returncode == 1
+    (run,) = folder.runs()
+    assert run.info.status in ("FAILED", "KILLED")
+    assert "another of torchrun's processes has gone" in err or "interrupted" in err
+    assert "Signal 9 (SIGKILL)" in err  # torchrun's own words
+    done = len(losses(folder, run))
+    assert done >= 2
+    together(folder, "train", "--resume", run.info.run_id, "--training.epochs", str(done + 2))
+    (run,) = folder.runs()
+    assert run.info.status == "FINISHED"
+    assert len(losses(folder, run)) == done + 2
+
+
+def test_what_is_wrong_for_all_is_told_once(folder: Folder) -> None:
+    for arguments, told in (
+        (("--seeds", "2"), "--seeds: not under torchrun"),
+        (("--model.dropout", "2"), "--model.dropout 2"),
+        (("--captions.root", "nowhere"), "nowhere"),
+        (("--training.learning_rate", "1e30"), "the loss is"),
+    ):
+        _, err = together(folder, "train", *arguments, status=1)
+        assert err.count("capexp.train: ") == 1
+        assert told in err
+        assert "exitcode  : 2" in err
+    _, err = together(folder, "evaluate", "--model", "models:/x/1", status=1)
+    assert err.count("start this one by itself") == 1
+
+
+def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Folder) -> None:
+    vgg = torchvision.models.vgg
+    net = vgg.make_layers(vgg.cfgs["D"])
+    torch.save({f"features.{name}": value.half() for name, value in net.state_dict().items()}, folder.path / "vgg.pth")
+    (folder.path / "photos").mkdir()
+    generator = np.random.default_rng(1)
+    names = [f"{number}.png" for number in range(9)]
+    for name in names:
+        Image.fromarray(generator.integers(0, 256, (6, 8, 3), dtype=np.uint8)).save(folder.path / "photos" / name)
+    (folder.path / "captions.txt").write_text("".join(f"{name}#0\ta thing\n" for name in names))
+    (folder.path / "train.txt").write_text("\n".join(names[:6]))
+    (folder.path / "dev.txt").write_text("\n".join(names[6:]))
+    settings = ("--experiment", "own-photos", "--captions.root", ".", "--features.weights", "vgg.pth")
+    together(folder, "extract", *settings, "--features.cache", "together", "--training.device", "cpu")
+    folder.run("extract", *settings, "--features.cache", "alone", "--training.device", "cpu")
+    (made,) = folder.path.glob("together/*.features")
+    config = FeaturesConfig.model_validate(
+        {"layer": "conv5_3", "pool": made.name.split("-")[1], "weights": str(folder.path / "vgg.pth")}
+    )
+    digests = digest_photos([folder.path / "photos" / name for name in names])
+    ours, theirs = (
+        FeatureCache(folder.path / one, identify(config)).open(digests).gather(np.arange(9))
+        for one in ("together", "alone")
+    )
+    np.testing.assert_array_equal(ours, theirs)
+    (folder.path / "photos" / names[1]).write_bytes(b"?")
+    (folder.path / "photos" / names[4]).write_bytes(b"??")
+    _, err = together(folder, "extract", *settings, "--features.cache", "together", status=1)
+    assert err.count("cannot be read as a picture") + err.count("cannot be read as pictures") >= 1
