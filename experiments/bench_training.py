@@ -191,9 +191,9 @@ def multiplications(entries: int, targets_a_caption: float) -> float:
 class First(CaptionBatches):
     """Batches of which an epoch has the first few only."""
 
-    def epoch(self, seed: int, number: int) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """The first of an epoch."""
-        return islice(super().epoch(seed, number), 50)
+        return islice(super().epoch(seed, number, rank, ranks), 50)
 
 
 def peak_of(photos: int) -> None:
