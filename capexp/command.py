@@ -179,7 +179,9 @@ def _refuse_ranks(name: str) -> int:
     """Status 2 where torchrun starts what gains nothing by it."""
     if place().count == 1 or name in ("train", "extract"):
         return 0
-    return _say(name, "torchrun starts capexp.train and capexp.extract only; start this one by itself", USAGE)
+    if place().is_first:
+        _say(name, "torchrun starts capexp.train and capexp.extract only; start this one by itself", USAGE)
+    return USAGE
 
 
 def _say(name: str, message: str, status: int) -> int:
