@@ -84,7 +84,7 @@ class Record:
         text = json.dumps({key: value for key, value in record.items() if value != {}}, indent=2)
         print(text)
         committed = RECORDS / f"{self.name}-{self.device.type}.json"
-        known = json.loads(committed.read_text(encoding="utf-8"))["ratios"] if committed.is_file() else {}
+        known = json.loads(committed.read_text(encoding="utf-8")).get("ratios", {}) if committed.is_file() else {}
         for name, value in known.items():
             if name in self.ratios and self.ratios[name] < BEHIND * value:
                 print(f"{self.name}: fell behind: {name} is {self.ratios[name]:.3g}, committed is {value}")
