@@ -72,7 +72,7 @@ class Record:
         """Prints the record, and what fell behind the committed one; writes it where asked."""
         record = {
             "name": self.name,
-            "command": " ".join([Path(sys.argv[0]).name, *sys.argv[1:]]),
+            "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
             "machine": machine(self.device),
             "settings": self.settings,
             "unit": self.unit,
