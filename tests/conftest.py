@@ -32,6 +32,24 @@ def _real(variable: str, default: str, what: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def random_vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
+    """VGG16's convolutions with random weights, for tests that do not care what a photo's features mean."""
+    import torch
+    import torchvision
+    from torch import nn
+
+    path = tmp_path_factory.mktemp("weights") / "random.pth"
+    vgg = torchvision.models.vgg
+    net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"])
+    generator = torch.Generator().manual_seed(3)
+    for parameter in net.parameters():
+        if parameter.dim() > 1:
+            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
+    torch.save({f"features.{name}": value.half() for name, value in net.state_dict().items()}, path)
+    return path
+
+
+@pytest.fixture(scope="session")
 def scenes() -> Path:
     """The folder of the embedded data."""
     return _ROOT / "experiments" / "scenes"

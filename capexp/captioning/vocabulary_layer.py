@@ -38,7 +38,7 @@ class _CrossEntropy(torch.autograd.Function):
 
     With p a target's probabilities and s the smoothing, the logits' gradient is p - (1 - s) onehot - s / V. Of the
     three only p is made, not divided by its sum even: the rest are sums over the rows of the layer or of the outputs.
-    Logits stand by word, ``(V, C)``: the product is a third faster that way round.
+    Logits stand by word, ``(V, C)``: on a CPU the product is faster that way round.
     """
 
     @staticmethod

@@ -116,10 +116,10 @@ class CaptionBatches:
 
         def make(some: NDArray[np.int64]) -> Batch:
             units, is_own = _share(some, rank, ranks)
-            own, whole = self._captions(units), self._captions(some)
-            share = float((self._lengths[own] + 1).sum() / (self._lengths[whole] + 1).sum())
-            return self._batch(own, self._photos, share if is_own else 0.0)
+            share = float(targets[units].sum() / targets[some].sum()) if is_own else 0.0
+            return self._batch(self._captions(units), self._photos, share)
 
+        targets = np.add.reduceat(self._lengths + 1, self._bounds[:-1])  # of each unit
         # Batches of like length would need less padding, but they learn worse: 0.05 nats a token on Flickr8k.
         return _ahead(make, np.random.default_rng([seed, number]).permutation(len(self._bounds) - 1), self._units)
 

@@ -13,11 +13,9 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-import torchvision
 from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from capexp.data.cache import FeatureCache, Features, cache_features
 from capexp.data.errors import InputError
@@ -28,22 +26,8 @@ HEADER, RECORD = 4096, 32 + 4 + 2 * 512  # bytes: digest, checksum, features of 
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VGG16's convolutions with random weights: the cache does not care what a photo's features mean."""
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    vgg = torchvision.models.vgg
-    net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"])
-    generator = torch.Generator().manual_seed(3)
-    for parameter in net.parameters():
-        if parameter.dim() > 1:
-            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
-    torch.save({f"features.{name}": value.half() for name, value in net.state_dict().items()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def encoder(weights: Path) -> Encoder:
-    config = FeaturesConfig(layer="conv5_3", pool="mean", weights=str(weights))
+def encoder(random_vgg16: Path) -> Encoder:
+    config = FeaturesConfig(layer="conv5_3", pool="mean", weights=str(random_vgg16))
     return load_encoder(config).prepare(torch.device("cpu"), "auto")
 
 
@@ -208,8 +192,8 @@ def test_empty_file_is_an_empty_cache(cache: FeatureCache, photos: list[Path]) -
     assert missing(cache, photos) == [0, 1, 2, 3]
 
 
-def test_other_pools_and_weights_have_files_of_their_own(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
-    config = FeaturesConfig(layer="conv5_3", pool="max2", weights=str(weights))
+def test_other_pools_and_weights_have_files_of_their_own(tmp_path: Path, random_vgg16: Path, encoder: Encoder) -> None:
+    config = FeaturesConfig(layer="conv5_3", pool="max2", weights=str(random_vgg16))
     assert FeatureCache(tmp_path, load_encoder(config).identity).path != FeatureCache(tmp_path, encoder.identity).path
 
 
@@ -294,12 +278,12 @@ print(FeatureCache(Path(folder), encoder.identity).extend(paths, digest_photos(p
 @pytest.mark.slow
 @pytest.mark.parametrize(("room", "kept"), [(2000, None), (HEADER + 2 * RECORD + 100, 2)])
 def test_a_disk_that_is_full_leaves_a_cache_that_goes_on(
-    tmp_path: Path, weights: Path, encoder: Encoder, room: int, kept: int | None
+    tmp_path: Path, random_vgg16: Path, encoder: Encoder, room: int, kept: int | None
 ) -> None:
     photos = write_photos(tmp_path / "photos", 4)
     cache = FeatureCache(tmp_path / "cache", encoder.identity)
     ended = subprocess.run(
-        [sys.executable, "-c", EXTEND, str(weights), str(tmp_path / "cache"), *map(str, photos)],
+        [sys.executable, "-c", EXTEND, str(random_vgg16), str(tmp_path / "cache"), *map(str, photos)],
         env={**os.environ, "LIMIT": str(room), "PYTHONPATH": str(Path(__file__).parents[2])},
         input="\n", capture_output=True, text=True,
     )  # fmt: skip
@@ -313,11 +297,11 @@ def test_a_disk_that_is_full_leaves_a_cache_that_goes_on(
 
 
 @pytest.mark.slow
-def test_two_processes_at_once_store_each_photo_once(tmp_path: Path, weights: Path, encoder: Encoder) -> None:
+def test_two_processes_at_once_store_each_photo_once(tmp_path: Path, random_vgg16: Path, encoder: Encoder) -> None:
     photos = write_photos(tmp_path / "photos", 6)
     processes = [
         subprocess.Popen(
-            [sys.executable, "-c", EXTEND, str(weights), str(tmp_path / "cache"), *map(str, some)],
+            [sys.executable, "-c", EXTEND, str(random_vgg16), str(tmp_path / "cache"), *map(str, some)],
             stdin=subprocess.PIPE,
             stdout=subprocess.PIPE,
             text=True,

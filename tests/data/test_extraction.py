@@ -11,10 +11,8 @@ import numpy as np
 import psutil
 import pytest
 import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image
-from torch import nn
 
 from capexp.data.errors import InputError, Outage
 from capexp.data.extraction import Result, compute_features
@@ -26,22 +24,8 @@ CPU = torch.device("cpu")
 
 
 @pytest.fixture(scope="module")
-def weights(tmp_path_factory: pytest.TempPathFactory) -> Path:
-    """VGG16's convolutions with random weights."""
-    path = tmp_path_factory.mktemp("weights") / "random.pth"
-    vgg = torchvision.models.vgg
-    net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"])
-    generator = torch.Generator().manual_seed(4)
-    for parameter in net.parameters():
-        if parameter.dim() > 1:
-            nn.init.kaiming_normal_(parameter, nonlinearity="relu", generator=generator)
-    torch.save({f"features.{name}": value.half() for name, value in net.state_dict().items()}, path)
-    return path
-
-
-@pytest.fixture(scope="module")
-def encoder(weights: Path) -> Encoder:
-    return load_encoder(FeaturesConfig(layer="conv5_3", pool="max2", weights=str(weights))).prepare(CPU, "auto")
+def encoder(random_vgg16: Path) -> Encoder:
+    return load_encoder(FeaturesConfig(layer="conv5_3", pool="max2", weights=str(random_vgg16))).prepare(CPU, "auto")
 
 
 def write_photos(folder: Path, count: int, width: int = 40, height: int = 30) -> list[Path]:
@@ -225,11 +209,11 @@ for some in (paths[:8], paths[8:]):
 
 
 @pytest.mark.slow
-def test_memory_does_not_grow_with_the_photos(tmp_path: Path, weights: Path) -> None:
+def test_memory_does_not_grow_with_the_photos(tmp_path: Path, random_vgg16: Path) -> None:
     """Forty photos of 18 MB each after the first eight: 720 MB, were they kept."""
     photos = write_photos(tmp_path / "photos", 48, 3000, 2000)
     ended = subprocess.run(
-        [sys.executable, "-c", PEAK, weights, tmp_path / "cache", *photos],
+        [sys.executable, "-c", PEAK, random_vgg16, tmp_path / "cache", *photos],
         env={**os.environ, "PYTHONPATH": str(Path(__file__).parents[2])},
         capture_output=True, text=True, check=True,
     )  # fmt: skip
@@ -239,8 +223,8 @@ def test_memory_does_not_grow_with_the_photos(tmp_path: Path, weights: Path) -> 
 
 @pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 @pytest.mark.parametrize("processes", [0, 2])
-def test_gpu_gives_what_the_cpu_gives(tmp_path: Path, weights: Path, processes: int) -> None:
-    config = FeaturesConfig(layer="conv5_3", weights=str(weights))
+def test_gpu_gives_what_the_cpu_gives(tmp_path: Path, random_vgg16: Path, processes: int) -> None:
+    config = FeaturesConfig(layer="conv5_3", weights=str(random_vgg16))
     photos = write_photos(tmp_path / "photos", 7)
     found = []
     for device in (CPU, torch.device("cuda")):
