@@ -23,7 +23,7 @@ def app(argv: list[str] | None = None) -> int:
     from capexp.captioning.captioner import Captioner
     from capexp.data.errors import InputError
     from capexp.tracking.bundle import find_bundle
-    from capexp.training.fit import choose_device
+    from capexp.training.config import choose_device
 
     try:
         from capexp import page

@@ -27,7 +27,7 @@ def caption(argv: list[str] | None = None) -> int:
     from capexp.captioning.captioner import Caption, Captioner
     from capexp.data.photos import find_photos
     from capexp.tracking.bundle import find_bundle
-    from capexp.training.fit import choose_device
+    from capexp.training.config import choose_device
 
     photos = find_photos(arguments.photos)
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))

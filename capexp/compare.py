@@ -20,7 +20,7 @@ def compare(argv: list[str] | None = None) -> int:
     from capexp.captioning.captioner import Captioner
     from capexp.data.files import write_whole
     from capexp.tracking.bundle import find_bundle
-    from capexp.training.fit import choose_device
+    from capexp.training.config import choose_device
 
     command.refuse_idle(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
     experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)

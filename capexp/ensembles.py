@@ -23,7 +23,8 @@ from capexp.tracking.gallery import Card
 from capexp.tracking.registry import Version
 from capexp.tracking.run import PARENT, FoundRun, fetch_artifacts, runs_of, tracked_run
 from capexp.tracking.store import prepare_store, store_faults
-from capexp.training.fit import Epoch, choose_device
+from capexp.training.config import choose_device
+from capexp.training.epoch import Epoch
 
 log = logging.getLogger(__name__)
 

@@ -18,7 +18,7 @@ def evaluate(argv: list[str] | None = None) -> int:
     from capexp.captioning.captioner import Captioner
     from capexp.data.files import write_whole
     from capexp.tracking.bundle import find_bundle
-    from capexp.training.fit import choose_device
+    from capexp.training.config import choose_device
 
     command.refuse_idle(
         parser, settings, ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")

@@ -25,7 +25,7 @@ from capexp.data.features import NETS, FeaturesConfig
 from capexp.data.vocabulary import VocabularyConfig
 from capexp.search.space import Choices, TuneConfig
 from capexp.tracking.score import Metric
-from capexp.training.fit import TrainingConfig
+from capexp.training.config import TrainingConfig
 
 FOLDER = Path(__file__).parents[1] / "experiments"
 SECTIONS = ("captions", "vocabulary", "features", "model", "training", "ensemble", "decoding", "registry", "tune")

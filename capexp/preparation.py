@@ -21,7 +21,7 @@ from capexp.data.photos import digest_photos
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
 from capexp.members import members_of
-from capexp.training.fit import TrainingConfig, choose_device
+from capexp.training.config import TrainingConfig, choose_device
 from capexp.training.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)

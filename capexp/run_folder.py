@@ -13,7 +13,8 @@ from capexp.experiment import Experiment
 from capexp.preparation import Prepared
 from capexp.tracking.run import PARENT, adopted_run, git_commit, run_status, run_tags
 from capexp.training.checkpoints import Checkpoints
-from capexp.training.fit import Epoch, is_finished
+from capexp.training.epoch import Epoch
+from capexp.training.fit import is_finished
 
 CHECKPOINTS = Path("checkpoints")
 SETTINGS = "experiment.toml"

@@ -36,7 +36,9 @@ from capexp.tracking.registry import Version
 from capexp.tracking.run import Input, TrackedRun, tracked_run
 from capexp.tracking.store import discreet, prepare_store, store_faults
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
-from capexp.training.fit import Epoch, choose_device, fit
+from capexp.training.config import choose_device
+from capexp.training.epoch import Epoch
+from capexp.training.fit import fit
 from capexp.training.ranks import ALONE, Ranks
 from capexp.training.self_critical import refine
 

@@ -15,7 +15,7 @@ from capexp.registration import register_bundle
 from capexp.tracking.registry import Version
 from capexp.tracking.run import TrackedRun, nested_runs, run_tags, tracked_run
 from capexp.tracking.store import await_store, prepare_store
-from capexp.training.fit import Epoch
+from capexp.training.epoch import Epoch
 
 log = logging.getLogger(__name__)
 

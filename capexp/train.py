@@ -14,7 +14,7 @@ if TYPE_CHECKING:
     from capexp.seeds import Seeds
     from capexp.tracking.gallery import Card
     from capexp.tracking.registry import Version
-    from capexp.training.fit import Epoch
+    from capexp.training.epoch import Epoch
     from capexp.training.ranks import Ranks
 
 

@@ -29,7 +29,7 @@ from capexp.tracking.run import (
     tracked_run,
 )
 from capexp.tracking.store import await_store, prepare_store
-from capexp.training.fit import Epoch
+from capexp.training.epoch import Epoch
 
 TRIAL = "trial"
 """The tag of a nested run that holds its trial's number."""

@@ -27,7 +27,7 @@ from capexp.captioning.decoding import DecodingConfig
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import EOS, Vocabulary
 from capexp.tracking.bundle import find_bundle
-from capexp.training.fit import choose_device
+from capexp.training.config import choose_device
 
 WORDS = 2536  # of Flickr8k with minimum count 5
 MEAN, DEVIATION = 10.8, 3.8  # words of a Flickr8k caption

@@ -35,7 +35,7 @@ from capexp.data.cache import FeatureCache, cache_features
 from capexp.data.features import NETS, SIZE, FeaturesConfig, Precision, load_encoder
 from capexp.data.photos import find_photos
 from capexp.data.pixels import decode_by_processes, decode_by_threads, decoding_processes
-from capexp.training.fit import choose_device
+from capexp.training.config import choose_device
 
 GFLOP: Final = 30.693  # a photo's in the convolutions to conv5_3, a multiplication and an addition being two
 SIDE: Final = 2048  # of the matrices: far beyond the caches

@@ -33,7 +33,8 @@ from capexp.data.cache import FeatureCache
 from capexp.data.captions import Split
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
-from capexp.training.fit import TrainingConfig, train_epoch
+from capexp.training.config import TrainingConfig
+from capexp.training.epoch import train_epoch
 
 IDENTITY = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
 WORDS, LENGTH, UNITS, BATCH = 500, 9, 32, 256
@@ -74,9 +75,9 @@ class Some(CaptionBatches):
 
     most = 0
 
-    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0) -> Iterator[Batch]:
         """So many at most."""
-        return islice(super().epoch(seed, number, rank, ranks), self.most)
+        return islice(super().epoch(seed, number, rank, ranks, done), self.most)
 
 
 def resident() -> dict[str, float]:

@@ -18,7 +18,7 @@ import bench
 import torch
 
 from capexp import experiment as experiments
-from capexp.training.fit import choose_device
+from capexp.training.config import choose_device
 
 ROOT = Path(__file__).parents[1]
 SECONDS_A_MINUTE = 60

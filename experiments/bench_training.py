@@ -32,7 +32,8 @@ from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
-from capexp.training.fit import TrainingConfig, choose_device, train_epoch
+from capexp.training.config import TrainingConfig, choose_device
+from capexp.training.epoch import train_epoch
 
 ENTRIES, FEATURES, UNITS, LONGEST = 7579, 4096, 256, 34  # of the tutorial, on Flickr8k
 CAPTIONS, MEAN_LENGTH, BATCH = 5, 9.2, 64  # of a photo; words of a caption; captions of a batch
@@ -191,9 +192,9 @@ def multiplications(entries: int, targets_a_caption: float) -> float:
 class First(CaptionBatches):
     """Batches of which an epoch has the first few only."""
 
-    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0) -> Iterator[Batch]:
         """The first of an epoch."""
-        return islice(super().epoch(seed, number, rank, ranks), 50)
+        return islice(super().epoch(seed, number, rank, ranks, done), 50)
 
 
 def peak_of(photos: int) -> None:

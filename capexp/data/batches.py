@@ -107,8 +107,8 @@ class CaptionBatches:
         """Tokens of the longest caption, BOS and EOS counted."""
         return int(self._lengths.max()) + 2
 
-    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
-        """Every caption once, in an order that depends on seed and epoch number only.
+    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0) -> Iterator[Batch]:
+        """Every caption but those of batches done, once, in an order that depends on seed and epoch number only.
 
         Of several processes each gets its share of every batch, and there are as many batches as for one. In a batch
         too small for all, those left over get a part of it with a share of 0.
@@ -121,7 +121,8 @@ class CaptionBatches:
 
         targets = np.add.reduceat(self._lengths + 1, self._bounds[:-1])  # of each unit
         # Batches of like length would need less padding, but they learn worse: 0.05 nats a token on Flickr8k.
-        return _ahead(make, np.random.default_rng([seed, number]).permutation(len(self._bounds) - 1), self._units)
+        order = np.random.default_rng([seed, number]).permutation(len(self._bounds) - 1)
+        return _ahead(make, order[done * self._units :], self._units)
 
     def in_order(self, photos: NDArray[np.int64] | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
         """Every caption once, sorted by length; with ``photos``, caption of photo i sees photo ``photos[i]``.
@@ -160,9 +161,11 @@ class CaptionBatches:
 
 
 def photo_batches(
-    features: Features, size: int, seed: int, number: int, rank: int = 0, ranks: int = 1
+    features: Features, size: int, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, bool]]:
     """All photos once, so many at a time: where they stand in the split, and their features ``(N, P, F)``.
+
+    Those of the batches done are left out.
 
     The order depends on seed and epoch number only. Of several processes each gets its share of every batch; in a batch
     too small for all, those left over get a photo of it that is another's, and are told so.
@@ -172,7 +175,7 @@ def photo_batches(
         photos, is_own = _share(some, rank, ranks)
         return photos, torch.from_numpy(features.gather(photos).astype(np.float32)), is_own
 
-    return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features)), size)
+    return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features))[done * size :], size)
 
 
 def _share(some: NDArray[np.int64], rank: int, ranks: int) -> tuple[NDArray[np.int64], bool]:

@@ -19,7 +19,7 @@ from capexp.data.errors import InputError, Outage
 from capexp.search.space import TuneConfig
 from capexp.search.storage import Storage
 from capexp.search.trial import Attempt, Progress, Pruned, Trial, shown_values
-from capexp.training.fit import Epoch
+from capexp.training.epoch import Epoch
 
 log = logging.getLogger(__name__)
 

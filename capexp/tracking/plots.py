@@ -8,7 +8,7 @@ import numpy as np
 
 from capexp.data.files import writing
 from capexp.scoring.evaluation import SCORE_NAMES, CaptionScores
-from capexp.training.fit import Epoch
+from capexp.training.epoch import Epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

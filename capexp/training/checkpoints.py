@@ -24,8 +24,18 @@ _NAME = re.compile(r"ep(\d{3,})-train[\d.]+-dev[\d.]+")
 
 
 @dataclass(frozen=True)
+class Progress:
+    """How far an epoch is."""
+
+    steps: int = 0
+    sums: tuple[float, ...] = ()
+    """What its losses are the means of, over the steps done."""
+    seconds: float = 0.0
+
+
+@dataclass(frozen=True)
 class TrainingState:
-    """All that training goes on from after an epoch; order and dropout follow from seed and epoch."""
+    """All that training goes on from; what is drawn at random follows from seed, epoch and step."""
 
     decoder: dict[str, Any]
     optimizer: dict[str, Any]
@@ -33,6 +43,13 @@ class TrainingState:
     """The epochs done, as plain values."""
     average: dict[str, Any] | None = None
     """The mean of the decoder's weights over the steps, where training keeps one."""
+    progress: Progress = Progress()
+    """Of the epoch after those done."""
+
+    @classmethod
+    def of(cls, record: dict[str, Any]) -> "TrainingState":
+        """The state that ``dataclasses.asdict`` gave this record of; earlier versions kept no progress."""
+        return cls(**record | {"progress": Progress(**record.get("progress", {}))})
 
     @property
     def epochs(self) -> int:
@@ -47,6 +64,8 @@ class TrainingState:
 
 class Checkpoints:
     """The folder of one run: ``last.pt``, ``previous.pt``, and bundles named ``ep003-train3.245-dev3.612``.
+
+    States are saved after each epoch, and within a long one.
 
     Everything is written beside, synced and renamed: first the captioner of an improvement, then the state that knows
     of it, and only then older captioners are deleted. So each of the two states finds the captioner of its best epoch,
@@ -141,6 +160,8 @@ class Checkpoints:
             except InputError as error:
                 faults.append(str(error))
                 continue
+            if state.best_epoch == 0:  # within the first epoch
+                return state, faults
             if state.best_epoch not in bundles:
                 faults.append(f"{path}: its captioner (ep{state.best_epoch:03d}...) is missing")
                 continue
@@ -188,8 +209,9 @@ def _read_state(path: Path) -> TrainingState:
         with zipfile.ZipFile(path) as archive:  # what torch.save writes; every entry has a checksum
             damaged = archive.testzip()
         if damaged is None:
-            state = TrainingState(**torch.load(path, map_location="cpu", weights_only=True))
-            assert state.epochs == state.history[-1]["number"] >= state.best_epoch > 0
+            state = TrainingState.of(torch.load(path, map_location="cpu", weights_only=True))
+            assert [record["number"] for record in state.history] == list(range(1, state.epochs + 1))
+            assert state.best_epoch > 0 or (state.epochs == 0 and state.progress.steps > 0)
             return state
         reason = f"{damaged} is damaged"
     except MemoryError:

@@ -9,7 +9,6 @@ Shapes: N photos, K captions of each, B = N * K, T steps, M targets, V vocabular
 import math
 import time
 from collections.abc import Generator, Sequence
-from typing import Any
 
 import torch
 from torch import Tensor, nn
@@ -26,8 +25,10 @@ from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.cider import CiderReferences
 from capexp.scoring.evaluation import Loss
 from capexp.scoring.metrics import score, tokenize
-from capexp.training.checkpoints import Checkpoints, TrainingState
-from capexp.training.fit import Epoch, TrainingConfig, clip, shared_cross_entropy, state_of_first
+from capexp.training.checkpoints import Checkpoints, Progress, TrainingState
+from capexp.training.config import TrainingConfig
+from capexp.training.epoch import Epoch, Save, clip, seed_step, shared_cross_entropy
+from capexp.training.fit import state_of_first
 from capexp.training.ranks import ALONE, Ranks
 
 _END = ""  # where a caption ends is part of what is rewarded: otherwise it comes to end on "in a"
@@ -83,16 +84,23 @@ def refine(
         [value for value in decoder.parameters() if value.requires_grad], lr=settings.learning_rate, fused=True
     )
     best = ranks.from_first(lambda: dev_cider(captioner, *dev))
+    history, progress = list(before), Progress()
+
+    def save(progress: Progress) -> None:
+        if ranks.is_first:
+            past = [vars(epoch) for epoch in history]
+            checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), past, progress=progress))
+
     state = state_of_first(checkpoints, ranks)
     if state is None:
-        history = list(before)
         if ranks.is_first:
             checkpoints.save_captioner(captioner)
-            checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
+        save(progress)
     else:
         decoder.load_state_dict(state.decoder)
         optimizer.load_state_dict(state.optimizer)
         history = [Epoch(**record) for record in state.history]
+        progress = state.progress
         if ranks.is_first and history[: len(before)] != list(before):
             raise InputError(
                 f"{checkpoints.folder}: self-critical training began after fewer epochs; set training.epochs back"
@@ -102,8 +110,10 @@ def refine(
     reward = Reward(train[0].references)
     while len(history) < len(before) + settings.epochs:
         number = len(history) + 1
-        start = time.perf_counter()
-        drawn, mean = _train_epoch(captioner, optimizer, train[1], reward, config, seed, number, device, ranks)
+        start = time.perf_counter() - progress.seconds
+        drawn, mean = _train_epoch(
+            captioner, optimizer, train[1], reward, config, seed, number, device, ranks, progress, save
+        )
         middle = time.perf_counter()
         cider = ranks.from_first(lambda: dev_cider(captioner, *dev))
         epoch = Epoch(
@@ -126,13 +136,9 @@ def refine(
             )
             if ranks.is_first:
                 checkpoints.save_captioner(captioner)
-        if ranks.is_first:
-            checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), _plain(history)))
+        progress = Progress()
+        save(progress)
         yield epoch
-
-
-def _plain(history: Sequence[Epoch]) -> list[dict[str, Any]]:
-    return [vars(past) for past in history]
 
 
 def dev_cider(captioner: Captioner, split: Split, features: Features) -> float:
@@ -151,15 +157,19 @@ def _train_epoch(
     number: int,
     device: torch.device,
     ranks: Ranks,
+    progress: Progress,
+    save: Save,
 ) -> tuple[Loss, float]:
-    """The loss over what was drawn, and its mean reward."""
+    """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``."""
     decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
     _train_without_dropout(decoder)
-    nats, targets, total, captions = 0.0, 0, 0.0, 0
+    start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
+    is_begun = progress.steps > 0 and ranks.is_first
+    nats, targets, total, captions = progress.sums if is_begun else (0.0, 0.0, 0.0, 0.0)
     with torch.random.fork_rng():
-        torch.manual_seed(seed * 1_000_003 + number + ranks.rank * 2**52)
-        shares = photo_batches(features, settings.photos, seed, number, ranks.rank, ranks.count)
-        for photos, held, is_own in shares:
+        shares = photo_batches(features, settings.photos, seed, number, ranks.rank, ranks.count, progress.steps)
+        for step, (photos, held, is_own) in enumerate(shares, start=progress.steps + 1):
+            seed_step(seed, number, step, ranks.rank)
             seen = held.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
                 drawn = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)  # (B, T)
@@ -183,6 +193,9 @@ def _train_epoch(
                 targets += len(chosen)
                 total += float(rewards.sum())
                 captions += len(rewards)
+            if step % config.save_steps == 0 and step < steps:
+                sums = tuple(ranks.add(nats, targets, total, captions))
+                save(Progress(step, sums, time.perf_counter() - start))
     nats, all_targets, total, all_captions = ranks.add(nats, targets, total, captions)
     return Loss(nats, int(all_targets)), total / all_captions
 

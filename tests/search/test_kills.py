@@ -18,7 +18,7 @@ from capexp.search.space import Range, TuneConfig
 from capexp.search.storage import find_storage
 from capexp.search.study import Study
 from capexp.search.trial import Attempt
-from capexp.training.fit import Epoch
+from capexp.training.epoch import Epoch
 
 WANTED = 40
 KNOWN = {"training.epochs": "4"}

@@ -18,7 +18,7 @@ from capexp.search.space import Range, TuneConfig
 from capexp.search.storage import Journal, find_storage
 from capexp.search.study import Study, refuse_other
 from capexp.search.trial import Attempt, Pruned
-from capexp.training.fit import Epoch
+from capexp.training.epoch import Epoch
 
 SPACE = {"x": Range(low=-1.0, high=1.0), "n": Range(low=1, high=64, log=True)}
 KNOWN = {"training.epochs": "3", "data digest": "0123"}

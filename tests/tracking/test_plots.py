@@ -10,7 +10,7 @@ from capexp.data.captions import Split
 from capexp.data.errors import InputError
 from capexp.scoring.evaluation import CaptionScores, score_captions
 from capexp.tracking.plots import draw_histogram, draw_losses, draw_scores
-from capexp.training.fit import Epoch
+from capexp.training.epoch import Epoch
 
 
 def epoch(number: int, dev_loss: float) -> Epoch:

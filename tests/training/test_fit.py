@@ -1,7 +1,9 @@
 """Laws of the training loop, on data small enough to train in a second."""
 
 import warnings
-from collections.abc import Generator
+from collections.abc import Callable, Generator
+from contextlib import suppress
+from itertools import count
 from pathlib import Path
 from typing import Literal
 
@@ -19,8 +21,10 @@ from capexp.data.errors import InputError
 from capexp.data.features import EncoderIdentity, FeaturesConfig, Pool
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.scoring.evaluation import cross_entropy
-from capexp.training.checkpoints import Checkpoints
-from capexp.training.fit import Epoch, TrainingConfig, choose_device, fit, train_epoch
+from capexp.training.checkpoints import Checkpoints, TrainingState
+from capexp.training.config import TrainingConfig, choose_device
+from capexp.training.epoch import Epoch, train_epoch
+from capexp.training.fit import fit
 from capexp.training.ranks import ALONE, Ranks
 
 CPU = torch.device("cpu")
@@ -144,6 +148,54 @@ def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
     assert parts is not None
     assert whole.name == parts.name
     assert (whole / "decoder.safetensors").read_bytes() == (parts / "decoder.safetensors").read_bytes()
+
+
+@pytest.mark.parametrize("average", [0.0, 0.9])
+@kinds
+def test_stopped_after_every_state_it_gives_the_losses_of_the_undisturbed_training(
+    tmp_path: Path, decoder: Kind, order: Order, average: float
+) -> None:
+    config = replace_epochs(3, average=average, schedule="cosine", save_steps=3)
+    whole = Task(tmp_path / "whole", 1, decoder, order)
+    undisturbed = whole.epochs(config)
+    parts, resumed = sittings(lambda: Task(tmp_path / "parts", 1, decoder, order), config)
+    assert losses(resumed) == losses(undisturbed)
+    assert len(whole.train) == 10
+    assert parts == 3 * 4 + 1, "states after steps 3, 6, 9 and at the end of each epoch, and a last sitting"
+    best, theirs = whole.checkpoints.best(), Checkpoints(tmp_path / "parts", 1).best()
+    assert best is not None and theirs is not None
+    assert best.name == theirs.name
+    assert (best / "decoder.safetensors").read_bytes() == (theirs / "decoder.safetensors").read_bytes()
+
+
+class Stopped(Exception):
+    """Raised when a state is on disk."""
+
+
+class Stopping(Checkpoints):
+    """Saves one state and stops."""
+
+    def save_state(self, state: TrainingState) -> None:
+        super().save_state(state)
+        raise Stopped
+
+
+def sittings(make: Callable[[], Task], config: TrainingConfig) -> tuple[int, list[Epoch]]:
+    """Trains in sittings that each end at the first state saved: how many there were, and the epochs of the last."""
+    for number in count(1):
+        task = make()
+        task.checkpoints = Stopping(task.checkpoints.folder, task.checkpoints.keep)
+        with suppress(Stopped):
+            return number, task.epochs(config)
+    raise AssertionError
+
+
+def test_within_an_epoch_the_seconds_of_all_sittings_count(tmp_path: Path) -> None:
+    config = replace_epochs(1, save_steps=2)
+    _, (epoch,) = sittings(lambda: Task(tmp_path), config)
+    state = torch.load(tmp_path / "previous.pt", weights_only=True)
+    assert state["progress"]["steps"] == 8
+    assert 0 < state["progress"]["seconds"] < epoch.seconds
 
 
 @pytest.mark.parametrize("average", [0.0, 0.9])

@@ -1,6 +1,7 @@
 """Laws of training on the score itself."""
 
 from collections.abc import Generator, Iterable
+from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
 
@@ -19,8 +20,9 @@ from capexp.data.errors import InputError
 from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.metrics import score
-from capexp.training.checkpoints import Checkpoints
-from capexp.training.fit import Epoch, SelfCriticalConfig, TrainingConfig
+from capexp.training.checkpoints import Checkpoints, TrainingState
+from capexp.training.config import SelfCriticalConfig, TrainingConfig
+from capexp.training.epoch import Epoch
 from capexp.training.ranks import ALONE, Ranks
 from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
 
@@ -118,6 +120,7 @@ class Task:
         dev = data("dev", 20, 2)
         config = TrainingConfig(
             precision="float32",
+            save_steps=2,
             self_critical=SelfCriticalConfig(epochs=epochs, photos=8, samples=8, learning_rate=0.03),
         )
         return refine(
@@ -145,7 +148,7 @@ def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path) -> None:
     epochs = list(task.started(10))
     rewards, ciders = [one.reward or 0 for one in epochs], [one.dev_cider or 0 for one in epochs]
     assert rewards[-1] > rewards[0] + 0.5
-    assert max(ciders) > before + 0.5
+    assert max(ciders) > 1.5 * before
     assert [one.number for one in epochs] == list(range(2, 12))
     # The captioner on disk is that of the best dev CIDEr, and says what it said then.
     best = task.checkpoints.best()
@@ -176,6 +179,33 @@ def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp
         next(running)
     running.close()
     assert told(Task(tmp_path / "parts").started(3)) == undisturbed
+
+
+def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path) -> None:
+    undisturbed = told(Task(tmp_path / "whole").started(2))
+
+    class Stopped(Exception):
+        """Raised when a state is on disk."""
+
+    class Stopping(Checkpoints):
+        """Saves one state and stops."""
+
+        def save_state(self, state: TrainingState) -> None:
+            super().save_state(state)
+            raise Stopped
+
+    sittings = 0
+    epochs: list[Epoch] = []
+    while not epochs:
+        sittings += 1
+        task = Task(tmp_path / "parts")
+        task.checkpoints = Stopping(tmp_path / "parts", 1)
+        with suppress(Stopped):
+            epochs = list(task.started(2))
+    assert told(epochs) == undisturbed
+    assert sittings == 1 + 2 * 4 + 1, (
+        "before the first, after steps 2, 4 and 6, at the end of each epoch, and a last one"
+    )
 
 
 def test_a_first_phase_that_has_gone_on_is_refused(tmp_path: Path) -> None:
