@@ -20,8 +20,9 @@ CHECKPOINTS = Path("checkpoints")
 SETTINGS = "experiment.toml"
 """What a run is resumed by, among its checkpoints."""
 _SELF_CRITICAL = "self-critical"  # the folder of the second phase
-DIFFERENT_ON_RESUME = ("training.epochs", "training.patience")
-"""Settings that a resumed run may change."""
+_SECOND_PHASE = "training.self_critical."
+DIFFERENT_ON_RESUME = ("training.epochs", "training.patience", f"{_SECOND_PHASE}epochs")
+"""Settings that a resumed run may always change."""
 
 
 def settings_of(run_id: str) -> Experiment:
@@ -43,18 +44,21 @@ def settings_of(run_id: str) -> Experiment:
 
 
 def refuse_other_settings(before: Experiment, now: Experiment) -> None:
-    """A resumed run keeps its settings, but for how long it trains.
+    """A resumed run keeps its settings, but for how long it trains, and for those of a phase that it did not have.
 
     Raises:
         InputError: naming the first setting that differs.
     """
     old, new = before.flat(), now.flat()
+    free = set(DIFFERENT_ON_RESUME)
+    if not has_second_phase(before):
+        free |= {name for name in new if name.startswith(_SECOND_PHASE)} | {"registry.metric"}
     for name in old | new:
         held, given = old.get(name, "nothing"), new.get(name, "nothing")
-        if held != given and name not in DIFFERENT_ON_RESUME:
+        if held != given and name not in free:
             raise InputError(
                 f"--{name} {given}: the run was started with {held}; "
-                f"a resumed run may only change {' and '.join(DIFFERENT_ON_RESUME)}"
+                f"a resumed run may only change {', '.join(DIFFERENT_ON_RESUME)}"
             )
 
 
@@ -143,12 +147,19 @@ def is_complete(run_id: str, experiment: Experiment, folder: Path = CHECKPOINTS)
     Raises:
         InputError: it has done more epochs than the experiment has.
     """
-    state = Checkpoints(folder / run_id, experiment.training.keep).latest()
-    if state is not None and state.epochs > experiment.training.epochs:
-        raise InputError(
-            f"--training.epochs {experiment.training.epochs}: run {run_id} has done {state.epochs} already; "
-            "give as many or more"
-        )
-    if state is None or run_status(run_id) != "FINISHED":
+    training = experiment.training
+    state = Checkpoints(folder / run_id, training.keep).latest()
+    if state is None:
         return False
-    return is_finished([Epoch(**record) for record in state.history], experiment.training)
+    _refuse_fewer("training.epochs", training.epochs, state.epochs, run_id)
+    second = Checkpoints(folder / run_id / _SELF_CRITICAL, training.keep, begins_with=state.best_epoch).latest()
+    more = 0 if second is None else second.epochs - state.epochs
+    _refuse_fewer(f"{_SECOND_PHASE}epochs", training.self_critical.epochs, more, run_id)
+    if run_status(run_id) != "FINISHED" or more < training.self_critical.epochs:
+        return False
+    return is_finished([Epoch(**record) for record in state.history], training)
+
+
+def _refuse_fewer(setting: str, wanted: int, done: int, run_id: str) -> None:
+    if wanted < done:
+        raise InputError(f"--{setting} {wanted}: run {run_id} has done {done} already; give as many or more")

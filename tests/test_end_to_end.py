@@ -475,6 +475,15 @@ def test_a_finished_run_trained_on_registers_what_it_has_now(tmp_path: Path) -> 
     champion = max(versions, key=lambda version: int(version.version))  # the later one is the better one
     assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").version == champion.version
 
+    again = ("train", "--resume", run.info.run_id, "--training.self_critical.learning_rate", "0.001")
+    second = (*again, "--training.self_critical.epochs", "1", "--registry.metric", "dev_cider")
+    assert "reward" in folder.run(*second).stdout
+    assert len(folder.client.search_model_versions("name='capexp-scenes'")) == 3
+    assert len(folder.client.get_metric_history(run.info.run_id, "dev_loss")) == 3
+    assert "has finished" in folder.run(*second, status=2).stderr
+    refused = folder.run("train", "--resume", run.info.run_id, "--training.self_critical.epochs", "0", status=2)
+    assert "--training.self_critical.epochs 0: run" in refused.stderr and "has done 1 already" in refused.stderr
+
 
 @pytest.mark.slow
 def test_a_run_that_is_being_trained_or_whose_data_changed_is_not_resumed(tmp_path: Path, scenes: Path) -> None:

@@ -27,6 +27,7 @@ class Folder:
             "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
             "CAPEXP_OFFLINE": "1",
             "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
+            "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three processes more of a server, for nothing here
         }
 
     def start(self, *arguments: str) -> subprocess.Popen[str]:
