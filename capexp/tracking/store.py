@@ -16,6 +16,7 @@ from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from capexp.data.errors import InputError, Outage, shown_uri, without_secrets
+from capexp.data.files import sync
 
 _LOCK = ".mlflow.lock"
 _SQLITE = "sqlite:///"
@@ -33,7 +34,23 @@ def prepare_store() -> None:
         InputError: the tracking server or the store cannot be used.
     """
     with store_lock(), store_faults():
+        if not store_exists():
+            _make_local(Path(mlflow.get_tracking_uri().removeprefix(_SQLITE).partition("?")[0]))
         MlflowClient().search_experiments(max_results=1)
+
+
+def _make_local(path: Path) -> None:
+    """Makes a local database beside its place and puts it there whole.
+
+    MLflow goes through its schema's history to make one, which takes seconds; a database that a kill has left on the
+    way could never be opened again.
+    """
+    beside = path.with_name(f".{path.name}.part")
+    for left in (beside, beside.with_name(f"{beside.name}-journal")):
+        left.unlink(missing_ok=True)
+    MlflowClient(f"{_SQLITE}{beside}").search_experiments(max_results=1)
+    beside.replace(path)
+    sync(path.parent)
 
 
 def check_store() -> None:
@@ -133,7 +150,7 @@ def _refuse_unreachable() -> None:
 def store_exists() -> bool:
     """Whether there is a store; a server is taken to be there."""
     uri = mlflow.get_tracking_uri()
-    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE)).is_file()
+    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file()
 
 
 @contextmanager
