@@ -4,13 +4,14 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-all check bench format clean
+.PHONY: help install demo test test-all check bench soak format clean
 
 help:
 	@echo "make demo      train, track and register a captioner on the embedded scenes"
 	@echo "make test      the default tests, under three minutes"
 	@echo "make test-all  everything, real data and long runs included"
 	@echo "make bench     speed and memory against rivals and the arithmetic; tells what fell behind"
+	@echo "make soak      kills and faults at random moments, an hour and more; tells what was lost"
 	@echo "make check     format, lint, types, layers"
 	@echo "make clean     delete .venv and tool caches; runs, models and features stay"
 
@@ -50,6 +51,10 @@ check: .venv/installed-test
 # A quarter of an hour on two cores. BENCHMARKS.md says what its figures were on which machine.
 bench: .venv/installed
 	for one in training extraction decoding search; do python experiments/bench_$$one.py || exit 1; done
+
+# An hour and more on two cores; docs/reliability.md says what was counted.
+soak: .venv/installed
+	for one in kills trials service; do python experiments/soak_$$one.py || exit 1; done
 
 format: .venv/installed-test
 	ruff format .

@@ -332,7 +332,7 @@ def _anchor(settings: Settings, folder: Path) -> None:
     """Makes the paths of a file relative to the working directory instead of to the file."""
     for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
         table = settings.get(section)
-        if isinstance(table, dict) and not (key == "weights" and table.get(key) in NETS):
+        if isinstance(table, dict) and not (key == "weights" and str(table.get(key)) in NETS):
             _anchor_one(table, key, f"{section}.{key}", folder)
     ensemble = settings.get("ensemble")
     members = ensemble.get("members") if isinstance(ensemble, dict) else None

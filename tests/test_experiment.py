@@ -123,6 +123,7 @@ def test_every_setting_has_one_name_in_file_flag_and_param(tmp_path: Path) -> No
         ('[features]\npool = "mean"\n', ("features.pool = 'mean'", "fc2")),
         ('[features]\nweights = "IMAGENET1K_FEATURES"\n', ("features.layer = 'fc2'", "IMAGENET1K_FEATURES")),
         ('[features]\nweights = "vgg.pth"\n', ("features.layer = 'fc2'", "vgg.pth")),
+        ("[features]\nweights = []\n", ("features.weights = []", "string")),
         ("training = 3\n", ("training", "3")),
         ("[training\n", ("not TOML", "line")),
         ("[training]\nepochs = 1\nepochs = 2\n", ("not TOML", "line")),
