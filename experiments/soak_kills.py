@@ -1,14 +1,15 @@
-"""SIGKILL at random moments of training, registration, extraction and tuning; each is gone on with until it is done.
+"""SIGKILL at random moments of training, registration, an ensemble's members, extraction and tuning.
 
     python experiments/soak_kills.py                 a hundred kills
     python experiments/soak_kills.py --kills 8       a few
 
-All that a command has started dies with it. After each kill the store must be readable, every bundle whole, every
-version registered with its files and the champion one of them; what comes of it in the end must be what an undisturbed
-one comes to, to the bit. Moments are uniform over the time that the command takes undisturbed; for registration, over
-that from its last epoch to its end.
+All that a command has started dies with it, and it is given again until it comes to its end. After each kill the store
+must be readable, every bundle whole, every version registered with its files and the champion one of them; the end must
+be what an undisturbed one comes to, to the bit. Moments are uniform over the time that the command takes undisturbed;
+for registration, over that from its last epoch to its end.
 """
 
+import json
 import random
 import sys
 import tempfile
@@ -23,17 +24,23 @@ import numpy as np
 from bench_extraction import draw_weights
 from soak import SMALL, Folder, Lost, arguments, finish, kill, wait_for
 
-SHARES = {"train": 0.4, "register": 0.2, "extract": 0.15, "tune": 0.25}
+SHARES = {"train": 0.3, "register": 0.2, "ensemble": 0.15, "extract": 0.1, "tune": 0.25}
 TRAIN = (
     *SMALL,
     *("--training.epochs", "2", "--training.save_steps", "25", "--registry.metric", "dev_cider"),
     *("--training.self_critical.epochs", "1", "--training.self_critical.photos", "10"),
     *("--training.self_critical.samples", "2"),
 )
+SETTINGS = {
+    **{"model.embedding_size": 32, "model.lstm_units": 32, "model.output_dropout": 0.0, "training.device": "cpu"},
+    **{"training.learning_rate": 0.01, "training.precision": "float32", "training.epochs": 2},
+}
+MEMBERS = json.dumps([{"experiment": "scenes", "seeds": [1, 2], "settings": SETTINGS | {"training.save_steps": 25}}])
+TOGETHER = ("--experiment", "scenes-ensemble", "--ensemble.members", MEMBERS)
 TUNE = (
     *SMALL,
     *("--trials", "3", "--workers", "2", "--training.epochs", "2", "--training.save_steps", "25"),
-    *("--tune.pruner", "none", "--tune.search", "{model.lstm_units = {low = 8, high = 48}}"),
+    *("--tune.pruner", "none", "--tune.search", json.dumps({"model.lstm_units": {"low": 8, "high": 48}})),
 )
 
 
@@ -79,6 +86,20 @@ def _trained(folder: Folder) -> Any:
     versions = folder.client.search_model_versions("name='capexp-scenes'")
     cards = [(one.tags["dev_cider"], list(one.aliases)) for one in versions]
     return told, bundles[-1].read_bytes(), cards
+
+
+def _ensembled(folder: Folder) -> Any:
+    """The losses of its epochs by member, and the weights of all in the one bundle."""
+    told = {
+        run.data.params["seed"]: [
+            (one.step, one.value) for one in folder.client.get_metric_history(run.info.run_id, "dev_loss")
+        ]
+        for run in folder.runs()
+        if run.data.params["name"] == "scenes"
+    }
+    last = [run for run in folder.runs() if run.data.params["name"] == "scenes-ensemble"][-1]
+    bundle = folder.path / "checkpoints" / last.info.run_id / "ensemble"
+    return told, [path.read_bytes() for path in sorted(bundle.rglob("*.safetensors"))], last.info.status
 
 
 def _extract(weights: Path) -> Callable[[Folder], tuple[str, ...]]:
@@ -190,6 +211,7 @@ def main() -> int:
     activities = {
         "train": Activity(_train, _trained, _is_finished),
         "register": Activity(_train, _trained, _is_finished, _has_trained),
+        "ensemble": Activity(lambda folder: ("train", *TOGETHER), _ensembled),
         "extract": Activity(_extract(weights), _extracted),
         "tune": Activity(lambda folder: ("tune", *TUNE), _tuned),
     }

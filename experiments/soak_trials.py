@@ -6,6 +6,7 @@
 Now one worker gets a SIGKILL, now the command with all its workers, which is then given again.
 """
 
+import json
 import os
 import random
 import signal
@@ -80,7 +81,7 @@ def main() -> int:
     parser.add_argument("--every", type=float, nargs=2, default=(8.0, 30.0), metavar="SECONDS", help="from, to")
     flags = parser.parse_args()
     folder = Folder(Path(tempfile.mkdtemp(prefix="capexp-soak-")) / "study")
-    space = "{model.lstm_units = {low = 8, high = 64}, model.dropout = {low = 0.0, high = 0.6}}"
+    space = json.dumps({"model.lstm_units": {"low": 8, "high": 64}, "model.dropout": {"low": 0.0, "high": 0.6}})
     words = (*SMALL, "--training.epochs", "1", "--tune.pruner", "none", "--tune.heartbeat", "2", "--tune.search", space)
     command = ("tune", *words, "--trials", str(flags.trials), "--workers", "2")
     draw, counted, start = random.Random(flags.seed), Counter[str](), time.monotonic()
