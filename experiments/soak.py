@@ -24,6 +24,7 @@ ENVIRONMENT = {
     "CAPEXP_OFFLINE": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
+    "MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR": "false",
 }
 SMALL = (
     *("--model.embedding_size", "32", "--model.lstm_units", "32", "--model.output_dropout", "0"),

@@ -37,6 +37,7 @@ from soak import ENVIRONMENT, ROOT, SMALL, Folder, arguments, finish
 MODEL = "models:/capexp-scenes@champion"
 JSON = {"Content-Type": "application/json"}
 PATIENCE = 300.0  # seconds until a request that is not answered counts as lost
+PAUSE = 1.0  # seconds that a client takes between two requests, on average
 STALL = 3.0  # seconds for which the server is stopped
 GROWTH = 1.05  # of memory, at most
 
@@ -125,6 +126,7 @@ class Soak:
                 self.latencies.append(time.monotonic() - start)
                 if record["caption"] != self.said[which]:
                     self.lost.append(f"photo {which}: {record}, the bundle says {self.said[which]!r}")
+            time.sleep(draw.expovariate(1 / PAUSE))
 
     def stranger(self) -> None:
         """Sends what no service should be sent; an answer must not be a caption."""
