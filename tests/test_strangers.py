@@ -39,7 +39,7 @@ from capexp.experiment import load, setting_names
 
 pytestmark = pytest.mark.slow
 
-TRIES = int(os.environ.get("CAPEXP_FUZZ", "200"))
+TRIES = int(os.environ.get("CAPEXP_FUZZ", "50"))
 IS_THE_SAME = "CAPEXP_FUZZ" not in os.environ  # the same inputs each time, but for who looks for new ones
 BUNDLE = ROOT / "tests/captioning/golden-1/bundle"
 SCENES = ROOT / "experiments/scenes"
