@@ -33,7 +33,7 @@ MEMBER = "member"
 _BUNDLE = "ensemble"  # the folder of its bundle, in the run's
 # What may differ between a member and a run that was trained before: where things are, and what comes after training.
 _FREE = {"captions.root", "features.weights", "features.cache", "features.batch_size", "training.device"} | {
-    *("training.keep", "registry.model", "registry.metric"),
+    *("training.keep", "training.save_steps", "registry.model", "registry.metric"),
 }
 
 

@@ -21,8 +21,7 @@ SETTINGS = "experiment.toml"
 """What a run is resumed by, among its checkpoints."""
 _SELF_CRITICAL = "self-critical"  # the folder of the second phase
 _SECOND_PHASE = "training.self_critical."
-DIFFERENT_ON_RESUME = ("training.epochs", "training.patience", f"{_SECOND_PHASE}epochs")
-"""Settings that a resumed run may always change."""
+_ALWAYS_FREE = ("training.epochs", "training.patience", "training.save_steps", f"{_SECOND_PHASE}epochs")
 
 
 def settings_of(run_id: str) -> Experiment:
@@ -43,22 +42,28 @@ def settings_of(run_id: str) -> Experiment:
     return experiments.load(path, {})
 
 
-def refuse_other_settings(before: Experiment, now: Experiment) -> None:
-    """A resumed run keeps its settings, but for how long it trains, and for those of a phase that it did not have.
+def may_differ(name: str) -> bool:
+    """Whether there are resumed runs that may change a setting."""
+    return name in _ALWAYS_FREE or name.startswith(_SECOND_PHASE) or name == "registry.metric"
+
+
+def refuse_other_settings(run_id: str, before: Experiment, now: Experiment) -> None:
+    """A resumed run keeps its settings, but for how long it trains, and for those of a phase that it begins only now.
 
     Raises:
         InputError: naming the first setting that differs.
     """
     old, new = before.flat(), now.flat()
-    free = set(DIFFERENT_ON_RESUME)
-    if not has_second_phase(before):
-        free |= {name for name in new if name.startswith(_SECOND_PHASE)} | {"registry.metric"}
+    is_begun = any((CHECKPOINTS / run_id).glob(f"**/{_SELF_CRITICAL}"))  # of several seeds, by any
+    free = {
+        name for name in new if name in _ALWAYS_FREE or (may_differ(name) and has_second_phase(now) and not is_begun)
+    }
     for name in old | new:
         held, given = old.get(name, "nothing"), new.get(name, "nothing")
         if held != given and name not in free:
             raise InputError(
                 f"--{name} {given}: the run was started with {held}; "
-                f"a resumed run may only change {', '.join(DIFFERENT_ON_RESUME)}"
+                f"a resumed run may only change {', '.join(_ALWAYS_FREE)}"
             )
 
 
@@ -77,6 +82,11 @@ def tags_of(prepared: Prepared) -> dict[str, str]:
 def has_second_phase(experiment: Experiment) -> bool:
     """Whether self-critical training follows."""
     return experiment.training.self_critical.epochs > 0
+
+
+def phases(experiment: Experiment) -> int:
+    """How many phases a run has, each with checkpoints of its own."""
+    return 1 + has_second_phase(experiment)
 
 
 def second_phase(first: Checkpoints, experiment: Experiment, begins_with: int) -> Checkpoints:
@@ -145,7 +155,8 @@ def is_complete(run_id: str, experiment: Experiment, folder: Path = CHECKPOINTS)
     """Whether a resumed run would find nothing left to do.
 
     Raises:
-        InputError: it has done more epochs than the experiment has.
+        InputError: it has done more epochs than the experiment has, or would go on with its first phase after the
+            second has begun.
     """
     training = experiment.training
     state = Checkpoints(folder / run_id, training.keep).latest()
@@ -155,9 +166,13 @@ def is_complete(run_id: str, experiment: Experiment, folder: Path = CHECKPOINTS)
     second = Checkpoints(folder / run_id / _SELF_CRITICAL, training.keep, begins_with=state.best_epoch).latest()
     more = 0 if second is None else second.epochs - state.epochs
     _refuse_fewer(f"{_SECOND_PHASE}epochs", training.self_critical.epochs, more, run_id)
-    if run_status(run_id) != "FINISHED" or more < training.self_critical.epochs:
-        return False
-    return is_finished([Epoch(**record) for record in state.history], training)
+    has_ended = is_finished([Epoch(**record) for record in state.history], training)
+    if second is not None and not has_ended:
+        raise InputError(
+            f"run {run_id}: its self-critical phase has begun after {state.epochs} epochs; leave training.epochs and "
+            f"training.patience as they were, or delete {folder / run_id / _SELF_CRITICAL} to do without what it did"
+        )
+    return has_ended and more >= training.self_critical.epochs and run_status(run_id) == "FINISHED"
 
 
 def _refuse_fewer(setting: str, wanted: int, done: int, run_id: str) -> None:

@@ -19,10 +19,11 @@ from capexp.registration import encoder_weights, keep, register
 from capexp.report import report
 from capexp.run_folder import (
     CHECKPOINTS,
-    DIFFERENT_ON_RESUME,
     SETTINGS,
     alone,
     has_second_phase,
+    may_differ,
+    phases,
     refuse_other_data,
     refuse_trained,
     second_phase,
@@ -83,7 +84,7 @@ def run(
     """
     device = choose_device(experiment.training.device)
     encoder = encoder_weights(experiment) if register_model else None
-    refuse_cramped(folder, prepared.decoder_parameters, experiment.training.keep)
+    refuse_cramped(folder, prepared.decoder_parameters, experiment.training.keep, phases(experiment))
     prepare_store()
     with ExitStack() as stack:
         stack.enter_context(store_faults())
@@ -106,7 +107,7 @@ def run(
             log_beginning(tracked, experiment, prepared, str(device), settings)
             if resume is not None:
                 now = experiment.flat()
-                tracked.set_tags({f"resumed.{name}": now[name] for name in DIFFERENT_ON_RESUME})
+                tracked.set_tags({f"resumed.{name}": now[name] for name in now if may_differ(name)})
             captioner = _fresh(experiment, prepared)
             epochs: list[Epoch] = []
             try:

@@ -67,6 +67,9 @@ def run_seeds(
         run_folder.refuse_trained(run_folder.CHECKPOINTS)
     else:
         run_folder.refuse_other_data(resume, prepared)
+        for seed, run_id in _begun(resume).items():  # before the new settings are written
+            one = experiments.replace(experiment, {"seed": seed})
+            run_folder.is_complete(run_id, one, run_folder.CHECKPOINTS / resume)
     name, tags = f"{experiment.name}, {count} seeds", {SEEDS: str(count)}
     with tracked_run(name, experiment.name, run_folder.CHECKPOINTS, resume=resume, tags=tags) as tracked:
         folder = run_folder.CHECKPOINTS / tracked.run_id

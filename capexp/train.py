@@ -48,7 +48,7 @@ def train(argv: list[str] | None = None) -> int:
 
         before = run_folder.settings_of(arguments.resume)
         experiment = experiments.replace(before, settings)
-        run_folder.refuse_other_settings(before, experiment)
+        run_folder.refuse_other_settings(arguments.resume, before, experiment)
         held = seeds.seeds_of(arguments.resume)
         if held is None and count is not None:
             parser.error(f"--resume {arguments.resume}: it is a run at one seed; leave --seeds out")
@@ -84,7 +84,8 @@ def train(argv: list[str] | None = None) -> int:
     if count is not None:
         seeds.check_count(count, experiment)
     check_store()
-    refuse_cramped(run_folder.CHECKPOINTS, data.decoder_parameters, experiment.training.keep)
+    phases = run_folder.phases(experiment)
+    refuse_cramped(run_folder.CHECKPOINTS, data.decoder_parameters, experiment.training.keep, phases)
     ranks.join()
     ranks.from_first(experiment.model_dump_json)
     prepared = prepare(experiment, data, ranks)

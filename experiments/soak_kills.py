@@ -95,11 +95,13 @@ def _ensembled(folder: Folder) -> Any:
             (one.step, one.value) for one in folder.client.get_metric_history(run.info.run_id, "dev_loss")
         ]
         for run in folder.runs()
-        if run.data.params["name"] == "scenes"
+        if run.data.params.get("name") == "scenes" and run.info.status == "FINISHED"
     }
-    last = [run for run in folder.runs() if run.data.params["name"] == "scenes-ensemble"][-1]
+    last = [run for run in folder.runs() if run.data.params.get("name") == "scenes-ensemble"][-1]
     bundle = folder.path / "checkpoints" / last.info.run_id / "ensemble"
-    return told, [path.read_bytes() for path in sorted(bundle.rglob("*.safetensors"))], last.info.status
+    versions = folder.client.search_model_versions("name='capexp-scenes'")
+    is_champion = any("champion" in one.aliases for one in versions)
+    return told, [path.read_bytes() for path in sorted(bundle.rglob("*.safetensors"))], last.info.status, is_champion
 
 
 def _extract(weights: Path) -> Callable[[Folder], tuple[str, ...]]:

@@ -25,6 +25,7 @@ import time
 from collections import Counter
 from collections.abc import Callable
 from contextlib import ExitStack, suppress
+from functools import partial
 from pathlib import Path
 from typing import Any
 
@@ -102,6 +103,13 @@ class Soak:
         finally:
             connection.close()
 
+    def work(self, task: Callable[[], None]) -> None:
+        """A thread's work; what goes wrong in it counts as lost."""
+        try:
+            task()
+        except Exception as error:  # an answer that is none
+            self.lost.append(f"{type(error).__name__}: {error}")
+
     def client(self, number: int) -> None:
         """Asks for captions until the time is up, each until it is there."""
         draw = random.Random(number)
@@ -160,8 +168,8 @@ class Soak:
 
     def run(self, clients: int) -> None:
         """Serves, with all that happens meanwhile."""
-        threads = [threading.Thread(target=self.client, args=(number,)) for number in range(clients)]
-        threads.append(threading.Thread(target=self.stranger))
+        tasks = [partial(self.client, number) for number in range(clients)]
+        threads = [threading.Thread(target=self.work, args=(task,)) for task in (*tasks, self.stranger)]
         with ExitStack() as first:
             self.port, process = first.enter_context(served(MODEL, self.folder.path / "server-1.txt"))
             for thread in threads:

@@ -483,6 +483,17 @@ def test_a_finished_run_trained_on_registers_what_it_has_now(tmp_path: Path) -> 
     assert "has finished" in folder.run(*second, status=2).stderr
     refused = folder.run("train", "--resume", run.info.run_id, "--training.self_critical.epochs", "0", status=2)
     assert "--training.self_critical.epochs 0: run" in refused.stderr and "has done 1 already" in refused.stderr
+    told = folder.runs()[0].data.tags
+    assert told["resumed.training.self_critical.learning_rate"] == "0.001"
+    assert told["resumed.registry.metric"] == "dev_cider"
+    settings = tmp_path / "checkpoints" / run.info.run_id / "experiment.toml"
+    before = settings.read_bytes()
+    refused = folder.run("train", "--resume", run.info.run_id, "--training.epochs", "3", status=2)
+    assert "its self-critical phase has begun after 2 epochs" in refused.stderr and refused.stderr.count("\n") == 1
+    more = ("--training.self_critical.epochs", "2", "--training.self_critical.learning_rate", "0.5")
+    refused = folder.run("train", "--resume", run.info.run_id, *more, status=2)
+    assert "--training.self_critical.learning_rate 0.5: the run was started with 0.001" in refused.stderr
+    assert settings.read_bytes() == before
 
 
 @pytest.mark.slow

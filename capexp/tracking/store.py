@@ -45,11 +45,18 @@ def _make_local(path: Path) -> None:
     MLflow goes through its schema's history to make one, which takes seconds; a database that a kill has left on the
     way could never be opened again.
     """
+    path = path.resolve()  # where a link points
     beside = path.with_name(f".{path.name}.part")
     for left in (beside, beside.with_name(f"{beside.name}-journal")):
         left.unlink(missing_ok=True)
     MlflowClient(f"{_SQLITE}{beside}").search_experiments(max_results=1)
-    beside.replace(path)
+    try:
+        path.hardlink_to(beside)
+    except FileExistsError:
+        pass  # MLflow itself takes no lock: what another process has made by now stays
+    except OSError:  # a file system without hard links
+        beside.replace(path)
+    beside.unlink(missing_ok=True)
     sync(path.parent)
 
 

@@ -184,8 +184,8 @@ class Checkpoints:
         )
 
 
-def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
-    """Makes the folder of all runs, and refuses a disk that a run of so many parameters would fill.
+def refuse_cramped(folder: Path, parameters: int, keep: int, phases: int = 1) -> None:
+    """Makes the folder of all runs, and refuses a disk that a run of so many parameters and phases would fill.
 
     Raises:
         InputError: too little room, or the folder cannot be written.
@@ -196,7 +196,7 @@ def refuse_cramped(folder: Path, parameters: int, keep: int) -> None:
             pass
     # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean
     # of the weights, two kept and the next.
-    need = 4 * parameters * (keep + 3 + 3 * 4) + 2**20
+    need = 4 * parameters * (keep + 3 + 3 * 4) * phases + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(

@@ -97,7 +97,8 @@ def train_epoch(
             torch.autograd.backward(smoothed * batch.share)
             loss = ranks.add_gradients(decoder, loss * batch.share)
             # To look at a GPU's loss is to wait for it.
-            is_looked_at = device.type == "cpu" or step % _UNSEEN == 0 or step == len(batches)
+            is_saved = step % config.save_steps == 0 and step < len(batches)
+            is_looked_at = device.type == "cpu" or step % _UNSEEN == 0 or is_saved or step == len(batches)
             if (
                 is_looked_at
                 and ranks.is_first
@@ -111,7 +112,7 @@ def train_epoch(
             optimizer.step()
             if average is not decoder:
                 _average(average, decoder, config.average, (number - 1) * len(batches) + step)
-            if step % config.save_steps == 0 and step < len(batches):
+            if is_saved:
                 sums = tuple(ranks.add(total.item(), targets))
                 save(Progress(step, sums, time.perf_counter() - start))
     nats, count = ranks.add(total.item(), targets)

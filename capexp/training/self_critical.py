@@ -103,7 +103,8 @@ def refine(
         progress = state.progress
         if ranks.is_first and history[: len(before)] != list(before):
             raise InputError(
-                f"{checkpoints.folder}: self-critical training began after fewer epochs; set training.epochs back"
+                f"{checkpoints.folder}: self-critical training began after fewer epochs; delete the folder to do "
+                "without what it did"
             )
         yield from history[len(before) :]
         best = max([best, *(epoch.dev_cider or 0 for epoch in history[len(before) :])])
