@@ -35,7 +35,7 @@ class Epoch:
     """From 1."""
     train_loss: float
     """Running mean over the epoch in training mode (dropout on), as Keras reports it; in the self-critical phase of the
-    captions drawn, without dropout."""
+    captions drawn."""
     dev_loss: float
     """After the epoch, in evaluation mode, never smoothed."""
     learning_rate: float

@@ -11,7 +11,7 @@ import time
 from collections.abc import Generator, Sequence
 
 import torch
-from torch import Tensor, nn
+from torch import Tensor
 
 from capexp.captioning.captioner import Captioner, TrainingRecord
 from capexp.captioning.decoder import Decoder
@@ -163,7 +163,6 @@ def _train_epoch(
 ) -> tuple[Loss, float]:
     """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``."""
     decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
-    _train_without_dropout(decoder)
     start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
     is_begun = progress.steps > 0 and ranks.is_first
     nats, targets, total, captions = progress.sums if is_begun else (0.0, 0.0, 0.0, 0.0)
@@ -173,8 +172,10 @@ def _train_epoch(
             seed_step(seed, number, step, ranks.rank)
             seen = held.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
+                decoder.eval()
                 drawn = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)  # (B, T)
                 rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
+                decoder.train()  # without dropout the train photos' captions are soon learnt by heart
                 chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
                 loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
             own = len(chosen) if is_own else 0
@@ -199,14 +200,6 @@ def _train_epoch(
                 save(Progress(step, sums, time.perf_counter() - start))
     nats, all_targets, total, all_captions = ranks.add(nats, targets, total, captions)
     return Loss(nats, int(all_targets)), total / all_captions
-
-
-def _train_without_dropout(decoder: Decoder) -> None:
-    """In training mode, which an LSTM on a GPU needs for gradients, but with the probabilities that are drawn from."""
-    decoder.train()
-    for module in decoder.modules():
-        if isinstance(module, nn.Dropout):
-            module.eval()
 
 
 def advantages(rewards: Tensor, samples: int) -> Tensor:
