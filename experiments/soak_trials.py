@@ -77,7 +77,7 @@ def main() -> int:
     """The command; its exit status is 1 where a trial was lost or counted twice, and then the folder is left."""
     parser = arguments(__doc__)
     parser.add_argument("--trials", type=int, default=200)
-    parser.add_argument("--every", type=float, nargs=2, default=(8.0, 30.0), metavar="SECONDS", help="from, to")
+    parser.add_argument("--every", type=float, nargs=2, default=(10.0, 40.0), metavar="SECONDS", help="from, to")
     flags = parser.parse_args()
     folder = Folder(Path(tempfile.mkdtemp(prefix="capexp-soak-")) / "study")
     space = json.dumps({"model.lstm_units": {"low": 8, "high": 64}, "model.dropout": {"low": 0.0, "high": 0.6}})
