@@ -206,6 +206,8 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=4)
     parser.add_argument("--weights", type=Path, metavar="FILE", help="of VGG16's convolutions; default: random ones")
     flags = parser.parse_args()
+    if flags.weights is not None and not flags.weights.is_file():
+        parser.error(f"--weights {flags.weights}: no such file")
     root = Path(tempfile.mkdtemp(prefix="capexp-soak-"))
     folder = Folder(root / "service")
     words = [*SMALL, "--training.epochs", "2"]
