@@ -36,11 +36,14 @@ demo: .venv/installed
 	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
+# Several tests at a time, a core each.
+PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+
 test: .venv/installed-test
-	python -m pytest -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: .venv/installed-test
-	python -m pytest -m ""
+	$(PYTEST) -m ""
 
 check: .venv/installed-test
 	ruff format --check .

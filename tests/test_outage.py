@@ -102,7 +102,8 @@ def assert_one_model(folder: Folder, run: Run, versions: int = 1) -> None:
     assert model.source_run_id == run.info.run_id
     found = folder.client.search_model_versions("name='capexp-scenes'")
     assert [version.run_id for version in found] == [run.info.run_id] * versions
-    assert [output.model_id for output in run.outputs.model_outputs][-1] == model.model_id
+    # Beside those of it that were deleted, in no order: MLflow does not take a run's output back.
+    assert model.model_id in [output.model_id for output in run.outputs.model_outputs]
     if versions:
         assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run.info.run_id
 

@@ -28,6 +28,15 @@ def encoder(random_vgg16: Path) -> Encoder:
     return load_encoder(FeaturesConfig(layer="conv5_3", pool="max2", weights=str(random_vgg16))).prepare(CPU, "auto")
 
 
+@pytest.fixture
+def three_threads() -> Iterator[None]:
+    """As many of torch's, however many the tests have."""
+    before = torch.get_num_threads()
+    torch.set_num_threads(3)
+    yield
+    torch.set_num_threads(before)
+
+
 def write_photos(folder: Path, count: int, width: int = 40, height: int = 30) -> list[Path]:
     folder.mkdir()
     generator = np.random.default_rng(count)
@@ -47,6 +56,7 @@ def flat(batches: Iterator[list[Result]]) -> list[Result]:
     return [result for batch in batches for result in batch]
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: Encoder) -> None:
     photos = write_photos(tmp_path / "photos", 5)
     photos[1].write_text("no picture")
@@ -105,8 +115,9 @@ def test_decoding_is_ahead_and_never_far_ahead(tmp_path: Path, processes: int, m
     assert not any(child.is_running() for child in children)
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_each_core_takes_a_few_photos_at_a_time(tmp_path: Path, encoder: Encoder) -> None:
-    most = AHEAD * encoder.at_once * torch.get_num_threads()
+    most = AHEAD * encoder.at_once * 3
     photos = Taken(write_photos(tmp_path / "photos", 1) * (most + 10))
     done = 0
     for batch in compute_features(photos, encoder, 32):
@@ -125,22 +136,18 @@ class Watched(Encoder):
         return super().encode(photos)
 
 
+@pytest.mark.usefixtures("three_threads")
 def test_each_thread_has_a_core_and_torch_keeps_its_own_number(tmp_path: Path, encoder: Encoder) -> None:
     """The number is torch's own for all threads that begin, so it must be as it was."""
     watched = Watched(encoder.identity, encoder.weights())
     watched.seen, later = {}, []
     watched.prepare(CPU, "auto")
-    before = torch.get_num_threads()
-    try:
-        torch.set_num_threads(3)
-        flat(compute_features(write_photos(tmp_path / "photos", 6), watched, 1))
-        thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
-        thread.start()
-        thread.join()
-        assert list(watched.seen.values()) == [1, 1, 1]
-        assert [torch.get_num_threads(), *later] == [3, 3]
-    finally:
-        torch.set_num_threads(before)
+    flat(compute_features(write_photos(tmp_path / "photos", 6), watched, 1))
+    thread = threading.Thread(target=lambda: later.append(torch.get_num_threads()))
+    thread.start()
+    thread.join()
+    assert list(watched.seen.values()) == [1, 1, 1]
+    assert [torch.get_num_threads(), *later] == [3, 3]
 
 
 def test_few_photos_are_worth_no_processes(monkeypatch: pytest.MonkeyPatch) -> None:
