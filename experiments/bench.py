@@ -116,6 +116,27 @@ def _peak(work: Callable[..., object], values: tuple[Any, ...]) -> float:
     return int(line.split()[1]) / 1024
 
 
+def profile(work: Callable[[], object], steps: int, device: torch.device, lines: int = 16) -> None:
+    """Prints how many milliseconds of each of the steps that ``work`` does go into which operation of torch."""
+    activities = [torch.profiler.ProfilerActivity.CPU]
+    if device.type == "cuda":
+        activities.append(torch.profiler.ProfilerActivity.CUDA)
+    work()
+    _wait(device)
+    start = time.perf_counter()
+    work()
+    _wait(device)
+    unwatched = time.perf_counter() - start
+    with torch.profiler.profile(activities=activities) as watched:
+        work()
+        _wait(device)
+    found = watched.key_averages()
+    times = {one.key: one.self_device_time_total if device.type == "cuda" else one.self_cpu_time_total for one in found}
+    print(f"  {1000 * unwatched / steps:7.2f}  all, not watched")
+    for name in sorted(times, key=times.__getitem__, reverse=True)[:lines]:
+        print(f"  {times[name] / 1000 / steps:7.2f}  {name}")
+
+
 def flops(
     a: tuple[int, int], b: tuple[int, int], dtype: torch.dtype, device: torch.device, seconds: float = 0.5
 ) -> float:

@@ -2,9 +2,11 @@
 
     python experiments/bench_training.py                      on this machine, five rounds
     python experiments/bench_training.py --growth             and how the cost grows, some minutes more
+    python experiments/bench_training.py --entries 2540       with the vocabulary of flickr8k-merge-conv
+    python experiments/bench_training.py --profile            where the time of a step goes, by operation
     python experiments/bench_training.py --device cuda
 
-All train the same model (4096 features, 256 units, 7,579 entries) on captions as long as Flickr8k's, made up.
+All train the same model (4096 features, 256 units, 7,579 entries by default) on made-up captions as long as Flickr8k's.
 "the tutorial's method" makes a sample of each prefix, padded to the longest caption, one photo a batch; "plain" is
 teacher forcing over batches of 64 captions, padded to the longest of each, in float32, with an unfused Adam. The floor
 is the products of matrices that a target needs, at the rate of one large product.
@@ -37,8 +39,8 @@ from capexp.training.epoch import train_epoch
 
 ENTRIES, FEATURES, UNITS, LONGEST = 7579, 4096, 256, 34  # of the tutorial, on Flickr8k
 CAPTIONS, MEAN_LENGTH, BATCH = 5, 9.2, 64  # of a photo; words of a caption; captions of a batch
-DTYPES = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 Precision = Literal["float32", "bfloat16"]
+DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Task:
@@ -209,13 +211,20 @@ def main() -> None:
     parser.add_argument(
         "--photos", type=int, default=400, help="photos of a round; the tutorial's method takes a tenth"
     )
+    parser.add_argument("--entries", type=int, default=ENTRIES, help="of the vocabulary")
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows too")
+    parser.add_argument("--profile", action="store_true", help="tell where the time of a step of ours goes, alone")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
-    device = choose_device(arguments.device)
-    task = Task(arguments.photos, device)
-    settings = {"photos": arguments.photos, "entries": ENTRIES, "units": UNITS, "features": FEATURES, "batch": BATCH}
-    record = bench.Record("training", "targets", device, settings)
+    device, entries = choose_device(arguments.device), arguments.entries
+    task = Task(arguments.photos, device, entries)
+    if arguments.profile:
+        for precision in DTYPES:
+            print(f"ours, {precision}, milliseconds a step of {task.batches.targets / len(task.batches):.0f} targets:")
+            bench.profile(task.ours(precision), len(task.batches), device)
+        return
+    settings = {"photos": arguments.photos, "entries": entries, "units": UNITS, "features": FEATURES, "batch": BATCH}
+    record = bench.Record("training" if entries == ENTRIES else f"training-{entries}", "targets", device, settings)
     contestants = {
         "tutorial's method": task.tutorial(max(arguments.photos // 10, 1)),
         "plain": task.plain(),
