@@ -13,7 +13,7 @@ from capexp.captioning.decoding import DecodingConfig
 from capexp.data.errors import InputError
 from capexp.data.photos import MAXIMUM_UPLOAD, read_photo
 
-_METHODS = ("greedy", "beam", "sample")
+_METHODS = ("greedy", "beam", "consensus", "sample")
 _WIDEST = 10
 _LIT_PIXELS = 150  # the width of one of those that show where the decoder looked
 _SHOWN_PIXELS = 1200  # the longer side of the photo as the page shows it
@@ -68,7 +68,7 @@ def show() -> None:
     vocabulary = shown.captioner.vocabulary
     widest = min(max(_WIDEST, shown.decoding.beam_width), len(vocabulary) - len(vocabulary.never_emitted))
     width = right.number_input(
-        "Beam width", 1, widest, min(shown.decoding.beam_width, widest), disabled=method != "beam",
+        "Beam width", 1, widest, min(shown.decoding.beam_width, widest), disabled=method not in ("beam", "consensus"),
         help="How many captions beam search follows at once, and shows.",
     )  # fmt: skip
     if upload is None:

@@ -170,7 +170,7 @@ def main() -> int:
     parser.add_argument("--clients", type=int, default=8)
     parser.add_argument("--photos", type=Path, default=_PHOTOS, help="a folder; its first --different photos are sent")
     parser.add_argument("--different", type=int, default=100)
-    parser.add_argument("--method", choices=("greedy", "beam", "sample"), default="greedy")
+    parser.add_argument("--method", choices=("greedy", "beam", "sample", "consensus"), default="greedy")
     parser.add_argument("--beam-width", type=int, default=3)
     parser.add_argument("--output", type=Path, help="a JSON file, with the memory over time and each caption")
     arguments = parser.parse_args()

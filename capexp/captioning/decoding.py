@@ -1,6 +1,6 @@
-"""From a decoder's next-word logits to captions: greedy, beam search, sampling, each over a batch of photos at once.
+"""From a decoder's next-word logits to captions, over a batch of photos at once.
 
-Shapes: B photos, K hypotheses of each (the beam), N = B * K, M of them not ended, V vocabulary, T words so far.
+Shapes: B photos, K hypotheses of each, N = B * K, M of them not ended, V vocabulary, T words so far.
 """
 
 import zlib
@@ -12,9 +12,13 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
+from capexp.captioning.consensus import agreement
 from capexp.captioning.decoder import Decoder
 from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
+
+_DRAWN = 1024
+"""Captions that consensus draws at a time."""
 
 
 class DecodingConfig(BaseModel):
@@ -22,9 +26,12 @@ class DecodingConfig(BaseModel):
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
-    method: Literal["greedy", "beam", "sample"] = "greedy"
+    method: Literal["greedy", "beam", "sample", "consensus"] = "greedy"
+    """``consensus``: of beam search's hypotheses the one that they and captions drawn at random agree with most."""
     beam_width: int = Field(default=3, ge=1, le=10_000)
     """Hypotheses that beam search keeps of each photo."""
+    samples: int = Field(default=20, ge=0, le=1000)
+    """Captions of each photo that consensus draws beside them."""
     length_penalty: float = Field(default=0.0, ge=0, le=10)
     """Beam search ranks by log-probability divided by length to this power: 0 prefers short captions, 1 takes the
     mean of the words."""
@@ -40,7 +47,12 @@ class DecodingConfig(BaseModel):
 
     def describe(self) -> str:
         """The method in words."""
-        words = {"greedy": "greedy decoding", "beam": f"beam search of width {self.beam_width}", "sample": "sampling"}
+        words = {
+            "greedy": "greedy decoding",
+            "beam": f"beam search of width {self.beam_width}",
+            "sample": "sampling",
+            "consensus": f"the consensus of a beam of {self.beam_width} and {self.samples} samples",
+        }
         return words[self.method]
 
 
@@ -56,7 +68,7 @@ class Hypothesis:
 def decode(
     decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
 ) -> list[tuple[Hypothesis, ...]]:
-    """Hypotheses of each photo, the best first, from features ``(B, P, F)``: beam search gives as many as it keeps.
+    """Hypotheses of each photo, the best first, from features ``(B, P, F)``: as many as beam search keeps, or one.
 
     PAD, BOS and UNK are never emitted, and probabilities are those among the entries that may be; a caption
     ends with EOS or at ``maximum_length`` words.
@@ -67,7 +79,9 @@ def decode(
     refuse_wide(config, vocabulary)
     decoder.eval()
     if config.method == "sample":
-        return _sample(decoder, features, vocabulary, config)
+        return _sample(decoder, features, vocabulary, config, 1)
+    if config.method == "consensus":
+        return _consensus(decoder, features, vocabulary, config)
     width = config.beam_width if config.method == "beam" else 1
     return _beam(decoder, features, vocabulary, config, width)
 
@@ -79,7 +93,7 @@ def refuse_wide(config: DecodingConfig, vocabulary: Vocabulary) -> None:
         InputError: it is wider than there are words.
     """
     words = len(vocabulary) - len(vocabulary.never_emitted)
-    if config.method == "beam" and config.beam_width > words:
+    if config.method in ("beam", "consensus") and config.beam_width > words:
         raise InputError(f"decoding.beam_width = {config.beam_width}: only {words} words may follow; lower it")
 
 
@@ -133,33 +147,61 @@ def _beam(
 
 @torch.inference_mode()
 def _sample(
-    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, count: int
 ) -> list[tuple[Hypothesis, ...]]:
-    """Words drawn at random (top-p: Holtzman et al., ICLR 2020), for each photo by a generator of its own."""
+    """Words drawn at random (top-p: Holtzman et al., ICLR 2020), for each photo by a generator of its own.
+
+    ``count`` captions of each photo; only those that have not ended pass the decoder.
+    """
     photos, device = len(features), features.device
-    drawn = torch.tensor(_uniform(features, config), dtype=torch.float32, device=device)  # (B, T)
+    drawn = torch.tensor(_uniform(features, config, count), dtype=torch.float32, device=device)  # (N, T)
     state = decoder.start(features)
+    if count > 1:
+        state = state.select(torch.arange(photos, device=device).repeat_interleave(count))
     forbidden = torch.tensor(vocabulary.never_emitted, device=device)
-    sequences = torch.empty(photos, 0, dtype=torch.long, device=device)  # (B, T)
-    words = torch.full((photos,), BOS, device=device)
-    total = torch.zeros(photos, device=device)
-    ended = torch.zeros(photos, dtype=torch.bool, device=device)
+    going = torch.arange(photos * count, device=device)  # (M,) the rows among N that the state holds
+    sequences = torch.empty(photos * count, 0, dtype=torch.long, device=device)  # (N, T)
+    words = torch.full_like(going, BOS)
+    total = torch.zeros(photos * count, device=device)
     for step in range(config.maximum_length):
-        logits, state = decoder.step(state, words)  # (B, V)
-        following = _log_probabilities(logits, forbidden, sequences, config)
+        logits, state = decoder.step(state, words)  # (M, V)
+        following = _log_probabilities(logits, forbidden, sequences[going], config)
         probable, entries = (following / config.temperature).softmax(1).sort(1, descending=True)
         mass = probable.cumsum(1)
         kept = probable.where(mass - probable < config.top_p, 0.0)  # the most probable one always
         mass = kept.cumsum(1)
-        place = (mass < drawn[:, step : step + 1] * mass[:, -1:]).sum(1, keepdim=True)
-        words = entries.gather(1, place.clamp(max=len(vocabulary) - 1)).squeeze(1)
-        words = torch.where(ended, EOS, words)
-        total += following.gather(1, words.unsqueeze(1)).squeeze(1).where(~ended, 0.0)
-        sequences = torch.cat([sequences, words.unsqueeze(1)], 1)
-        ended |= words == EOS
-        if bool(ended.all()):
+        place = (mass < drawn[going, step : step + 1] * mass[:, -1:]).sum(1, keepdim=True)
+        words = entries.gather(1, place.clamp(max=len(vocabulary) - 1))  # (M, 1)
+        total[going] += following.gather(1, words).squeeze(1)
+        words = words.squeeze(1)
+        said = torch.full((len(sequences), 1), EOS, device=device).index_copy(0, going, words.unsqueeze(1))
+        sequences = torch.cat([sequences, said], 1)
+        on = (words != EOS).nonzero().squeeze(1)
+        if len(on) == 0:
             break
-    return _hypotheses(sequences.unsqueeze(1), total.unsqueeze(1))
+        if len(on) < len(words):
+            state, words, going = state.select(on), words[on], going[on]
+    return _hypotheses(sequences.view(photos, count, -1), total.view(photos, count))
+
+
+def _consensus(
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+) -> list[tuple[Hypothesis, ...]]:
+    """Minimum Bayes risk (Kumar and Byrne, 2004): the hypothesis that is most like what else may be said.
+
+    The most probable caption is often an odd one; Devlin et al. (2015) took people's captions of like photos to choose
+    by, here the decoder's own stand for them.
+    """
+    chosen = []
+    photos = max(_DRAWN // max(config.samples, 1), 1)
+    for part in torch.split(features, photos):
+        beams = _beam(decoder, part, vocabulary, config, config.beam_width)
+        drawn = _sample(decoder, part, vocabulary, config, config.samples) if config.samples else [()] * len(part)
+        for beam, others in zip(beams, drawn, strict=True):
+            candidates = [hypothesis.tokens for hypothesis in beam]
+            liked = agreement(candidates, candidates + [hypothesis.tokens for hypothesis in others])
+            chosen.append(tuple(beam[i] for i in np.argsort(-liked, kind="stable")))
+    return chosen
 
 
 @torch.no_grad()
@@ -185,10 +227,11 @@ def draw(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int,
     return torch.stack(drawn, 1)
 
 
-def _uniform(features: Tensor, config: DecodingConfig) -> np.ndarray:
-    """Numbers in (0, 1], one a photo and step, that follow from the seed and the photo."""
+def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray:
+    """Numbers in (0, 1], ``count`` rows a photo, one a step, that follow from the seed and the photo."""
     contents = [zlib.crc32(row.tobytes()) for row in features.float().cpu().numpy()]
-    return np.stack([1 - np.random.default_rng([config.seed, one]).random(config.maximum_length) for one in contents])
+    shape = (count, config.maximum_length)
+    return np.concatenate([1 - np.random.default_rng([config.seed, one]).random(shape) for one in contents])
 
 
 def _log_probabilities(logits: Tensor, forbidden: Tensor, sequences: Tensor, config: DecodingConfig) -> Tensor:

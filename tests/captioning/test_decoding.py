@@ -7,6 +7,7 @@ from typing import Literal
 import pytest
 import torch
 
+from capexp.captioning.consensus import agreement
 from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig, Hypothesis, decode
 from capexp.captioning.model import build_decoder
@@ -18,8 +19,9 @@ METHODS = (
     DecodingConfig(method="beam", beam_width=4, maximum_length=8),
     DecodingConfig(method="beam", beam_width=3, length_penalty=1, repeat_trigrams=False, maximum_length=8),
     DecodingConfig(method="sample", temperature=0.7, top_p=0.9, maximum_length=8),
+    DecodingConfig(method="consensus", beam_width=4, samples=5, maximum_length=8),
 )
-methods = pytest.mark.parametrize("config", METHODS, ids=["greedy", "beam", "beam of one mind", "sample"])
+methods = pytest.mark.parametrize("config", METHODS, ids=["greedy", "beam", "beam of one mind", "sample", "consensus"])
 
 
 def vocabulary(unknown: Unknown = "token", words: int = 12) -> Vocabulary:
@@ -187,7 +189,7 @@ def test_a_length_penalty_makes_captions_longer() -> None:
     assert lengths[0] < lengths[1] < lengths[2]
 
 
-@pytest.mark.parametrize("method", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("method", ["greedy", "beam", "sample", "consensus"])
 def test_no_three_words_in_a_row_come_twice_where_that_is_asked_for(method: str) -> None:
     words = vocabulary(words=3)
     decoder = decoder_for(words, seed=10)
@@ -246,8 +248,42 @@ def test_only_hypotheses_that_go_on_pass_the_vocabulary_layer(kind: Kind) -> Non
     assert rows[-1] < 40 * 4, "some have ended"
 
 
-def test_a_beam_wider_than_the_vocabulary_is_refused() -> None:
+def test_samples_that_have_ended_do_not_pass_the_vocabulary_layer() -> None:
+    words = vocabulary()
+    decoder = decoder_for(words, seed=2, sharp=3)
+    rows: list[int] = []
+    decoder.vocabulary.register_forward_hook(lambda layer, inputs, logits: rows.append(len(logits)))
+    config = DecodingConfig(method="sample", maximum_length=8)
+    lengths = [len(hypothesis.tokens) for hypothesis in best(decoder, photos(40), words, config)]
+    assert len(set(lengths)) > 1, "they end at different steps"
+    assert sum(rows) == sum(min(length + 1, config.maximum_length) for length in lengths)
+
+
+@kinds
+def test_consensus_chooses_among_the_beams_hypotheses_the_one_most_like_all(kind: Kind) -> None:
+    words = vocabulary()
+    decoder = decoder_for(words, seed=2 if kind == "merge" else 0, sharp=3, kind=kind)
+    beam = DecodingConfig(method="beam", beam_width=5, maximum_length=8)
+    config = beam.model_copy(update={"method": "consensus", "samples": 12})
+    likely = decode(decoder, photos(30, kind=kind), words, beam)
+    chosen = decode(decoder, photos(30, kind=kind), words, config)
+    assert [sorted(h.tokens for h in one) for one in chosen] == [sorted(h.tokens for h in one) for one in likely]
+    assert [one[0] for one in chosen] != [one[0] for one in likely]
+    of_other_seed = decode(decoder, photos(30, kind=kind), words, config.model_copy(update={"seed": 2}))
+    assert chosen != of_other_seed, "captions were drawn"
+    for one in decode(decoder, photos(30, kind=kind), words, config.model_copy(update={"samples": 0})):
+        candidates = [hypothesis.tokens for hypothesis in one]
+        liked = agreement(candidates, candidates)
+        assert list(liked) == sorted(liked, reverse=True)
+    alone = config.model_copy(update={"beam_width": 1})
+    greedy = DecodingConfig(maximum_length=8)
+    assert best(decoder, photos(9, kind=kind), words, alone) == best(decoder, photos(9, kind=kind), words, greedy)
+
+
+@pytest.mark.parametrize("method", ["beam", "consensus"])
+def test_a_beam_wider_than_the_vocabulary_is_refused(method: str) -> None:
     words = vocabulary(words=5)
+    wide = DecodingConfig.model_validate({"method": method, "beam_width": 7})
     with pytest.raises(InputError, match=r"beam_width = 7: only 6 words"):
-        decode(decoder_for(words), photos(1), words, DecodingConfig(method="beam", beam_width=7))
-    decode(decoder_for(words), photos(1), words, DecodingConfig(method="beam", beam_width=6))
+        decode(decoder_for(words), photos(1), words, wide)
+    decode(decoder_for(words), photos(1), words, wide.model_copy(update={"beam_width": 6}))
