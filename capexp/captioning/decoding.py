@@ -204,27 +204,36 @@ def _consensus(
     return chosen
 
 
-@torch.no_grad()
-def draw(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int) -> Tensor:
+def draw(
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int
+) -> tuple[Tensor, Tensor]:
     """Captions drawn from the decoder's probabilities by torch's generator, as targets of training.
 
-    From features ``(N, P, F)`` so many of each photo, those of a photo together: ``(N * count, T)``, words and EOS,
-    then PAD.
+    From features ``(B, P, F)`` ``count`` of each photo, those of a photo together: words and EOS, then PAD, ``(N, T)``,
+    and the log-probability with which each was drawn, 0 at PAD, to be differentiated. With dropout, where the decoder
+    is in training mode; then each word is drawn, and differentiated, by the same masks.
     """
     state = decoder.start(features)
-    state = state.select(torch.arange(len(features), device=features.device).repeat_interleave(count))
-    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
-    words = torch.full((len(features) * count,), BOS, device=features.device)
-    drawn: list[Tensor] = []
+    rows, device = len(features) * count, features.device
+    state = state.select(torch.arange(len(features), device=device).repeat_interleave(count))
+    forbidden = torch.tensor(vocabulary.never_emitted, device=device)
+    going = torch.arange(rows, device=device)  # (M,)
+    words = torch.full_like(going, BOS)
+    drawn, log_probabilities = [], []
     for _ in range(maximum_length):
-        logits, state = decoder.step(state, words)  # (B, V)
-        following = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
-        following = following.where((words != EOS) & (words != PAD), PAD)
-        drawn.append(following)
-        words = following
-        if bool(((words == EOS) | (words == PAD)).all()):
+        logits, state = decoder.step(state, words)  # (M, V)
+        following = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
+        chosen = following.detach().exp().multinomial(1)  # (M, 1)
+        words = chosen.squeeze(1)
+        drawn.append(words.new_full((rows,), PAD).index_copy(0, going, words))
+        log_probability = following.gather(1, chosen).squeeze(1)
+        log_probabilities.append(log_probability.new_zeros(rows).index_copy(0, going, log_probability))
+        on = (words != EOS).nonzero().squeeze(1)
+        if len(on) == 0:
             break
-    return torch.stack(drawn, 1)
+        if len(on) < len(words):
+            state, words, going = state.select(on), words[on], going[on]
+    return torch.stack(drawn, 1), torch.stack(log_probabilities, 1)
 
 
 def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray:

@@ -14,14 +14,13 @@ import torch
 from torch import Tensor
 
 from capexp.captioning.captioner import Captioner, TrainingRecord
-from capexp.captioning.decoder import Decoder
 from capexp.captioning.decoding import draw
 from capexp.data.batches import CaptionBatches, photo_batches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.errors import InputError
 from capexp.data.features import use_bfloat16
-from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from capexp.data.vocabulary import EOS, PAD, Vocabulary
 from capexp.scoring.cider import CiderReferences
 from capexp.scoring.evaluation import Loss
 from capexp.scoring.metrics import score, tokenize
@@ -163,6 +162,7 @@ def _train_epoch(
 ) -> tuple[Loss, float]:
     """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``."""
     decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
+    decoder.train()  # without dropout the train photos' captions are soon learnt by heart
     start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
     is_begun = progress.steps > 0 and ranks.is_first
     nats, targets, total, captions = progress.sums if is_begun else (0.0, 0.0, 0.0, 0.0)
@@ -172,13 +172,10 @@ def _train_epoch(
             seed_step(seed, number, step, ranks.rank)
             seen = held.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
-                decoder.eval()
-                drawn = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)  # (B, T)
-                rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
-                decoder.train()  # without dropout the train photos' captions are soon learnt by heart
-                chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
-                loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
-            own = len(chosen) if is_own else 0
+                drawn, chosen = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)
+            rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
+            loss, count = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
+            own = count if is_own else 0
             (whole,) = ranks.add(own)
             optimizer.zero_grad()
             torch.autograd.backward(loss * (own / whole))
@@ -192,7 +189,7 @@ def _train_epoch(
             optimizer.step()
             if is_own:
                 nats -= float(chosen.detach().sum())
-                targets += len(chosen)
+                targets += count
                 total += float(rewards.sum())
                 captions += len(rewards)
             if step % config.save_steps == 0 and step < steps:
@@ -209,22 +206,12 @@ def advantages(rewards: Tensor, samples: int) -> Tensor:
     return (by_photo - others).flatten()
 
 
-def log_probabilities(decoder: Decoder, features: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Of each target that is not PAD, ``(M,)``, among the entries that may be emitted."""
-    photos = torch.arange(len(features), device=targets.device).repeat_interleave(len(targets) // len(features))
-    inputs = torch.cat([torch.full_like(targets[:, :1], BOS), targets[:, :-1]], 1)
-    inputs = inputs.where(inputs != EOS, PAD)
-    real = targets != PAD  # (B, T)
-    logits: Tensor = decoder(features, inputs, real, photos)  # (M, V)
-    forbidden = torch.tensor(vocabulary.never_emitted, device=targets.device)
-    values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
-    return values.gather(1, targets[real].unsqueeze(1)).squeeze(1)
+def policy_loss(log_probabilities: Tensor, drawn: Tensor, advantage: Tensor) -> tuple[Tensor, int]:
+    """Minus the log-probability of each target ``(B, T)``, by its caption's advantage ``(B,)``, and how many there are.
 
-
-def policy_loss(chosen: Tensor, targets: Tensor, advantage: Tensor) -> Tensor:
-    """Minus the log-probability of each target ``(M,)``, by its caption's advantage ``(B,)``, mean over targets.
-
-    Its gradient is that of the expected reward, up to sign and scale (REINFORCE: Williams, 1992).
+    The mean over targets that are not PAD. Its gradient is that of the expected reward, up to sign and scale
+    (REINFORCE: Williams, 1992), if captions were drawn by these very probabilities: where the gradient has dropout and
+    the draw had none, captions that were drawn for being probable are made improbable without an end.
     """
-    each = advantage.to(chosen.device).unsqueeze(1).expand_as(targets)[targets != PAD]  # (M,)
-    return -(chosen * each).mean()
+    count = int((drawn != PAD).sum())
+    return -(log_probabilities * advantage.to(log_probabilities.device).unsqueeze(1)).sum() / count, count

@@ -24,7 +24,7 @@ from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.config import SelfCriticalConfig, TrainingConfig
 from capexp.training.epoch import Epoch
 from capexp.training.ranks import ALONE, Ranks
-from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
+from capexp.training.self_critical import Reward, advantages, dev_cider, policy_loss, refine
 
 CPU = torch.device("cpu")
 BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
@@ -65,12 +65,13 @@ def test_a_captions_baseline_is_the_mean_of_the_others_of_its_photo() -> None:
 
 def test_what_is_drawn_is_words_then_the_end_then_padding() -> None:
     decoder = small()
-    drawn = draw(decoder, torch.rand(50, 4, 5), WORDS, 4, maximum_length=6)
+    drawn, log_probabilities = draw(decoder, torch.rand(50, 4, 5), WORDS, 4, maximum_length=6)
     assert drawn.shape[0] == 200 and drawn.shape[1] <= 6
     for row in drawn.tolist():
         length = row.index(EOS) if EOS in row else len(row)
         assert all(entry >= WORDS.first_word for entry in row[:length])
         assert all(entry == PAD for entry in row[length + 1 :])
+    assert torch.equal(log_probabilities == 0, drawn == PAD)
     assert len({tuple(row) for row in drawn.tolist()}) > 100
 
 
@@ -78,7 +79,7 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
     decoder = small()
     photo = torch.rand(1, 4, 5)
     torch.manual_seed(1)
-    drawn = draw(decoder, photo, WORDS, 20_000, maximum_length=1)[:, 0]
+    drawn = draw(decoder, photo, WORDS, 20_000, maximum_length=1)[0][:, 0]
     with torch.no_grad():
         logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
     logits[list(WORDS.never_emitted)] = -torch.inf
@@ -86,20 +87,42 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
     assert ((drawn.bincount(minlength=len(WORDS)) - expected).abs() < 5 * expected.clamp(min=1).sqrt()).all()
 
 
+def test_what_is_drawn_has_the_probability_and_the_gradient_of_teacher_forcing() -> None:
+    decoder, photos = small(), torch.rand(6, 4, 5)
+    weights = [value for value in decoder.parameters() if value.requires_grad]
+    drawn, found = draw(decoder, photos, WORDS, 3, maximum_length=6)
+    inputs = torch.cat([torch.full_like(drawn[:, :1], BOS), drawn[:, :-1]], 1)
+    logits = decoder(photos, inputs.where(inputs != EOS, PAD), photos=torch.arange(6).repeat_interleave(3))
+    forced = logits.index_fill(2, torch.tensor(WORDS.never_emitted), -torch.inf).log_softmax(2)
+    forced = forced.gather(2, drawn.clamp(min=EOS).unsqueeze(2)).squeeze(2).where(drawn != PAD, 0.0)
+    torch.testing.assert_close(found, forced)
+    weighed = torch.rand(len(drawn), 1)
+    for ours, theirs in zip(
+        torch.autograd.grad((found * weighed).sum(), weights),
+        torch.autograd.grad((forced * weighed).sum(), weights),
+        strict=True,
+    ):
+        torch.testing.assert_close(ours, theirs)
+
+
+def test_a_word_is_drawn_by_the_dropout_that_its_gradient_has() -> None:
+    decoder = small().train()
+    with torch.no_grad():
+        decoder.get_parameter("vocabulary.weight").mul_(1e4)  # by any one mask a single word is possible
+    drawn, found = draw(decoder, torch.rand(1, 4, 5), WORDS, 200, maximum_length=6)
+    assert len({tuple(row) for row in drawn.tolist()}) > 10, "masks differ"
+    assert (found > -1).float().mean() > 0.99
+
+
 def test_the_gradient_is_that_of_the_expected_reward() -> None:
     """Over all captions of one word, weighed by their probabilities, against the expectation itself."""
-    decoder = small()
-    photo = torch.rand(1, 4, 5)
-    entries = torch.tensor([EOS, *range(WORDS.first_word, len(WORDS))])
-    worth = torch.rand(len(entries))
-    logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
-    logits = logits.index_fill(0, torch.tensor(WORDS.never_emitted), -torch.inf)
-    probabilities = logits.softmax(0)[entries]
-    (exact,) = torch.autograd.grad((probabilities * worth).sum(), [decoder.get_parameter("vocabulary.weight")])
-    weighed = (probabilities * worth).detach() * len(entries)  # the loss is a mean over targets
-    targets = entries.unsqueeze(1)
-    loss = policy_loss(log_probabilities(decoder, photo, targets, WORDS), targets, weighed)
-    (ours,) = torch.autograd.grad(loss, [decoder.get_parameter("vocabulary.weight")])
+    logits = torch.randn(7, requires_grad=True)
+    worth = torch.rand(7)
+    (exact,) = torch.autograd.grad((logits.softmax(0) * worth).sum(), [logits])
+    weighed = (logits.softmax(0) * worth).detach() * 7  # the loss is a mean over targets
+    loss, count = policy_loss(logits.log_softmax(0).unsqueeze(1), torch.full((7, 1), EOS), weighed)
+    (ours,) = torch.autograd.grad(loss, [logits])
+    assert count == 7
     torch.testing.assert_close(-ours, exact)
 
 
