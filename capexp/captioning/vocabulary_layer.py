@@ -12,6 +12,8 @@ _AT_ONCE = 2**23
 """Logits that are in memory at a time (32 MiB)."""
 _LINE = 16
 """Values of a line of memory."""
+_SMALL = 40.0
+"""Sums of exponentials of logits as small as this, or less what they have in common, are held by float32 alike."""
 
 
 class VocabularyLayer(nn.Linear):
@@ -62,16 +64,20 @@ class _CrossEntropy(torch.autograd.Function):
         logarithms = []  # of the sums of exponentials
         of_outputs = torch.empty_like(read, dtype=torch.float32)
         of_weight, of_bias = None, torch.zeros_like(bias)
+        small = weight.device.type == "cpu" and _largest(outputs, weight, bias) < _SMALL
         for start in range(0, count, size):
             part = read[start : start + size]  # (C, H)
             if dtype == torch.float32:
                 values = torch.addmm(bias.unsqueeze(1), layer, part.t(), out=held)  # (V, C)
             else:
                 values = torch.add(layer @ part.t(), bias.unsqueeze(1), out=held)
-            top = values.amax(0)
-            values.sub_(top).exp_()
-            sums = values.sum(0)
-            logarithms.append(top + sums.log())
+            if small:
+                sums = values.exp_().sum(0)
+                logarithms.append(sums.log())
+            else:
+                top = values.amax(0)
+                sums = values.sub_(top).exp_().sum(0)
+                logarithms.append(top + sums.log())
             if not learning:
                 continue
             product = values.to(dtype)
@@ -112,3 +118,9 @@ class _CrossEntropy(torch.autograd.Function):
         if gradient.device.type != "cpu" or gradient != 1:
             of_outputs, of_weight, of_bias = of_outputs * gradient, of_weight * gradient, of_bias * gradient
         return of_outputs, of_weight, of_bias, None, None, None, None
+
+
+def _largest(outputs: Tensor, weight: Tensor, bias: Tensor) -> float:
+    """What no logit is larger than, whatever its sign (Cauchy and Schwarz), without a look at the logits."""
+    lengths = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).max() for rows in (outputs, weight)]
+    return float(lengths[0] * lengths[1] + bias.abs().max())
