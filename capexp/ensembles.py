@@ -7,7 +7,8 @@ from dataclasses import dataclass, replace
 from pathlib import Path
 
 from capexp import experiment as experiments, run_folder, runs
-from capexp.captioning.captioner import Captioner, TrainingRecord, verify_bundle
+from capexp.captioning.bundle import TrainingRecord, verify_bundle
+from capexp.captioning.captioner import Captioner
 from capexp.captioning.model import outline_decoder
 from capexp.data.errors import InputError
 from capexp.data.files import write_whole, writing

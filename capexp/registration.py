@@ -9,7 +9,8 @@ from pathlib import Path
 from typing import Any
 
 from capexp import __version__
-from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.bundle import TrainingRecord
+from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError, Unsent
 from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
 from capexp.experiment import Experiment

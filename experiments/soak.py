@@ -113,7 +113,7 @@ class Folder:
             Lost: the store cannot be read, a bundle is not whole, a model is ready or registered without its files, or
                 the champion is none of the versions.
         """
-        from capexp.captioning.captioner import verify_bundle
+        from capexp.captioning.bundle import verify_bundle
         from capexp.data.errors import InputError
 
         bundles = [path for root in ("checkpoints", "studies") for path in self.path.glob(f"{root}/**/ep[0-9]*")]

@@ -8,7 +8,8 @@ import numpy as np
 import pytest
 
 from capexp import experiment as experiments
-from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.bundle import TrainingRecord
+from capexp.captioning.captioner import Captioner
 from capexp.data.cache import Features
 from capexp.preparation import Prepared, read
 from capexp.report import report

@@ -1,52 +1,28 @@
-"""The captioner: decoder, vocabulary and encoder in one bundle that cannot be mixed with another's.
-
-A bundle is a folder: ``captioner.json`` (model and decoding settings, encoder identity, what it was trained
-to), ``vocabulary.json``, ``decoder.safetensors``, where it travels alone ``encoder.safetensors`` (VGG16's
-layers that it needs, float16), and ``manifest.json`` with the format's version and the SHA-256 of each.
-That of an ensemble holds the settings of each member's model, and the weights of all of them.
-"""
+"""The captioner: decoder, vocabulary and encoder, which belong together and are kept in one bundle."""
 
 import hashlib
-import json
 import math
-import os
-import shutil
 from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from pathlib import Path
-from typing import Literal, TypeVar
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
-from safetensors import SafetensorError
-from safetensors.torch import load_file, save_file
 from torch import nn
 
+from capexp.captioning.bundle import Settings, TrainingRecord, read_bundle, read_tensors, write_bundle
 from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
 from capexp.data.errors import InputError
 from capexp.data.features import NETS, Encoder, EncoderIdentity, FeaturesConfig, State, load_encoder
-from capexp.data.files import sync, writing
 from capexp.data.photos import read_photo, squash
 from capexp.data.vocabulary import PAD, Vocabulary
 
-FORMAT_VERSIONS = (1, 2)
-"""Of bundles: 1 holds one decoder, and 2, which a capexp that knows no ensembles refuses, those of an ensemble."""
-
-_MANIFEST = "manifest.json"
-_SETTINGS = "captioner.json"
-_VOCABULARY = "vocabulary.json"
-_DECODER = "decoder.safetensors"
-_ENCODER = "encoder.safetensors"
 _BATCH = 32  # photos at a time through the encoder
 _DECODED = 256  # photos at a time through the decoder
-
-
-M = TypeVar("M", bound=BaseModel)
 
 
 @dataclass(frozen=True)
@@ -58,34 +34,6 @@ class Caption:
     """In nats, of the whole caption."""
     alternatives: tuple["Caption", ...] = ()
     """The other captions that beam search has kept, the best first."""
-
-
-class TrainingRecord(BaseModel):
-    """What the captioner's training came to: the epoch it is from, and losses in nats per token."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    epoch: int | None
-    """None of an ensemble, which is not trained as one; so is the train loss."""
-    train_loss: float | None
-    dev_loss: float
-    dev_digest: str = ""
-
-
-class _Settings(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    model: ModelConfig | tuple[ModelConfig, ...]
-    decoding: DecodingConfig
-    encoder: EncoderIdentity
-    training: TrainingRecord | None
-
-
-class _Manifest(BaseModel):
-    model_config = ConfigDict(extra="forbid")
-
-    format_version: Literal[1, 2]
-    sha256: dict[str, str]
 
 
 class Captioner:
@@ -254,37 +202,14 @@ class Captioner:
         Raises:
             InputError: the disk is full, or the folder cannot be written.
         """
-        beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-        shutil.rmtree(beside, ignore_errors=True)
-        try:
-            with writing(folder):
-                self._write(beside, encoder)
-                shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
-                beside.rename(folder)
-                sync(folder.parent)
-        except BaseException:
-            shutil.rmtree(beside, ignore_errors=True)
-            raise
-        return folder
-
-    def _write(self, folder: Path, encoder: State | None) -> None:
-        folder.mkdir(parents=True)
-        settings = _Settings(
+        settings = Settings(
             model=self.model,
             decoding=self.decoding,
             encoder=self.encoder_identity,
             training=self.training,
         )
-        (folder / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
-        (folder / _VOCABULARY).write_text(self.vocabulary.to_json() + "\n", encoding="utf-8")
-        save_file(_contiguous(self.decoder.state_dict()), folder / _DECODER)
-        if encoder is not None:
-            save_file(_contiguous(encoder), folder / _ENCODER)
-        digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-        manifest = {"format_version": 2 if isinstance(self.model, tuple) else 1, "sha256": digests}
-        (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
-        for path in folder.iterdir():
-            sync(path)
+        write_bundle(folder, settings, self.vocabulary, self.decoder.state_dict(), encoder)
+        return folder
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | None = None) -> "Captioner":
@@ -293,27 +218,25 @@ class Captioner:
         Raises:
             InputError: no bundle, one of another format, or a file that is missing or altered.
         """
-        files = verify_bundle(folder)
-        settings = _parse(_Settings, folder / _SETTINGS)
-        vocabulary = _parse_vocabulary(folder / _VOCABULARY)
-        decoder = outline_decoder(settings.model, settings.encoder.shape, len(vocabulary))
-        state = _read_tensors(folder / _DECODER)
-        strange = [name for name, value in state.items() if value.dtype != torch.float32]
-        if strange:
-            raise InputError(f"{folder / _DECODER}: {strange[0]} is {state[strange[0]].dtype}, not float32")
+        bundle = read_bundle(folder)
+        settings = bundle.settings
+        decoder = outline_decoder(settings.model, settings.encoder.shape, len(bundle.vocabulary))
         try:
-            decoder.load_state_dict(state, assign=True)
+            decoder.load_state_dict(bundle.decoder, assign=True)
         except RuntimeError as error:
-            raise InputError(f"{folder / _DECODER}: does not fit {_SETTINGS} ({str(error).splitlines()[-1]})") from None
+            raise InputError(
+                f"{bundle.decoder_path}: does not fit captioner.json ({str(error).splitlines()[-1]})"
+            ) from None
         decoder.to(device or torch.device("cpu")).eval()
-        captioner = cls(settings.model, decoder, vocabulary, settings.encoder, settings.decoding, settings.training)
-        if _ENCODER in files:
-            captioner._bundled_encoder = folder / _ENCODER
+        captioner = cls(
+            settings.model, decoder, bundle.vocabulary, settings.encoder, settings.decoding, settings.training
+        )
+        captioner._bundled_encoder = bundle.encoder_path
         return captioner
 
     def _read_encoder(self, path: Path) -> Encoder:
         try:
-            return Encoder(self.encoder_identity, _read_tensors(path))
+            return Encoder(self.encoder_identity, read_tensors(path))
         except RuntimeError as error:
             raise InputError(f"{path}: not VGG16's weights ({str(error).splitlines()[-1].strip()})") from None
 
@@ -326,66 +249,3 @@ class Captioner:
                 "give that file with --features.weights"
             )
         return FeaturesConfig(layer=identity.layer, pool=identity.pool, weights=name)
-
-
-def verify_bundle(folder: Path) -> set[str]:
-    """The names of a bundle's files, each of which is as it was saved.
-
-    Raises:
-        InputError: no bundle, one of another format, or a file that is missing or altered.
-    """
-    manifest_path = folder / _MANIFEST
-    if not manifest_path.is_file():
-        raise InputError(f"{folder}: not a captioner's bundle ({_MANIFEST} is missing)")
-    manifest = _parse(_Manifest, manifest_path)
-    required = {_SETTINGS, _VOCABULARY, _DECODER}
-    unlisted = sorted(required - set(manifest.sha256))
-    strange = sorted(set(manifest.sha256) - required - {_ENCODER})
-    if unlisted or strange:
-        raise InputError(f"{manifest_path}: {', '.join(unlisted + strange)} should (not) be listed; copy it again")
-    for name, digest in manifest.sha256.items():
-        path = folder / name
-        if not path.is_file():
-            raise InputError(f"{path}: missing from the bundle; copy the bundle again")
-        if _sha256(path) != digest:
-            raise InputError(f"{path}: altered since it was saved; copy the bundle again")
-    return set(manifest.sha256)
-
-
-def _parse(kind: type[M], path: Path) -> M:
-    try:
-        return kind.model_validate_json(path.read_bytes())
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
-        if where == "format_version":
-            raise InputError(
-                f"{path}: format_version {first['input']} is unknown to this capexp, which reads "
-                f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
-                "install the version that wrote it"
-            ) from None
-        raise InputError(f"{path}: {where or 'content'}: {first['msg']}; copy the bundle again") from None
-
-
-def _parse_vocabulary(path: Path) -> Vocabulary:
-    try:
-        return TypeAdapter(Vocabulary).validate_json(path.read_bytes())
-    except ValidationError as error:
-        raise InputError(f"{path}: {error.errors()[0]['msg']}; copy the bundle again") from None
-
-
-def _read_tensors(path: Path) -> State:
-    try:
-        state: State = load_file(path)
-        return state
-    except (SafetensorError, OSError) as error:
-        raise InputError(f"{path}: cannot be read ({error}); copy the bundle again") from None
-
-
-def _contiguous(state: State) -> State:
-    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
-
-
-def _sha256(path: Path) -> str:
-    with path.open("rb") as file:
-        return hashlib.file_digest(file, "sha256").hexdigest()

@@ -13,7 +13,8 @@ from typing import Any
 
 import torch
 
-from capexp.captioning.captioner import Captioner, verify_bundle
+from capexp.captioning.bundle import verify_bundle
+from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError
 from capexp.data.files import sync, writing
 

@@ -9,7 +9,8 @@ from typing import Any
 
 import torch
 
-from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.bundle import TrainingRecord
+from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import RecurrentDecoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.errors import InputError

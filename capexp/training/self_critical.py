@@ -13,7 +13,8 @@ from collections.abc import Generator, Sequence
 import torch
 from torch import Tensor
 
-from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.bundle import TrainingRecord
+from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoding import draw
 from capexp.data.batches import CaptionBatches, photo_batches
 from capexp.data.cache import Features

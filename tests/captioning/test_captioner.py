@@ -12,7 +12,8 @@ import torch
 from PIL import Image
 from safetensors.numpy import load_file
 
-from capexp.captioning.captioner import FORMAT_VERSIONS, Caption, Captioner, TrainingRecord
+from capexp.captioning.bundle import FORMAT_VERSIONS, TrainingRecord
+from capexp.captioning.captioner import Caption, Captioner
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.errors import InputError
@@ -154,7 +155,7 @@ def test_a_failed_save_leaves_nothing_and_keeps_the_old_bundle(bundle: Path, mon
     def full(*_: object) -> None:
         raise OSError(28, "No space left on device")
 
-    monkeypatch.setattr("capexp.captioning.captioner.save_file", full)
+    monkeypatch.setattr("capexp.captioning.bundle.save_file", full)
     with pytest.raises(InputError, match=r"bundle: cannot be written \(No space"):
         fresh(seed=2).save(bundle)
     assert [path.name for path in bundle.parent.iterdir()] == ["bundle"]

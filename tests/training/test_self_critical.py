@@ -9,7 +9,8 @@ import numpy as np
 import pytest
 import torch
 
-from capexp.captioning.captioner import Captioner, TrainingRecord
+from capexp.captioning.bundle import TrainingRecord
+from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import Decoder, ModelConfig
 from capexp.captioning.decoding import DecodingConfig, draw
 from capexp.captioning.model import build_decoder

@@ -1,0 +1,199 @@
+"""A captioner as a folder: what it needs, together, so that it cannot be mixed with another's.
+
+A bundle holds ``captioner.json`` (model and decoding settings, encoder identity, what it was trained
+to), ``vocabulary.json``, ``decoder.safetensors``, where it travels alone ``encoder.safetensors`` (VGG16's
+layers that it needs, float16), and ``manifest.json`` with the format's version and the SHA-256 of each.
+That of an ensemble holds the settings of each member's model, and the weights of all of them.
+"""
+
+import hashlib
+import json
+import os
+import shutil
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal, TypeVar
+
+import torch
+from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from safetensors import SafetensorError
+from safetensors.torch import load_file, save_file
+
+from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.decoding import DecodingConfig
+from capexp.data.errors import InputError
+from capexp.data.features import EncoderIdentity, State
+from capexp.data.files import sync, writing
+from capexp.data.vocabulary import Vocabulary
+
+FORMAT_VERSIONS = (1, 2)
+"""Of bundles: 1 holds one decoder, and 2, which a capexp that knows no ensembles refuses, those of an ensemble."""
+
+_MANIFEST = "manifest.json"
+_SETTINGS = "captioner.json"
+_VOCABULARY = "vocabulary.json"
+_DECODER = "decoder.safetensors"
+_ENCODER = "encoder.safetensors"
+
+M = TypeVar("M", bound=BaseModel)
+
+
+class TrainingRecord(BaseModel):
+    """What the captioner's training came to: the epoch it is from, and losses in nats per token."""
+
+    model_config = ConfigDict(frozen=True, extra="forbid")
+
+    epoch: int | None
+    """None of an ensemble, which is not trained as one; so is the train loss."""
+    train_loss: float | None
+    dev_loss: float
+    dev_digest: str = ""
+
+
+class Settings(BaseModel):
+    """What ``captioner.json`` holds."""
+
+    model_config = ConfigDict(extra="forbid")
+
+    model: ModelConfig | tuple[ModelConfig, ...]
+    decoding: DecodingConfig
+    encoder: EncoderIdentity
+    training: TrainingRecord | None
+
+
+class _Manifest(BaseModel):
+    model_config = ConfigDict(extra="forbid")
+
+    format_version: Literal[1, 2]
+    sha256: dict[str, str]
+
+
+@dataclass(frozen=True)
+class Bundle:
+    """What a bundle holds, read and checked file by file, but not yet whether the weights fit the settings."""
+
+    settings: Settings
+    vocabulary: Vocabulary
+    decoder: State
+    decoder_path: Path
+    encoder_path: Path | None
+
+
+def write_bundle(
+    folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: State, encoder: State | None
+) -> None:
+    """Writes a bundle, whole or not at all, with the encoder's weights where these are given.
+
+    Raises:
+        InputError: the disk is full, or the folder cannot be written.
+    """
+    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(beside, ignore_errors=True)
+    try:
+        with writing(folder):
+            _write(beside, settings, vocabulary, decoder, encoder)
+            shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
+            beside.rename(folder)
+            sync(folder.parent)
+    except BaseException:
+        shutil.rmtree(beside, ignore_errors=True)
+        raise
+
+
+def _write(folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: State, encoder: State | None) -> None:
+    folder.mkdir(parents=True)
+    (folder / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    (folder / _VOCABULARY).write_text(vocabulary.to_json() + "\n", encoding="utf-8")
+    save_file(_contiguous(decoder), folder / _DECODER)
+    if encoder is not None:
+        save_file(_contiguous(encoder), folder / _ENCODER)
+    digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
+    manifest = {"format_version": 2 if isinstance(settings.model, tuple) else 1, "sha256": digests}
+    (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
+    for path in folder.iterdir():
+        sync(path)
+
+
+def read_bundle(folder: Path) -> Bundle:
+    """Reads a bundle and checks every file of it.
+
+    Raises:
+        InputError: no bundle, one of another format, or a file that is missing or altered.
+    """
+    files = verify_bundle(folder)
+    settings = _parse(Settings, folder / _SETTINGS)
+    vocabulary = _parse_vocabulary(folder / _VOCABULARY)
+    path = folder / _DECODER
+    decoder = read_tensors(path)
+    strange = [name for name, value in decoder.items() if value.dtype != torch.float32]
+    if strange:
+        raise InputError(f"{path}: {strange[0]} is {decoder[strange[0]].dtype}, not float32")
+    return Bundle(settings, vocabulary, decoder, path, folder / _ENCODER if _ENCODER in files else None)
+
+
+def verify_bundle(folder: Path) -> set[str]:
+    """The names of a bundle's files, each of which is as it was saved.
+
+    Raises:
+        InputError: no bundle, one of another format, or a file that is missing or altered.
+    """
+    manifest_path = folder / _MANIFEST
+    if not manifest_path.is_file():
+        raise InputError(f"{folder}: not a captioner's bundle ({_MANIFEST} is missing)")
+    manifest = _parse(_Manifest, manifest_path)
+    required = {_SETTINGS, _VOCABULARY, _DECODER}
+    unlisted = sorted(required - set(manifest.sha256))
+    strange = sorted(set(manifest.sha256) - required - {_ENCODER})
+    if unlisted or strange:
+        raise InputError(f"{manifest_path}: {', '.join(unlisted + strange)} should (not) be listed; copy it again")
+    for name, digest in manifest.sha256.items():
+        path = folder / name
+        if not path.is_file():
+            raise InputError(f"{path}: missing from the bundle; copy the bundle again")
+        if _sha256(path) != digest:
+            raise InputError(f"{path}: altered since it was saved; copy the bundle again")
+    return set(manifest.sha256)
+
+
+def _parse(kind: type[M], path: Path) -> M:
+    try:
+        return kind.model_validate_json(path.read_bytes())
+    except ValidationError as error:
+        first = error.errors()[0]
+        where = ".".join(str(part) for part in first["loc"])
+        if where == "format_version":
+            raise InputError(
+                f"{path}: format_version {first['input']} is unknown to this capexp, which reads "
+                f"{' and '.join(map(str, FORMAT_VERSIONS))}; "
+                "install the version that wrote it"
+            ) from None
+        raise InputError(f"{path}: {where or 'content'}: {first['msg']}; copy the bundle again") from None
+
+
+def _parse_vocabulary(path: Path) -> Vocabulary:
+    try:
+        return TypeAdapter(Vocabulary).validate_json(path.read_bytes())
+    except ValidationError as error:
+        raise InputError(f"{path}: {error.errors()[0]['msg']}; copy the bundle again") from None
+
+
+def read_tensors(path: Path) -> State:
+    """Weights by name.
+
+    Raises:
+        InputError: the file cannot be read.
+    """
+    try:
+        state: State = load_file(path)
+        return state
+    except (SafetensorError, OSError) as error:
+        raise InputError(f"{path}: cannot be read ({error}); copy the bundle again") from None
+
+
+def _contiguous(state: State) -> State:
+    return {name: value.detach().cpu().contiguous() for name, value in state.items()}
+
+
+def _sha256(path: Path) -> str:
+    with path.open("rb") as file:
+        return hashlib.file_digest(file, "sha256").hexdigest()
