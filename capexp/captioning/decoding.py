@@ -17,8 +17,8 @@ from capexp.captioning.decoder import Decoder
 from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 
-_DRAWN = 1024
-"""Captions that consensus draws at a time."""
+_DRAWN = 2**21
+"""Logits of the captions that consensus draws at a time (8 MiB), of which sampling makes ten tables as large."""
 
 
 class DecodingConfig(BaseModel):
@@ -35,7 +35,7 @@ class DecodingConfig(BaseModel):
     length_penalty: float = Field(default=0.0, ge=0, le=10)
     """Beam search ranks by log-probability divided by length to this power: 0 prefers short captions, 1 takes the
     mean of the words."""
-    temperature: float = Field(default=1.0, gt=0, le=100)
+    temperature: float = Field(default=1.0, ge=1e-4, le=100)
     """Of sampling: below 1 nearer to the most probable words."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sampling draws from the most probable words that hold this much probability together."""
@@ -193,7 +193,7 @@ def _consensus(
     by, here the decoder's own stand for them.
     """
     chosen = []
-    photos = max(_DRAWN // max(config.samples, 1), 1)
+    photos = max(_DRAWN // len(vocabulary) // max(config.samples, 1), 1)
     for part in torch.split(features, photos):
         beams = _beam(decoder, part, vocabulary, config, config.beam_width)
         drawn = _sample(decoder, part, vocabulary, config, config.samples) if config.samples else [()] * len(part)
@@ -204,14 +204,14 @@ def _consensus(
     return chosen
 
 
-def draw(
-    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int
-) -> tuple[Tensor, Tensor]:
+@torch.no_grad()
+def draw(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int) -> Tensor:
     """Captions drawn from the decoder's probabilities by torch's generator, as targets of training.
 
-    From features ``(B, P, F)`` ``count`` of each photo, those of a photo together: words and EOS, then PAD, ``(N, T)``,
-    and the log-probability with which each was drawn, 0 at PAD, to be differentiated. With dropout, where the decoder
-    is in training mode; then each word is drawn, and differentiated, by the same masks.
+    From features ``(B, P, F)`` ``count`` of each photo, those of a photo together: ``(N, T)``, words and EOS, then PAD.
+
+    Raises:
+        FloatingPointError: the decoder gives logits that are not finite.
     """
     state = decoder.start(features)
     rows, device = len(features) * count, features.device
@@ -219,21 +219,19 @@ def draw(
     forbidden = torch.tensor(vocabulary.never_emitted, device=device)
     going = torch.arange(rows, device=device)  # (M,)
     words = torch.full_like(going, BOS)
-    drawn, log_probabilities = [], []
+    drawn: list[Tensor] = []
     for _ in range(maximum_length):
         logits, state = decoder.step(state, words)  # (M, V)
-        following = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
-        chosen = following.detach().exp().multinomial(1)  # (M, 1)
-        words = chosen.squeeze(1)
+        if not logits.isfinite().all():
+            raise FloatingPointError("logits are not finite")
+        words = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
         drawn.append(words.new_full((rows,), PAD).index_copy(0, going, words))
-        log_probability = following.gather(1, chosen).squeeze(1)
-        log_probabilities.append(log_probability.new_zeros(rows).index_copy(0, going, log_probability))
         on = (words != EOS).nonzero().squeeze(1)
         if len(on) == 0:
             break
         if len(on) < len(words):
             state, words, going = state.select(on), words[on], going[on]
-    return torch.stack(drawn, 1), torch.stack(log_probabilities, 1)
+    return torch.stack(drawn, 1)
 
 
 def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray:

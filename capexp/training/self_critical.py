@@ -6,6 +6,7 @@ caption's, the mean reward of the photo's other captions as the baseline (Luo, 2
 Shapes: N photos, K captions of each, B = N * K, T steps, M targets, V vocabulary.
 """
 
+import copy
 import math
 import time
 from collections.abc import Generator, Sequence
@@ -15,19 +16,20 @@ from torch import Tensor
 
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import Decoder
 from capexp.captioning.decoding import draw
 from capexp.data.batches import CaptionBatches, photo_batches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.errors import InputError
 from capexp.data.features import use_bfloat16
-from capexp.data.vocabulary import EOS, PAD, Vocabulary
+from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.cider import CiderReferences
 from capexp.scoring.evaluation import Loss
 from capexp.scoring.metrics import score, tokenize
 from capexp.training.checkpoints import Checkpoints, Progress, TrainingState
-from capexp.training.config import TrainingConfig
-from capexp.training.epoch import Epoch, Save, clip, seed_step, shared_cross_entropy
+from capexp.training.config import SelfCriticalConfig, TrainingConfig
+from capexp.training.epoch import Epoch, Save, clip, move_mean, seed_step, shared_cross_entropy
 from capexp.training.fit import state_of_first
 from capexp.training.ranks import ALONE, Ranks
 
@@ -69,27 +71,29 @@ def refine(
     """Goes on with the captioner of the best epoch ``before``; yields each new epoch when its checkpoint is on disk.
 
     Whether an epoch is an improvement is told by the CIDEr-D of the dev captions, decoded as the captioner decodes.
+    Where a mean of the weights is kept, it is the captioner; rewards and train loss are of what is trained.
     ``checkpoints`` is a folder of this phase alone, which begins with that captioner; the first phase's stays as it is.
     A stopped and resumed training gives the same epochs as an undisturbed one, as that of :func:`fit` does. Of several
     processes each draws and rewards its share of every batch, from a generator of its own, so that what they come to
     depends on their number; the first alone decodes the dev captions.
 
     Raises:
-        InputError: the loss is not finite any more, or the first phase has gone on since this one began.
+        InputError: the loss or the logits are not finite any more, or the first phase has gone on since this one began.
     """
     settings = config.self_critical
     decoder = captioner.decoder.to(device)
     decoder.load_state_dict(ranks.from_first(decoder.state_dict))
+    trained = copy.deepcopy(decoder) if settings.average else decoder
     optimizer = torch.optim.Adam(
-        [value for value in decoder.parameters() if value.requires_grad], lr=settings.learning_rate, fused=True
+        [value for value in trained.parameters() if value.requires_grad], lr=settings.learning_rate, fused=True
     )
     best = ranks.from_first(lambda: dev_cider(captioner, *dev))
     history, progress = list(before), Progress()
 
     def save(progress: Progress) -> None:
         if ranks.is_first:
-            past = [vars(epoch) for epoch in history]
-            checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), past, progress=progress))
+            past, mean = [vars(epoch) for epoch in history], decoder.state_dict() if settings.average else None
+            checkpoints.save_state(TrainingState(trained.state_dict(), optimizer.state_dict(), past, mean, progress))
 
     state = state_of_first(checkpoints, ranks)
     if state is None:
@@ -97,7 +101,8 @@ def refine(
             checkpoints.save_captioner(captioner)
         save(progress)
     else:
-        decoder.load_state_dict(state.decoder)
+        trained.load_state_dict(state.decoder)
+        decoder.load_state_dict(state.average or state.decoder)
         optimizer.load_state_dict(state.optimizer)
         history = [Epoch(**record) for record in state.history]
         progress = state.progress
@@ -112,8 +117,8 @@ def refine(
     while len(history) < len(before) + settings.epochs:
         number = len(history) + 1
         start = time.perf_counter() - progress.seconds
-        drawn, mean = _train_epoch(
-            captioner, optimizer, train[1], reward, config, seed, number, device, ranks, progress, save
+        drawn, mean_reward = _train_epoch(
+            trained, captioner, optimizer, train[1], reward, config, seed, number, device, ranks, progress, save
         )
         middle = time.perf_counter()
         cider = ranks.from_first(lambda: dev_cider(captioner, *dev))
@@ -126,7 +131,7 @@ def refine(
             tokens_per_second=drawn.targets / (middle - start),
             improved=cider > best,
             ended_at=time.time_ns() // 1_000_000,
-            reward=mean,
+            reward=mean_reward,
             dev_cider=cider,
         )
         history.append(epoch)
@@ -149,6 +154,7 @@ def dev_cider(captioner: Captioner, split: Split, features: Features) -> float:
 
 
 def _train_epoch(
+    decoder: Decoder,
     captioner: Captioner,
     optimizer: torch.optim.Optimizer,
     features: Features,
@@ -161,9 +167,11 @@ def _train_epoch(
     progress: Progress,
     save: Save,
 ) -> tuple[Loss, float]:
-    """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``."""
-    decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
-    decoder.train()  # without dropout the train photos' captions are soon learnt by heart
+    """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``.
+
+    ``decoder`` is trained; the captioner has the mean of its weights, or the same one where no mean is kept.
+    """
+    vocabulary, settings = captioner.vocabulary, config.self_critical
     start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
     is_begun = progress.steps > 0 and ranks.is_first
     nats, targets, total, captions = progress.sums if is_begun else (0.0, 0.0, 0.0, 0.0)
@@ -173,24 +181,31 @@ def _train_epoch(
             seed_step(seed, number, step, ranks.rank)
             seen = held.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
-                drawn, chosen = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)
-            rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
-            loss, count = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
-            own = count if is_own else 0
+                decoder.eval()
+                try:
+                    drawn = draw(decoder, seen, vocabulary, settings.samples, captioner.decoding.maximum_length)
+                except FloatingPointError as error:
+                    raise _diverged(str(error), number, settings) from None
+                rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
+                # Learnt with dropout, or the train photos' captions are soon known by heart; drawn without, as what is
+                # drawn with the very masks of the gradient comes to less.
+                decoder.train()
+                chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
+                loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
+            own = len(chosen) if is_own else 0
             (whole,) = ranks.add(own)
             optimizer.zero_grad()
             torch.autograd.backward(loss * (own / whole))
             loss = ranks.add_gradients(decoder, loss * (own / whole))
             if ranks.is_first and not math.isfinite(loss.item()):
-                raise InputError(
-                    f"the loss is {loss.item()} in epoch {number}; weights are kept as they were: "
-                    f"lower training.self_critical.learning_rate = {settings.learning_rate}"
-                )
+                raise _diverged(f"the loss is {loss.item()}", number, settings)
             clip(decoder, config.clip_norm)
             optimizer.step()
+            if decoder is not captioner.decoder:
+                move_mean(captioner.decoder, decoder, settings.average)
             if is_own:
                 nats -= float(chosen.detach().sum())
-                targets += count
+                targets += len(chosen)
                 total += float(rewards.sum())
                 captions += len(rewards)
             if step % config.save_steps == 0 and step < steps:
@@ -200,6 +215,13 @@ def _train_epoch(
     return Loss(nats, int(all_targets)), total / all_captions
 
 
+def _diverged(what: str, number: int, settings: SelfCriticalConfig) -> InputError:
+    return InputError(
+        f"{what} in epoch {number}; the best captioner before it is kept: "
+        f"lower training.self_critical.learning_rate = {settings.learning_rate}"
+    )
+
+
 def advantages(rewards: Tensor, samples: int) -> Tensor:
     """How much better than the photo's other captions each is, ``(B,)``; those of a photo sum to 0."""
     by_photo = rewards.view(-1, samples)  # (N, K)
@@ -207,12 +229,23 @@ def advantages(rewards: Tensor, samples: int) -> Tensor:
     return (by_photo - others).flatten()
 
 
-def policy_loss(log_probabilities: Tensor, drawn: Tensor, advantage: Tensor) -> tuple[Tensor, int]:
-    """Minus the log-probability of each target ``(B, T)``, by its caption's advantage ``(B,)``, and how many there are.
+def log_probabilities(decoder: Decoder, features: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
+    """Of each target that is not PAD, ``(M,)``, among the entries that may be emitted."""
+    photos = torch.arange(len(features), device=targets.device).repeat_interleave(len(targets) // len(features))
+    inputs = torch.cat([torch.full_like(targets[:, :1], BOS), targets[:, :-1]], 1)
+    inputs = inputs.where(inputs != EOS, PAD)
+    real = targets != PAD  # (B, T)
+    logits: Tensor = decoder(features, inputs, real, photos)  # (M, V)
+    forbidden = torch.tensor(vocabulary.never_emitted, device=targets.device)
+    values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
+    return values.gather(1, targets[real].unsqueeze(1)).squeeze(1)
 
-    The mean over targets that are not PAD. Its gradient is that of the expected reward, up to sign and scale
-    (REINFORCE: Williams, 1992), if captions were drawn by these very probabilities: where the gradient has dropout and
-    the draw had none, captions that were drawn for being probable are made improbable without an end.
+
+def policy_loss(chosen: Tensor, targets: Tensor, advantage: Tensor) -> Tensor:
+    """Minus the log-probability of each target ``(M,)``, by its caption's advantage ``(B,)``, mean over targets.
+
+    Its gradient is that of the expected reward, up to sign and scale (REINFORCE: Williams, 1992), as far as batches
+    have as many targets as each other and are drawn as they are learnt.
     """
-    count = int((drawn != PAD).sum())
-    return -(log_probabilities * advantage.to(log_probabilities.device).unsqueeze(1)).sum() / count, count
+    each = advantage.to(chosen.device).unsqueeze(1).expand_as(targets)[targets != PAD]  # (M,)
+    return -(chosen * each).mean()

@@ -25,7 +25,7 @@ from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.config import SelfCriticalConfig, TrainingConfig
 from capexp.training.epoch import Epoch
 from capexp.training.ranks import ALONE, Ranks
-from capexp.training.self_critical import Reward, advantages, dev_cider, policy_loss, refine
+from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
 
 CPU = torch.device("cpu")
 BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
@@ -66,13 +66,12 @@ def test_a_captions_baseline_is_the_mean_of_the_others_of_its_photo() -> None:
 
 def test_what_is_drawn_is_words_then_the_end_then_padding() -> None:
     decoder = small()
-    drawn, log_probabilities = draw(decoder, torch.rand(50, 4, 5), WORDS, 4, maximum_length=6)
+    drawn = draw(decoder, torch.rand(50, 4, 5), WORDS, 4, maximum_length=6)
     assert drawn.shape[0] == 200 and drawn.shape[1] <= 6
     for row in drawn.tolist():
         length = row.index(EOS) if EOS in row else len(row)
         assert all(entry >= WORDS.first_word for entry in row[:length])
         assert all(entry == PAD for entry in row[length + 1 :])
-    assert torch.equal(log_probabilities == 0, drawn == PAD)
     assert len({tuple(row) for row in drawn.tolist()}) > 100
 
 
@@ -80,7 +79,7 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
     decoder = small()
     photo = torch.rand(1, 4, 5)
     torch.manual_seed(1)
-    drawn = draw(decoder, photo, WORDS, 20_000, maximum_length=1)[0][:, 0]
+    drawn = draw(decoder, photo, WORDS, 20_000, maximum_length=1)[:, 0]
     with torch.no_grad():
         logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
     logits[list(WORDS.never_emitted)] = -torch.inf
@@ -88,42 +87,20 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
     assert ((drawn.bincount(minlength=len(WORDS)) - expected).abs() < 5 * expected.clamp(min=1).sqrt()).all()
 
 
-def test_what_is_drawn_has_the_probability_and_the_gradient_of_teacher_forcing() -> None:
-    decoder, photos = small(), torch.rand(6, 4, 5)
-    weights = [value for value in decoder.parameters() if value.requires_grad]
-    drawn, found = draw(decoder, photos, WORDS, 3, maximum_length=6)
-    inputs = torch.cat([torch.full_like(drawn[:, :1], BOS), drawn[:, :-1]], 1)
-    logits = decoder(photos, inputs.where(inputs != EOS, PAD), photos=torch.arange(6).repeat_interleave(3))
-    forced = logits.index_fill(2, torch.tensor(WORDS.never_emitted), -torch.inf).log_softmax(2)
-    forced = forced.gather(2, drawn.clamp(min=EOS).unsqueeze(2)).squeeze(2).where(drawn != PAD, 0.0)
-    torch.testing.assert_close(found, forced)
-    weighed = torch.rand(len(drawn), 1)
-    for ours, theirs in zip(
-        torch.autograd.grad((found * weighed).sum(), weights),
-        torch.autograd.grad((forced * weighed).sum(), weights),
-        strict=True,
-    ):
-        torch.testing.assert_close(ours, theirs)
-
-
-def test_a_word_is_drawn_by_the_dropout_that_its_gradient_has() -> None:
-    decoder = small().train()
-    with torch.no_grad():
-        decoder.get_parameter("vocabulary.weight").mul_(1e4)  # by any one mask a single word is possible
-    drawn, found = draw(decoder, torch.rand(1, 4, 5), WORDS, 200, maximum_length=6)
-    assert len({tuple(row) for row in drawn.tolist()}) > 10, "masks differ"
-    assert (found > -1).float().mean() > 0.99
-
-
 def test_the_gradient_is_that_of_the_expected_reward() -> None:
     """Over all captions of one word, weighed by their probabilities, against the expectation itself."""
-    logits = torch.randn(7, requires_grad=True)
-    worth = torch.rand(7)
-    (exact,) = torch.autograd.grad((logits.softmax(0) * worth).sum(), [logits])
-    weighed = (logits.softmax(0) * worth).detach() * 7  # the loss is a mean over targets
-    loss, count = policy_loss(logits.log_softmax(0).unsqueeze(1), torch.full((7, 1), EOS), weighed)
-    (ours,) = torch.autograd.grad(loss, [logits])
-    assert count == 7
+    decoder = small()
+    photo = torch.rand(1, 4, 5)
+    entries = torch.tensor([EOS, *range(WORDS.first_word, len(WORDS))])
+    worth = torch.rand(len(entries))
+    logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
+    logits = logits.index_fill(0, torch.tensor(WORDS.never_emitted), -torch.inf)
+    probabilities = logits.softmax(0)[entries]
+    (exact,) = torch.autograd.grad((probabilities * worth).sum(), [decoder.get_parameter("vocabulary.weight")])
+    weighed = (probabilities * worth).detach() * len(entries)  # the loss is a mean over targets
+    targets = entries.unsqueeze(1)
+    loss = policy_loss(log_probabilities(decoder, photo, targets, WORDS), targets, weighed)
+    (ours,) = torch.autograd.grad(loss, [decoder.get_parameter("vocabulary.weight")])
     torch.testing.assert_close(-ours, exact)
 
 
@@ -139,13 +116,20 @@ class Task:
         self.captioner.training = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
 
     def started(
-        self, epochs: int, before: tuple[Epoch, ...] = BEFORE, ranks: Ranks = ALONE
+        self,
+        epochs: int,
+        before: tuple[Epoch, ...] = BEFORE,
+        ranks: Ranks = ALONE,
+        average: float = 0.0,
+        learning_rate: float = 0.03,
     ) -> Generator[Epoch, None, None]:
         dev = data("dev", 20, 2)
         config = TrainingConfig(
             precision="float32",
             save_steps=2,
-            self_critical=SelfCriticalConfig(epochs=epochs, photos=8, samples=8, learning_rate=0.03),
+            self_critical=SelfCriticalConfig(
+                epochs=epochs, photos=8, samples=8, learning_rate=learning_rate, average=average
+            ),
         )
         return refine(
             self.captioner,
@@ -166,10 +150,14 @@ def told(epochs: Iterable[Epoch]) -> list[tuple[int, float | None, float | None,
     return [(one.number, one.reward, one.dev_cider, one.dev_loss, one.improved) for one in epochs]
 
 
-def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path) -> None:
+averages = pytest.mark.parametrize("average", [0.0, 0.9])
+
+
+@averages
+def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path, average: float) -> None:
     task = Task(tmp_path)
     before = dev_cider(task.captioner, *data("dev", 20, 2))
-    epochs = list(task.started(10))
+    epochs = list(task.started(10, average=average))
     rewards, ciders = [one.reward or 0 for one in epochs], [one.dev_cider or 0 for one in epochs]
     assert rewards[-1] > rewards[0] + 0.5
     assert max(ciders) > 1.5 * before
@@ -191,22 +179,44 @@ def test_where_nothing_is_better_the_first_phases_captioner_stays(tmp_path: Path
         assert Captioner.load(best).digest() == digest
 
 
+def test_the_captioner_is_the_mean_of_the_weights_since_the_phase_began(tmp_path: Path) -> None:
+    """Each captioner lies between the first one and what is trained, the nearer to the first the more is kept of it."""
+    moved = {}
+    for average in (0.0, 0.5, 0.999, 1 - 1e-9):
+        task = Task(tmp_path / str(average))
+        before = {name: value.clone() for name, value in task.captioner.decoder.state_dict().items()}
+        list(task.started(1, average=average))
+        after = task.captioner.decoder.state_dict()
+        moved[average] = sum(float((after[name] - before[name]).norm()) for name in before)
+        trained = task.checkpoints.go_back()
+        assert trained is not None
+        assert (trained.average is not None) == (average > 0)
+    assert moved[0.0] > moved[0.5] > moved[0.999] > moved[1 - 1e-9] > 0
+    assert moved[0.999] < 0.02 * moved[0.0]
+
+
+@averages
 @pytest.mark.parametrize("stop_after", [1, 2])
-def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
+def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(
+    tmp_path: Path, stop_after: int, average: float
+) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    undisturbed = told(Task(tmp_path / "whole").started(3))
+    undisturbed = told(Task(tmp_path / "whole").started(3, average=average))
     assert torch.equal(torch.rand(2), expected), "torch's generator is left alone"
-    running = Task(tmp_path / "parts").started(3)
+    running = Task(tmp_path / "parts").started(3, average=average)
     for _ in range(stop_after):
         next(running)
     running.close()
-    assert told(Task(tmp_path / "parts").started(3)) == undisturbed
+    assert told(Task(tmp_path / "parts").started(3, average=average)) == undisturbed
 
 
-def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path) -> None:
-    undisturbed = told(Task(tmp_path / "whole").started(2))
+@averages
+def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_training(
+    tmp_path: Path, average: float
+) -> None:
+    undisturbed = told(Task(tmp_path / "whole").started(2, average=average))
 
     class Stopped(Exception):
         """Raised when a state is on disk."""
@@ -225,7 +235,7 @@ def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_traini
         task = Task(tmp_path / "parts")
         task.checkpoints = Stopping(tmp_path / "parts", 1)
         with suppress(Stopped):
-            epochs = list(task.started(2))
+            epochs = list(task.started(2, average=average))
     assert told(epochs) == undisturbed
     assert sittings == 1 + 2 * 4 + 1, (
         "before the first, after steps 2, 4 and 6, at the end of each epoch, and a last one"
@@ -236,3 +246,15 @@ def test_a_first_phase_that_has_gone_on_is_refused(tmp_path: Path) -> None:
     list(Task(tmp_path).started(1))
     with pytest.raises(InputError, match="after fewer epochs; delete the folder"):
         next(Task(tmp_path).started(2, (*BEFORE, replace(BEFORE[0], number=2))))
+
+
+@pytest.mark.parametrize("learning_rate", [1e30, 3e38])
+def test_a_training_that_diverges_ends_with_the_remedy_and_keeps_the_captioner(
+    tmp_path: Path, learning_rate: float
+) -> None:
+    task = Task(tmp_path)
+    digest = task.captioner.digest()
+    with pytest.raises(InputError, match=r"in epoch 2; .* is kept: lower training\.self_critical\."):
+        list(task.started(1, learning_rate=learning_rate))
+    best = task.checkpoints.best()
+    assert best is not None and Captioner.load(best).digest() == digest
