@@ -215,6 +215,8 @@ def main() -> None:
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows too")
     parser.add_argument("--profile", action="store_true", help="tell where the time of a step of ours goes, alone")
     arguments = parser.parse_args()
+    if arguments.growth and arguments.entries != ENTRIES:
+        parser.error("--growth has vocabularies of its own; leave --entries out")
     torch.set_num_threads(arguments.threads)
     device, entries = choose_device(arguments.device), arguments.entries
     task = Task(arguments.photos, device, entries)

@@ -98,6 +98,9 @@ def test_served_over_http_each_photo_gets_its_record_and_each_fault_its_status(
         status, wide = ask(rows(first) | {"params": {"method": "beam", "beam_width": 5}})
         assert status == 200
         assert wide["predictions"][0]["log_probability"] >= records[0]["log_probability"]
+        status, agreed = ask(rows(first) | {"params": {"method": "consensus", "beam_width": 5}})
+        assert status == 200
+        assert agreed["predictions"][0]["log_probability"] <= wide["predictions"][0]["log_probability"] + 0.05
 
         refused: list[bytes | dict[str, Any]] = [
             *(rows(first) | {"params": params} for params in ({"method": "nucleus"}, {"beam_width": 0})),

@@ -128,6 +128,9 @@ def read_bundle(folder: Path) -> Bundle:
     strange = [name for name, value in decoder.items() if value.dtype != torch.float32]
     if strange:
         raise InputError(f"{path}: {strange[0]} is {decoder[strange[0]].dtype}, not float32")
+    strange = [name for name, value in decoder.items() if not value.isfinite().all()]
+    if strange:
+        raise InputError(f"{path}: {strange[0]} holds values that are not finite; nothing can be said with them")
     return Bundle(settings, vocabulary, decoder, path, folder / _ENCODER if _ENCODER in files else None)
 
 

@@ -21,7 +21,8 @@ def agreement(candidates: Sequence[Tokens], others: Sequence[Tokens]) -> NDArray
     """The mean likeness of each candidate to the others, 0 to 1: ``(C,)``.
 
     Likeness is CIDEr-D's (Vedantam et al., CVPR 2015) with all n-grams alike, rare or not: of each order the cosine of
-    the counts, clipped at the other's, less where the lengths differ. The end counts as a word.
+    the counts, clipped at the other's, less where the lengths differ. The end counts as a word. The mean is over those
+    orders alone that the longer of the two has, so that captions of a word or two are wholly like themselves.
     """
     lengths = [
         np.array([len(tokens) + 1 for tokens in captions], dtype=np.float64) for captions in (candidates, others)
@@ -31,7 +32,8 @@ def agreement(candidates: Sequence[Tokens], others: Sequence[Tokens]) -> NDArray
         own, theirs = _counted(candidates, others, order)  # (C, G), (R, G)
         norms = np.linalg.norm(own, axis=1)[:, None] * np.linalg.norm(theirs, axis=1)  # (C, R)
         clipped = np.stack([(np.minimum(one, theirs) * theirs).sum(1) for one in own])  # (C, R)
-        likeness += np.divide(clipped, norms, out=np.zeros_like(norms), where=norms > 0) / _ORDERS
+        likeness += np.divide(clipped, norms, out=np.zeros_like(norms), where=norms > 0)
+    likeness /= np.minimum(np.maximum(lengths[0][:, None], lengths[1]), _ORDERS)
     apart = lengths[0][:, None] - lengths[1]
     mean: NDArray[np.float64] = (likeness * np.exp(-(apart**2) / (2 * _SIGMA**2))).mean(1)
     return mean

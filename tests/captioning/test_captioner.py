@@ -133,6 +133,14 @@ def test_an_altered_file_is_named(bundle: Path, name: str) -> None:
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize("value", [float("nan"), float("inf")])
+def test_weights_that_are_not_finite_are_refused(tmp_path: Path, value: float) -> None:
+    captioner = fresh()
+    next(captioner.decoder.parameters()).data.view(-1)[3] = value
+    with pytest.raises(InputError, match=r"decoder\.safetensors: .* not finite"):
+        Captioner.load(captioner.save(tmp_path / "bundle"))
+
+
 def test_another_format_version_is_named(bundle: Path) -> None:
     manifest = json.loads((bundle / "manifest.json").read_text())
     (bundle / "manifest.json").write_text(json.dumps(manifest | {"format_version": 99}))

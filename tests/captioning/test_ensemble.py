@@ -38,7 +38,7 @@ def test_its_probabilities_are_the_geometric_mean_of_its_members_and_sum_to_one(
     torch.testing.assert_close(together.exp(), mean / mean.sum(1, keepdim=True))
 
 
-@pytest.mark.parametrize("method", ["greedy", "beam", "sample"])
+@pytest.mark.parametrize("method", ["greedy", "beam", "sample", "consensus"])
 def test_of_one_decoder_several_times_it_says_what_that_says(method: str) -> None:
     config = DecodingConfig.model_validate({"method": method, "maximum_length": 8})
     one = member(1)

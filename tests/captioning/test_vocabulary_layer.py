@@ -46,7 +46,9 @@ def test_losses_and_gradients_are_those_of_the_logits(smoothing: float, scale: f
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-6 * max(scale, 1))
 
 
-def test_in_bfloat16_losses_and_gradients_are_near() -> None:
+@pytest.mark.parametrize("small", [40.0, 0.0], ids=["small logits", "any logits"])
+def test_in_bfloat16_losses_and_gradients_are_near(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(vocabulary_layer, "_SMALL", small)
     layer, outputs, targets = some(0.3)
     nats, minimised = layer.cross_entropy(outputs, targets, 0.1)
     with torch.autocast("cpu", torch.bfloat16):
