@@ -30,7 +30,7 @@ class DecodingConfig(BaseModel):
     """``consensus``: of beam search's hypotheses the one that they and captions drawn at random agree with most."""
     beam_width: int = Field(default=3, ge=1, le=10_000)
     """Hypotheses that beam search keeps of each photo."""
-    samples: int = Field(default=20, ge=0, le=1000)
+    samples: int = Field(default=40, ge=0, le=1000)
     """Captions of each photo that consensus draws beside them."""
     length_penalty: float = Field(default=0.0, ge=0, le=10)
     """Beam search ranks by log-probability divided by length to this power: 0 prefers short captions, 1 takes the
@@ -208,29 +208,27 @@ def _consensus(
 def draw(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int) -> Tensor:
     """Captions drawn from the decoder's probabilities by torch's generator, as targets of training.
 
-    From features ``(B, P, F)`` ``count`` of each photo, those of a photo together: ``(N, T)``, words and EOS, then PAD.
+    From features ``(N, P, F)`` so many of each photo, those of a photo together: ``(N * count, T)``, words and EOS,
+    then PAD.
 
     Raises:
         FloatingPointError: the decoder gives logits that are not finite.
     """
     state = decoder.start(features)
-    rows, device = len(features) * count, features.device
-    state = state.select(torch.arange(len(features), device=device).repeat_interleave(count))
-    forbidden = torch.tensor(vocabulary.never_emitted, device=device)
-    going = torch.arange(rows, device=device)  # (M,)
-    words = torch.full_like(going, BOS)
+    state = state.select(torch.arange(len(features), device=features.device).repeat_interleave(count))
+    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
+    words = torch.full((len(features) * count,), BOS, device=features.device)
     drawn: list[Tensor] = []
     for _ in range(maximum_length):
-        logits, state = decoder.step(state, words)  # (M, V)
+        logits, state = decoder.step(state, words)  # (B, V)
         if not logits.isfinite().all():
             raise FloatingPointError("logits are not finite")
-        words = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
-        drawn.append(words.new_full((rows,), PAD).index_copy(0, going, words))
-        on = (words != EOS).nonzero().squeeze(1)
-        if len(on) == 0:
+        following = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
+        following = following.where((words != EOS) & (words != PAD), PAD)
+        drawn.append(following)
+        words = following
+        if bool(((words == EOS) | (words == PAD)).all()):
             break
-        if len(on) < len(words):
-            state, words, going = state.select(on), words[on], going[on]
     return torch.stack(drawn, 1)
 
 

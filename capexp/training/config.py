@@ -25,9 +25,6 @@ class SelfCriticalConfig(BaseModel):
     """A batch."""
     samples: int = Field(default=5, ge=2, le=1000)
     """Captions drawn of a photo."""
-    average: float = Field(default=0.0, ge=0, lt=1)
-    """Above 0 the captioner is the mean of the weights since the phase began, those it began with among them, each
-    counted so much less than the one after it."""
 
 
 class TrainingConfig(BaseModel):

@@ -111,9 +111,7 @@ def train_epoch(
             clip(decoder, config.clip_norm)
             optimizer.step()
             if average is not decoder:
-                steps = (number - 1) * len(batches) + step
-                # The first ones, far off still, are soon forgotten.
-                move_mean(average, decoder, min(config.average, (1 + steps) / (10 + steps)))
+                _average(average, decoder, config.average, (number - 1) * len(batches) + step)
             if is_saved:
                 sums = tuple(ranks.add(total.item(), targets))
                 save(Progress(step, sums, time.perf_counter() - start))
@@ -143,9 +141,10 @@ def clip(decoder: Decoder, most: float) -> None:
 
 
 @torch.no_grad()
-def move_mean(mean: nn.Module, decoder: nn.Module, kept: float) -> None:
-    """Takes the decoder's weights into their mean, of which so much is kept."""
-    torch._foreach_lerp_(list(mean.parameters()), list(decoder.parameters()), 1 - kept)
+def _average(average: RecurrentDecoder, decoder: RecurrentDecoder, share: float, steps: int) -> None:
+    """Takes the weights after so many steps into their mean; the first steps, far off still, are soon forgotten."""
+    share = min(share, (1 + steps) / (10 + steps))
+    torch._foreach_lerp_(list(average.parameters()), list(decoder.parameters()), 1 - share)
 
 
 def learning_rate(config: TrainingConfig, epochs_done: float) -> float:

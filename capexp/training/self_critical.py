@@ -6,7 +6,6 @@ caption's, the mean reward of the photo's other captions as the baseline (Luo, 2
 Shapes: N photos, K captions of each, B = N * K, T steps, M targets, V vocabulary.
 """
 
-import copy
 import math
 import time
 from collections.abc import Generator, Sequence
@@ -29,7 +28,7 @@ from capexp.scoring.evaluation import Loss
 from capexp.scoring.metrics import score, tokenize
 from capexp.training.checkpoints import Checkpoints, Progress, TrainingState
 from capexp.training.config import SelfCriticalConfig, TrainingConfig
-from capexp.training.epoch import Epoch, Save, clip, move_mean, seed_step, shared_cross_entropy
+from capexp.training.epoch import Epoch, Save, clip, seed_step, shared_cross_entropy
 from capexp.training.fit import state_of_first
 from capexp.training.ranks import ALONE, Ranks
 
@@ -71,7 +70,6 @@ def refine(
     """Goes on with the captioner of the best epoch ``before``; yields each new epoch when its checkpoint is on disk.
 
     Whether an epoch is an improvement is told by the CIDEr-D of the dev captions, decoded as the captioner decodes.
-    Where a mean of the weights is kept, it is the captioner; rewards and train loss are of what is trained.
     ``checkpoints`` is a folder of this phase alone, which begins with that captioner; the first phase's stays as it is.
     A stopped and resumed training gives the same epochs as an undisturbed one, as that of :func:`fit` does. Of several
     processes each draws and rewards its share of every batch, from a generator of its own, so that what they come to
@@ -83,17 +81,16 @@ def refine(
     settings = config.self_critical
     decoder = captioner.decoder.to(device)
     decoder.load_state_dict(ranks.from_first(decoder.state_dict))
-    trained = copy.deepcopy(decoder) if settings.average else decoder
     optimizer = torch.optim.Adam(
-        [value for value in trained.parameters() if value.requires_grad], lr=settings.learning_rate, fused=True
+        [value for value in decoder.parameters() if value.requires_grad], lr=settings.learning_rate, fused=True
     )
     best = ranks.from_first(lambda: dev_cider(captioner, *dev))
     history, progress = list(before), Progress()
 
     def save(progress: Progress) -> None:
         if ranks.is_first:
-            past, mean = [vars(epoch) for epoch in history], decoder.state_dict() if settings.average else None
-            checkpoints.save_state(TrainingState(trained.state_dict(), optimizer.state_dict(), past, mean, progress))
+            past = [vars(epoch) for epoch in history]
+            checkpoints.save_state(TrainingState(decoder.state_dict(), optimizer.state_dict(), past, progress=progress))
 
     state = state_of_first(checkpoints, ranks)
     if state is None:
@@ -101,8 +98,7 @@ def refine(
             checkpoints.save_captioner(captioner)
         save(progress)
     else:
-        trained.load_state_dict(state.decoder)
-        decoder.load_state_dict(state.average or state.decoder)
+        decoder.load_state_dict(state.decoder)
         optimizer.load_state_dict(state.optimizer)
         history = [Epoch(**record) for record in state.history]
         progress = state.progress
@@ -117,8 +113,8 @@ def refine(
     while len(history) < len(before) + settings.epochs:
         number = len(history) + 1
         start = time.perf_counter() - progress.seconds
-        drawn, mean_reward = _train_epoch(
-            trained, captioner, optimizer, train[1], reward, config, seed, number, device, ranks, progress, save
+        drawn, mean = _train_epoch(
+            captioner, optimizer, train[1], reward, config, seed, number, device, ranks, progress, save
         )
         middle = time.perf_counter()
         cider = ranks.from_first(lambda: dev_cider(captioner, *dev))
@@ -131,7 +127,7 @@ def refine(
             tokens_per_second=drawn.targets / (middle - start),
             improved=cider > best,
             ended_at=time.time_ns() // 1_000_000,
-            reward=mean_reward,
+            reward=mean,
             dev_cider=cider,
         )
         history.append(epoch)
@@ -154,7 +150,6 @@ def dev_cider(captioner: Captioner, split: Split, features: Features) -> float:
 
 
 def _train_epoch(
-    decoder: Decoder,
     captioner: Captioner,
     optimizer: torch.optim.Optimizer,
     features: Features,
@@ -167,11 +162,8 @@ def _train_epoch(
     progress: Progress,
     save: Save,
 ) -> tuple[Loss, float]:
-    """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``.
-
-    ``decoder`` is trained; the captioner has the mean of its weights, or the same one where no mean is kept.
-    """
-    vocabulary, settings = captioner.vocabulary, config.self_critical
+    """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``."""
+    decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
     start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
     is_begun = progress.steps > 0 and ranks.is_first
     nats, targets, total, captions = progress.sums if is_begun else (0.0, 0.0, 0.0, 0.0)
@@ -187,8 +179,8 @@ def _train_epoch(
                 except FloatingPointError as error:
                     raise _diverged(str(error), number, settings) from None
                 rewards = reward.of_drawn(photos.tolist(), drawn, vocabulary)  # (B,)
-                # Learnt with dropout, or the train photos' captions are soon known by heart; drawn without, as what is
-                # drawn with the very masks of the gradient comes to less.
+                # Learnt with dropout, or the train photos' captions are soon known by heart; drawn without it, as
+                # drawing by the very masks of the gradient has come to less.
                 decoder.train()
                 chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
                 loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
@@ -201,8 +193,6 @@ def _train_epoch(
                 raise _diverged(f"the loss is {loss.item()}", number, settings)
             clip(decoder, config.clip_norm)
             optimizer.step()
-            if decoder is not captioner.decoder:
-                move_mean(captioner.decoder, decoder, settings.average)
             if is_own:
                 nats -= float(chosen.detach().sum())
                 targets += len(chosen)
@@ -245,7 +235,8 @@ def policy_loss(chosen: Tensor, targets: Tensor, advantage: Tensor) -> Tensor:
     """Minus the log-probability of each target ``(M,)``, by its caption's advantage ``(B,)``, mean over targets.
 
     Its gradient is that of the expected reward, up to sign and scale (REINFORCE: Williams, 1992), as far as batches
-    have as many targets as each other and are drawn as they are learnt.
+    have as many targets as each other and are drawn as they are learnt. With dropout they are not quite: what is drawn
+    for being probable, and worth little, may be made improbable without an end, so this is for a few epochs.
     """
     each = advantage.to(chosen.device).unsqueeze(1).expand_as(targets)[targets != PAD]  # (M,)
     return -(chosen * each).mean()

@@ -116,20 +116,13 @@ class Task:
         self.captioner.training = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
 
     def started(
-        self,
-        epochs: int,
-        before: tuple[Epoch, ...] = BEFORE,
-        ranks: Ranks = ALONE,
-        average: float = 0.0,
-        learning_rate: float = 0.03,
+        self, epochs: int, before: tuple[Epoch, ...] = BEFORE, ranks: Ranks = ALONE, learning_rate: float = 0.03
     ) -> Generator[Epoch, None, None]:
         dev = data("dev", 20, 2)
         config = TrainingConfig(
             precision="float32",
             save_steps=2,
-            self_critical=SelfCriticalConfig(
-                epochs=epochs, photos=8, samples=8, learning_rate=learning_rate, average=average
-            ),
+            self_critical=SelfCriticalConfig(epochs=epochs, photos=8, samples=8, learning_rate=learning_rate),
         )
         return refine(
             self.captioner,
@@ -150,14 +143,10 @@ def told(epochs: Iterable[Epoch]) -> list[tuple[int, float | None, float | None,
     return [(one.number, one.reward, one.dev_cider, one.dev_loss, one.improved) for one in epochs]
 
 
-averages = pytest.mark.parametrize("average", [0.0, 0.9])
-
-
-@averages
-def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path, average: float) -> None:
+def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path) -> None:
     task = Task(tmp_path)
     before = dev_cider(task.captioner, *data("dev", 20, 2))
-    epochs = list(task.started(10, average=average))
+    epochs = list(task.started(10))
     rewards, ciders = [one.reward or 0 for one in epochs], [one.dev_cider or 0 for one in epochs]
     assert rewards[-1] > rewards[0] + 0.5
     assert max(ciders) > 1.5 * before
@@ -179,44 +168,22 @@ def test_where_nothing_is_better_the_first_phases_captioner_stays(tmp_path: Path
         assert Captioner.load(best).digest() == digest
 
 
-def test_the_captioner_is_the_mean_of_the_weights_since_the_phase_began(tmp_path: Path) -> None:
-    """Each captioner lies between the first one and what is trained, the nearer to the first the more is kept of it."""
-    moved = {}
-    for average in (0.0, 0.5, 0.999, 1 - 1e-9):
-        task = Task(tmp_path / str(average))
-        before = {name: value.clone() for name, value in task.captioner.decoder.state_dict().items()}
-        list(task.started(1, average=average))
-        after = task.captioner.decoder.state_dict()
-        moved[average] = sum(float((after[name] - before[name]).norm()) for name in before)
-        trained = task.checkpoints.go_back()
-        assert trained is not None
-        assert (trained.average is not None) == (average > 0)
-    assert moved[0.0] > moved[0.5] > moved[0.999] > moved[1 - 1e-9] > 0
-    assert moved[0.999] < 0.02 * moved[0.0]
-
-
-@averages
 @pytest.mark.parametrize("stop_after", [1, 2])
-def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(
-    tmp_path: Path, stop_after: int, average: float
-) -> None:
+def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    undisturbed = told(Task(tmp_path / "whole").started(3, average=average))
+    undisturbed = told(Task(tmp_path / "whole").started(3))
     assert torch.equal(torch.rand(2), expected), "torch's generator is left alone"
-    running = Task(tmp_path / "parts").started(3, average=average)
+    running = Task(tmp_path / "parts").started(3)
     for _ in range(stop_after):
         next(running)
     running.close()
-    assert told(Task(tmp_path / "parts").started(3, average=average)) == undisturbed
+    assert told(Task(tmp_path / "parts").started(3)) == undisturbed
 
 
-@averages
-def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_training(
-    tmp_path: Path, average: float
-) -> None:
-    undisturbed = told(Task(tmp_path / "whole").started(2, average=average))
+def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path) -> None:
+    undisturbed = told(Task(tmp_path / "whole").started(2))
 
     class Stopped(Exception):
         """Raised when a state is on disk."""
@@ -235,7 +202,7 @@ def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_traini
         task = Task(tmp_path / "parts")
         task.checkpoints = Stopping(tmp_path / "parts", 1)
         with suppress(Stopped):
-            epochs = list(task.started(2, average=average))
+            epochs = list(task.started(2))
     assert told(epochs) == undisturbed
     assert sittings == 1 + 2 * 4 + 1, (
         "before the first, after steps 2, 4 and 6, at the end of each epoch, and a last one"
