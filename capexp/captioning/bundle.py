@@ -130,7 +130,7 @@ def read_bundle(folder: Path) -> Bundle:
         raise InputError(f"{path}: {strange[0]} is {decoder[strange[0]].dtype}, not float32")
     strange = [name for name, value in decoder.items() if not value.isfinite().all()]
     if strange:
-        raise InputError(f"{path}: {strange[0]} holds values that are not finite; nothing can be said with them")
+        raise InputError(f"{path}: {strange[0]} holds values that are not finite; take another captioner")
     return Bundle(settings, vocabulary, decoder, path, folder / _ENCODER if _ENCODER in files else None)
 
 
