@@ -4,9 +4,11 @@ Each takes its share of every batch, and the sum of their gradients is that of t
 same step. The first (rank 0) alone tracks, saves and tells.
 """
 
+import atexit
 import io
 import os
 import signal
+import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -20,6 +22,7 @@ if TYPE_CHECKING:  # a command asks which process it is before it has read its f
 
 T = TypeVar("T")
 _PATIENCE = timedelta(hours=6)  # the first one measures, or hashes photos, while the others wait
+_GRACE = 10.0  # seconds; torchrun ends the others long before
 
 
 @dataclass(frozen=True)
@@ -40,6 +43,7 @@ class Ranks:
             return
         import torch
         import torch.distributed
+        import torch.distributed.nn.functional  # once there is a group, its functions would hold it for good
 
         backend = "gloo"
         if torch.cuda.is_available():
@@ -47,6 +51,7 @@ class Ranks:
             backend = "cpu:gloo,cuda:nccl"
         with _together(self.rank):
             torch.distributed.init_process_group(backend, timeout=_PATIENCE)
+        atexit.register(self.leave)
 
     def add_gradients(self, decoder: "nn.Module", loss: "Tensor") -> "Tensor":
         """Makes each gradient the sum of all processes', and returns the sum of their losses."""
@@ -99,10 +104,16 @@ class Ranks:
         self.add(0.0)
 
     def leave(self) -> None:
-        """The work together is done."""
-        if self.count > 1:
-            import torch.distributed
+        """The work together is done: the threads that sent and received have ended.
 
+        One that outlived it would let go of its last tensor while the interpreter ends, which ends the process by
+        SIGABRT, and torchrun then takes its work for failed.
+        """
+        if self.count == 1:
+            return
+        import torch.distributed
+
+        if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
     def _reduce(self, values: "Tensor") -> None:
@@ -124,11 +135,15 @@ def place() -> Ranks:
 
 @contextmanager
 def _together(rank: int) -> Iterator[None]:
-    """Ends this process where another has gone: the first one in order, the others without a word."""
+    """Ends this process where another has gone: the first one in order, the others without a word.
+
+    They give way to the one that has gone, as torchrun tells the status of the one that ends first.
+    """
     try:
         yield
     except RuntimeError as error:
         if rank > 0:
+            time.sleep(_GRACE)
             raise SystemExit(1) from error
         # torchrun ends the others when one has gone; the run is brought to its end meanwhile.
         signal.signal(signal.SIGTERM, lambda number, frame: None)

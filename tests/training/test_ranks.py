@@ -42,4 +42,5 @@ def test_several_processes_come_to_what_one_comes_to(tmp_path: Path, count: int)
     assert with_dropout[-1][1] == pytest.approx(told[0]["dropout"][-1][1], rel=0.1)
     rewards = told[0]["rewards"]
     assert rewards[-1] > rewards[0]
+    assert told[0]["threads"] == [], "none is left to meet the interpreter's end"
     assert not [path for path in (tmp_path / "rank1").rglob("*") if path.suffix in (".pt", ".safetensors")]
