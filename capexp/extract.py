@@ -20,7 +20,7 @@ def extract(argv: list[str] | None = None) -> int:
     from capexp.data.cache import FeatureCache
     from capexp.data.captions import read_splits
     from capexp.data.features import identify
-    from capexp.preparation import read_features
+    from capexp.preparation import passes, read_features
     from capexp.training.ranks import place
 
     command.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
@@ -34,15 +34,19 @@ def extract(argv: list[str] | None = None) -> int:
     identity = identify(experiment.features)
     if ranks.is_first:
         ranks.join()
-    cache = FeatureCache(experiment.features.cache, identity)
     start = time.perf_counter()
-    features = read_features(experiment, splits, identity, anew=arguments.clear, ranks=ranks)
+    mirror = experiment.features.mirror
+    features = read_features(experiment, splits, identity, mirror=mirror, anew=arguments.clear, ranks=ranks)
     ranks.leave()
     seconds = time.perf_counter() - start
-    count = sum(len(part) for part in features.values())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
-    print(f"{cache.path}: {count:,} photos of {', '.join(features)}, {identity}")
-    print(f"{cache.path.stat().st_size / 2**20:.1f} MiB; {seconds:.1f} s, peak memory {peak:.2f} GiB")
+    size = 0
+    for some, encoder in passes(splits, identity, mirror):
+        cache = FeatureCache(experiment.features.cache, encoder)
+        size += cache.path.stat().st_size
+        count, names = sum(len(features[split.name]) for split in some), ", ".join(split.name for split in some)
+        print(f"{cache.path}: {count:,} photos of {names}, {encoder}")
+    print(f"{size / 2**20:.1f} MiB; {seconds:.1f} s, peak memory {peak:.2f} GiB")
     return 0
 
 

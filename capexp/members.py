@@ -6,7 +6,10 @@ from capexp import experiment as experiments
 from capexp.data.errors import InputError
 from capexp.experiment import Experiment
 
-_SHARED = ("vocabulary.cleaning", "vocabulary.minimum_count", "vocabulary.unknown", "features.layer", "features.pool")
+_SHARED = (
+    *("vocabulary.cleaning", "vocabulary.minimum_count", "vocabulary.unknown"),
+    *("features.layer", "features.pool", "features.mirror"),
+)
 _PLACES = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
 
 

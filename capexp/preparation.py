@@ -2,11 +2,10 @@
 
 import hashlib
 import logging
-from collections.abc import Callable
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass, field
 from pathlib import Path
 
-import numpy as np
 import torch
 from torch import Tensor
 
@@ -63,10 +62,13 @@ class Read:
     decoder_parameters: int
 
     def lacking(self, experiment: Experiment) -> int:
-        """How many photos have no features in the cache."""
-        cache = FeatureCache(experiment.features.cache, self.encoder)
-        paths = [path for split in self.splits.values() for path in split.paths()]
-        return int((cache.lookup(digest_photos(paths)) < 0).sum())
+        """How many photos have no features in the cache, or not all."""
+        lacking: set[Path] = set()
+        for splits, identity in passes(list(self.splits.values()), self.encoder, experiment.features.mirror):
+            paths = [path for split in splits for path in split.paths()]
+            rows = FeatureCache(experiment.features.cache, identity).lookup(digest_photos(paths))
+            lacking |= {path for path, row in zip(paths, rows, strict=True) if row < 0}
+        return len(lacking)
 
 
 def read(experiment: Experiment) -> Read:
@@ -93,7 +95,8 @@ def prepare(experiment: Experiment, data: Read | None = None, ranks: Ranks = ALO
         InputError: anything wrong with the input; nothing has been written but features.
     """
     data = data or read(experiment)
-    features = read_features(experiment, list(data.splits.values()), data.encoder, ranks=ranks)
+    splits, mirror = list(data.splits.values()), experiment.features.mirror
+    features = read_features(experiment, splits, data.encoder, mirror=mirror, ranks=ranks)
     return Prepared(data.splits, features, data.vocabulary, data.encoder, data.decoder_parameters)
 
 
@@ -101,30 +104,48 @@ def read_features(
     experiment: Experiment,
     splits: list[Split],
     identity: EncoderIdentity,
+    *,
+    mirror: bool = False,
     anew: bool = False,
     ranks: Ranks = ALONE,
 ) -> dict[SplitName, Features]:
     """The features of some splits, from the cache or computed now, all in one pass; ``anew``: all computed now.
 
-    Of several processes each computes its share.
+    With ``mirror``, those of train hold those of its mirrored photos too, which take a pass of their own. Of several
+    processes each computes its share.
     """
     device = choose_device(experiment.training.device)
+    features: dict[SplitName, Features] = {}
+    for some, encoder in passes(splits, identity, mirror):
 
-    def load() -> Encoder:
-        log.info("computing features with %s on %s", identity, device)
-        return load_encoder(experiment.features).prepare(device, experiment.features.precision)
+        def load(encoder: EncoderIdentity = encoder) -> Encoder:
+            log.info("computing features with %s on %s", encoder, device)
+            made = load_encoder(experiment.features, encoder.is_mirrored)
+            return made.prepare(device, experiment.features.precision)
 
-    cache = FeatureCache(experiment.features.cache, identity)
-    paths = [path for split in splits for path in split.paths()]
-    if ranks.count > 1:
-        assert not anew, "refused by the command"
-        whole = _features_together(paths, cache, load, experiment.features.batch_size, ranks)
-    else:
-        whole = cache_features(paths, cache, load, experiment.features.batch_size, anew)
-    bounds = np.cumsum([0] + [len(split.photos) for split in splits])
-    return {
-        split.name: whole.part(start, stop) for split, start, stop in zip(splits, bounds[:-1], bounds[1:], strict=True)
-    }
+        cache = FeatureCache(experiment.features.cache, encoder)
+        paths = [path for split in some for path in split.paths()]
+        if ranks.count > 1:
+            assert not anew, "refused by the command"
+            whole = _features_together(paths, cache, load, experiment.features.batch_size, ranks)
+        else:
+            whole = cache_features(paths, cache, load, experiment.features.batch_size, anew)
+        start = 0
+        for split in some:
+            part = whole.part(start, start + len(split.photos))
+            features[split.name] = features[split.name].with_mirrored(part) if encoder.is_mirrored else part
+            start += len(split.photos)
+    return features
+
+
+def passes(
+    splits: list[Split], identity: EncoderIdentity, mirror: bool
+) -> Iterator[tuple[list[Split], EncoderIdentity]]:
+    """Which splits' photos are encoded, and by which encoder: all, and then those of train mirrored where asked for."""
+    yield splits, identity
+    train = [split for split in splits if split.name == "train"]
+    if mirror and train:
+        yield train, identity.mirrored()
 
 
 def _features_together(

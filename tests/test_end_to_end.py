@@ -665,9 +665,13 @@ def test_the_template_goes_from_ones_own_photos_to_a_registered_captioner(
     ]
     if form == "karpathy.json":
         words += ["--captions.splits", "karpathy"]
+    mirrored = form == "captions.txt"
+    if mirrored:
+        words += ["--features.mirror", "true"]
     assert "40 of 40 photos have no features yet" in folder.run("train", *words, "--dry-run").stdout
     assert not folder.runs()
     folder.run("train", *words)
+    assert len(list((tmp_path / "cache").glob("*.features"))) == 1 + mirrored
     model = "models:/capexp-own-photos@champion"
     printed = folder.run("caption", "--model", model, str(flickr8k / "Flicker8k_Dataset" / photos["dev"][0]))
     assert printed.stdout.strip().partition("\t")[2]

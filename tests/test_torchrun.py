@@ -110,19 +110,22 @@ def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Fo
     (folder.path / "captions.txt").write_text("".join(f"{name}#0\ta thing\n" for name in names))
     (folder.path / "train.txt").write_text("\n".join(names[:6]))
     (folder.path / "dev.txt").write_text("\n".join(names[6:]))
-    settings = ("--experiment", "own-photos", "--captions.root", ".", "--features.weights", "vgg.pth")
+    settings: tuple[str, ...] = ("--experiment", "own-photos", "--captions.root", ".", "--features.weights", "vgg.pth")
+    settings += ("--features.mirror", "true")
     together(folder, "extract", *settings, "--features.cache", "together", "--training.device", "cpu")
     folder.run("extract", *settings, "--features.cache", "alone", "--training.device", "cpu")
-    (made,) = folder.path.glob("together/*.features")
+    made, _ = folder.path.glob("together/*.features")
     config = FeaturesConfig.model_validate(
         {"layer": "conv5_3", "pool": made.name.split("-")[1], "weights": str(folder.path / "vgg.pth")}
     )
     digests = digest_photos([folder.path / "photos" / name for name in names])
-    ours, theirs = (
-        FeatureCache(folder.path / one, identify(config)).open(digests).gather(np.arange(9))
-        for one in ("together", "alone")
-    )
-    np.testing.assert_array_equal(ours, theirs)
+    for identity, count in ((identify(config), 9), (identify(config).mirrored(), 6)):
+        ours, theirs = (
+            FeatureCache(folder.path / one, identity).open(digests[:count]).gather(np.arange(count))
+            for one in ("together", "alone")
+        )
+        np.testing.assert_array_equal(ours, theirs)
+    assert (FeatureCache(folder.path / "alone", identify(config).mirrored()).lookup(digests[6:]) < 0).all()
     (folder.path / "photos" / names[1]).write_bytes(b"?")
     (folder.path / "photos" / names[4]).write_bytes(b"??")
     _, err = together(folder, "extract", *settings, "--features.cache", "together", status=1)

@@ -89,8 +89,8 @@ class CaptionBatches:
         """
         positions, size = self._features.shape
         room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
-        if self._held is None and 4 * 2 * len(self._features) * positions * size <= room:
-            parts = [torch.from_numpy(part).to(device) for part in self._features.parts(_HELD_AT_ONCE)]
+        if self._held is None and 4 * 2 * len(self._features) * self._features.views * positions * size <= room:
+            parts = [torch.from_numpy(part).to(device) for part in self._features.all_parts(_HELD_AT_ONCE)]
             self._held = torch.cat(parts)
 
     def __len__(self) -> int:
@@ -117,9 +117,10 @@ class CaptionBatches:
         def make(some: NDArray[np.int64]) -> Batch:
             units, is_own = _share(some, rank, ranks)
             share = float(targets[units].sum() / targets[some].sum()) if is_own else 0.0
-            return self._batch(self._captions(units), self._photos, share)
+            return self._batch(self._captions(units), seen, share)
 
         targets = np.add.reduceat(self._lengths + 1, self._bounds[:-1])  # of each unit
+        seen = self._features.seen_in(seed, number)[self._photos]
         # Batches of like length would need less padding, but they learn worse: 0.05 nats a token on Flickr8k.
         order = np.random.default_rng([seed, number]).permutation(len(self._bounds) - 1)
         return _ahead(make, order[done * self._units :], self._units)
@@ -173,8 +174,9 @@ def photo_batches(
 
     def make(some: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor, bool]:
         photos, is_own = _share(some, rank, ranks)
-        return photos, torch.from_numpy(features.gather(photos).astype(np.float32)), is_own
+        return photos, torch.from_numpy(features.gather(seen[photos]).astype(np.float32)), is_own
 
+    seen = features.seen_in(seed, number)
     return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features))[done * size :], size)
 
 

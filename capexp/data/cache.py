@@ -36,6 +36,7 @@ _MAGIC = b"capexp features 1\n"
 _HEADER = 4096
 _COPIED = 256  # records at a time
 _BLOCK = 2**26  # bytes that are checked before their pages are let go
+_MIRROR = 7  # tells this draw of a seed and an epoch from the order of the captions
 
 
 class FeatureCache:
@@ -253,12 +254,35 @@ class FeatureCache:
 
 
 class Features:
-    """Photos' features by position in a list of photos, read from the memory map as they are asked for."""
+    """Photos' features by position in a list of photos, read from the memory map as they are asked for.
 
-    def __init__(self, records: NDArray[np.float16], rows: NDArray[np.int64], mapping: mmap.mmap | None = None) -> None:
+    Behind the last photo's position, those of the mirrored photos may follow, in the same order.
+    """
+
+    def __init__(
+        self,
+        records: NDArray[np.float16],
+        rows: NDArray[np.int64],
+        mapping: mmap.mmap | None = None,
+        mirrored: "Features | None" = None,
+    ) -> None:
         self._records = records
         self._rows = rows
         self._mapping = mapping
+        self._mirrored = mirrored
+
+    def with_mirrored(self, mirrored: "Features") -> "Features":
+        """These and those of the mirrored photos."""
+        assert len(mirrored) == len(self) and mirrored.shape == self.shape
+        return Features(self._records, self._rows, self._mapping, mirrored)
+
+    def seen_in(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """The position of what an epoch sees of each photo: the photo, or by chance the mirrored one where there is."""
+        photos = np.arange(len(self))
+        if self._mirrored is None:
+            return photos
+        is_mirrored = np.random.default_rng([seed, epoch, _MIRROR]).random(len(self)) < 0.5
+        return photos + len(self) * is_mirrored
 
     def __len__(self) -> int:
         return len(self._rows)
@@ -269,20 +293,37 @@ class Features:
         _, positions, size = self._records.shape
         return positions, size
 
+    @property
+    def views(self) -> int:
+        """What there is of each photo: itself, and the mirrored one."""
+        return 1 if self._mirrored is None else 2
+
     def part(self, start: int, stop: int) -> "Features":
         """The features of a slice of the photos."""
         return Features(self._records, self._rows[start:stop], self._mapping)
 
-    def gather(self, photos: NDArray[np.int64]) -> NDArray[np.float16]:
+    def gather(self, positions: NDArray[np.int64]) -> NDArray[np.float16]:
         """The features of some photos: (B, P, F)."""
-        found: NDArray[np.float16] = self._records[self._rows[photos]]
-        _release(self._mapping)
-        return found
+        plain = positions < len(self)
+        if self._mirrored is None or plain.all():
+            found: NDArray[np.float16] = self._records[self._rows[positions]]
+            _release(self._mapping)
+            return found
+        both = np.empty((len(positions), *self.shape), np.float16)
+        both[plain] = self.gather(positions[plain])
+        both[~plain] = self._mirrored.gather(positions[~plain] - len(self))
+        return both
 
     def parts(self, size: int) -> Iterator[NDArray[np.float16]]:
         """The features of all photos, of so many at a time: (B, P, F)."""
         for start in range(0, len(self), size):
             yield self.gather(np.arange(start, min(start + size, len(self))))
+
+    def all_parts(self, size: int) -> Iterator[NDArray[np.float16]]:
+        """The features at all positions, those of mirrored photos too: (B, P, F)."""
+        yield from self.parts(size)
+        if self._mirrored is not None:
+            yield from self._mirrored.parts(size)
 
 
 def _release(mapping: mmap.mmap | None) -> None:

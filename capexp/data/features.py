@@ -13,7 +13,7 @@ import json
 import os
 import zipfile
 from collections.abc import Callable
-from dataclasses import asdict, dataclass
+from dataclasses import asdict, dataclass, replace
 from pathlib import Path
 from typing import Final, Literal
 
@@ -69,6 +69,7 @@ class FeaturesConfig(BaseModel):
     cache: Path = Field(default_factory=lambda: _cache_home() / "features")
     precision: Precision = "auto"
     batch_size: int = Field(default=32, ge=1, le=100_000)
+    mirror: bool = False  # train photos are seen mirrored too
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -99,12 +100,21 @@ class EncoderIdentity:
     weights_digest: str
     weights: str
     size: Literal[224] = SIZE
-    transform: Literal["squash-bilinear-antialias"] = "squash-bilinear-antialias"
+    transform: Literal["squash-bilinear-antialias", "squash-bilinear-antialias-mirror"] = "squash-bilinear-antialias"
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, F): grid positions and features at each."""
         return _shape(self.layer, self.pool)
+
+    @property
+    def is_mirrored(self) -> bool:
+        """Whether left and right of a photo change places."""
+        return self.transform == "squash-bilinear-antialias-mirror"
+
+    def mirrored(self) -> "EncoderIdentity":
+        """The same of photos whose left and right have changed places."""
+        return replace(self, transform="squash-bilinear-antialias-mirror")
 
     def key(self) -> str:
         """A short digest of the identity; the weights' name is a hint where to get them, not part of it."""
@@ -113,7 +123,8 @@ class EncoderIdentity:
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        return f"VGG16 {self.layer}, pool {self.pool}, weights {self.weights_digest[:12]}"
+        mirrored = ", mirrored" if self.is_mirrored else ""
+        return f"VGG16 {self.layer}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
 
 
 # Photos at a time through the convolutions on a CPU: a layer's output of more is memory that is mapped anew each time.
@@ -162,7 +173,8 @@ class Encoder(nn.Module):
         assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
         weight = next(self.parameters())
         # Bytes go to the device, a quarter of what floats would be.
-        pixels = (photos.to(weight.device, non_blocking=True).float() - self.mean) / self.std
+        moved = photos.to(weight.device, non_blocking=True)
+        pixels = ((moved.flip(2) if self.identity.is_mirrored else moved).float() - self.mean) / self.std
         x: Tensor = self.convolutions(pixels.permute(0, 3, 1, 2).to(weight.dtype))  # channels last in memory
         return x
 
@@ -216,8 +228,8 @@ def identify(config: FeaturesConfig) -> EncoderIdentity:
     return _identity(config, _digest(_read_weights(config)))
 
 
-def load_encoder(config: FeaturesConfig) -> Encoder:
-    """The encoder that a config asks for; torchvision fetches named weights at their first use.
+def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
+    """The encoder that a config asks for, or that of mirrored photos; torchvision fetches weights at their first use.
 
     Raises:
         InputError: weights that are missing, cut short, not VGG16's, or cannot be fetched.
@@ -231,7 +243,7 @@ def load_encoder(config: FeaturesConfig) -> Encoder:
             f"features.weights = '{config.weights}': digest {identity.weights_digest[:12]}, expected {known[:12]}; "
             f"delete {_hub_file(config.weights)} to fetch it again, or give the path of a weights file"
         )
-    return Encoder(identity, state)
+    return Encoder(identity.mirrored() if mirrored else identity, state)
 
 
 def encoder_at_hand(config: FeaturesConfig) -> bool:

@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from capexp.data.batches import Batch, CaptionBatches
+from capexp.data.batches import Batch, CaptionBatches, photo_batches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.vocabulary import BOS, EOS, Vocabulary, VocabularyConfig, build_vocabulary
@@ -161,6 +161,31 @@ def test_caption_without_a_known_word_has_one_target() -> None:
     (batch,) = made.in_order()
     assert unpacked(batch) == [([BOS, 3], [3, EOS]), ([BOS], [EOS])]
     assert (made.targets, made.longest) == (3, 3)
+
+
+@pytest.mark.parametrize("held", [False, True])
+def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
+    batches: CaptionBatches, held: bool
+) -> None:
+    both = Features(RECORDS, ROWS).with_mirrored(Features(-1 - RECORDS, ROWS))  # mirrored photo i's features are -1 - i
+    made = CaptionBatches(SPLIT, VOCABULARY, both, BATCH_SIZE, batches.order)
+    if held:
+        made.hold(torch.device("cpu"))
+    epochs = []
+    for number in (1, 2):
+        seen = list(read(made.epoch(seed=1, number=number)))
+        assert Counter(caption for caption, _ in seen) == Counter(CAPTIONS)
+        views = {photo_of(caption): photo for caption, photo in seen}
+        assert all(views[photo_of(caption)] == photo for caption, photo in seen), "one view of a photo in an epoch"
+        assert all(view in (photo, -1 - photo) for photo, view in views.items())
+        assert sum(view < 0 for view in views.values()) == pytest.approx(PHOTOS / 2, rel=0.4)
+        shares = [batch for rank in (0, 1) for batch in made.epoch(1, number, rank, 2) if batch.share]
+        assert sorted(seen) == sorted(read(shares))
+        epochs.append(views)
+        drawn = [(photos, features) for photos, features, _ in photo_batches(both, 7, seed=1, number=number)]
+        assert {p: int(f[0, 0]) for photos, features in drawn for p, f in zip(photos, features, strict=True)} == views
+    assert epochs[0] != epochs[1]
+    assert all(photo == photo_of(caption) for caption, photo in read(made.in_order()))
 
 
 def test_batches_of_features_that_a_device_holds_are_the_same(batches: CaptionBatches) -> None:

@@ -84,6 +84,13 @@ def test_bfloat16_stays_within_three_percent(vgg16: Path, scenes: Path) -> None:
     assert 0 < error < 0.03
 
 
+def test_features_of_mirrored_photos_are_those_of_photos_turned_round(vgg16: Path, scenes: Path) -> None:
+    photos = two_photos(scenes)
+    encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=str(vgg16)), mirrored=True).prepare(CPU, "float32")
+    turned = [np.ascontiguousarray(photo[:, ::-1]) for photo in photos]
+    np.testing.assert_array_equal(encoder.encode(photos), encoded(str(vgg16), "none", "float32", turned))
+
+
 def test_weights_digest_is_the_recorded_one_so_both_names_are_one_encoder(vgg16: Path) -> None:
     by_path = identify(FeaturesConfig(layer="conv5_3", pool="mean", weights=str(vgg16)))
     by_name = identify(FeaturesConfig(layer="conv5_3", pool="mean", weights="IMAGENET1K_FEATURES"))
@@ -111,9 +118,10 @@ def test_key_depends_on_all_that_decides_features_and_not_on_where_the_weights_l
         replace(made, mean=(0.0, 0.0, 0.0)),
         replace(made, std=(2.0, 1.0, 1.0)),
         replace(made, weights_digest="1" * 64),
+        made.mirrored(),
     )
     assert made.key() == replace(made, weights="b.pth").key()
-    assert len({made.key(), *(other.key() for other in others)}) == 6
+    assert len({made.key(), *(other.key() for other in others)}) == 7
 
 
 def refusal(weights: str | Path) -> str:
