@@ -192,6 +192,7 @@ def _second(
         captioner,
         (prepared.splits["train"], prepared.features["train"]),
         (prepared.splits["dev"], prepared.features["dev"]),
+        prepared.batches("train", experiment.training),
         prepared.batches("dev", experiment.training),
         experiment.training,
         before=tuple(before),

@@ -135,6 +135,12 @@ class CaptionBatches:
         units = np.argsort(longest, kind="stable")[rank::ranks]
         return _ahead(lambda some: self._batch(self._captions(some), seen), units, self._units)
 
+    def of_photos(self, photos: NDArray[np.int64], seed: int, number: int) -> Batch:
+        """All captions of some photos, which they see as an epoch does."""
+        first, last = (np.searchsorted(self._photos, photos, side) for side in ("left", "right"))
+        captions = np.concatenate([np.arange(*bounds) for bounds in zip(first, last, strict=True)])
+        return self._batch(captions, self._features.seen_in(seed, number)[self._photos])
+
     def _captions(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.concatenate([np.arange(self._bounds[unit], self._bounds[unit + 1]) for unit in units])
 

@@ -15,9 +15,9 @@ from torch import Tensor
 
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder
+from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.decoding import draw
-from capexp.data.batches import CaptionBatches, photo_batches
+from capexp.data.batches import Batch, CaptionBatches, photo_batches
 from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.errors import InputError
@@ -57,6 +57,7 @@ def refine(
     captioner: Captioner,
     train: tuple[Split, Features],
     dev: tuple[Split, Features],
+    train_batches: CaptionBatches,
     dev_batches: CaptionBatches,
     config: TrainingConfig,
     *,
@@ -114,7 +115,7 @@ def refine(
         number = len(history) + 1
         start = time.perf_counter() - progress.seconds
         drawn, mean = _train_epoch(
-            captioner, optimizer, train[1], reward, config, seed, number, device, ranks, progress, save
+            captioner, optimizer, train[1], train_batches, reward, config, seed, number, device, ranks, progress, save
         )
         middle = time.perf_counter()
         cider = ranks.from_first(lambda: dev_cider(captioner, *dev))
@@ -153,6 +154,7 @@ def _train_epoch(
     captioner: Captioner,
     optimizer: torch.optim.Optimizer,
     features: Features,
+    batches: CaptionBatches,
     reward: Reward,
     config: TrainingConfig,
     seed: int,
@@ -164,6 +166,7 @@ def _train_epoch(
 ) -> tuple[Loss, float]:
     """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``."""
     decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
+    assert isinstance(decoder, RecurrentDecoder), "an ensemble is not trained as one"
     start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
     is_begun = progress.steps > 0 and ranks.is_first
     nats, targets, total, captions = progress.sums if is_begun else (0.0, 0.0, 0.0, 0.0)
@@ -184,11 +187,14 @@ def _train_epoch(
                 decoder.train()
                 chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
                 loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
-            own = len(chosen) if is_own else 0
-            (whole,) = ranks.add(own)
+                said = batches.of_photos(photos, seed, number).to(device) if settings.cross_entropy else None
+                nats_said = _nats(decoder, said) if said is not None else loss.new_zeros(())
+            own, own_said = (len(chosen), len(said.targets) if said is not None else 0) if is_own else (0, 0)
+            whole, whole_said = ranks.add(own, own_said)
+            loss = loss * (own / whole) + settings.cross_entropy * nats_said * (own_said / max(whole_said, 1))
             optimizer.zero_grad()
-            torch.autograd.backward(loss * (own / whole))
-            loss = ranks.add_gradients(decoder, loss * (own / whole))
+            torch.autograd.backward(loss)
+            loss = ranks.add_gradients(decoder, loss)
             if ranks.is_first and not math.isfinite(loss.item()):
                 raise _diverged(f"the loss is {loss.item()}", number, settings)
             clip(decoder, config.clip_norm)
@@ -203,6 +209,13 @@ def _train_epoch(
                 save(Progress(step, sums, time.perf_counter() - start))
     nats, all_targets, total, all_captions = ranks.add(nats, targets, total, captions)
     return Loss(nats, int(all_targets)), total / all_captions
+
+
+def _nats(decoder: RecurrentDecoder, batch: Batch) -> Tensor:
+    """The mean of what the targets of people's captions cost, to be minimised."""
+    outputs = decoder.outputs(batch.features, batch.photos, batch.words, batch.counts)
+    minimised: Tensor = decoder.vocabulary.cross_entropy(outputs, batch.targets)[1]
+    return minimised
 
 
 def _diverged(what: str, number: int, settings: SelfCriticalConfig) -> InputError:

@@ -188,6 +188,12 @@ def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
     assert all(photo == photo_of(caption) for caption, photo in read(made.in_order()))
 
 
+def test_all_captions_of_some_photos(batches: CaptionBatches) -> None:
+    photos = [17, 3, PHOTOS - 1]
+    found = sorted(read([batches.of_photos(np.array(photos), seed=1, number=1)]))
+    assert found == sorted((caption, photo) for photo in photos for caption in SPLIT.references[photo])
+
+
 def test_batches_of_features_that_a_device_holds_are_the_same(batches: CaptionBatches) -> None:
     before = [batch.to(torch.device("cpu")) for batch in batches.epoch(seed=1, number=1)]
     batches.hold(torch.device("cpu"))

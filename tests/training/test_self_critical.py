@@ -107,8 +107,9 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
 class Task:
     """A captioner that knows nothing yet, and what it is to say."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, cross_entropy: float = 0.0) -> None:
         folder.mkdir(exist_ok=True)
+        self.cross_entropy = cross_entropy
         self.checkpoints = Checkpoints(folder, 1)
         identity = EncoderIdentity("conv5_3", "max2", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
         config = ModelConfig(decoder="attention", embedding_size=16, lstm_units=16, dropout=0.2)
@@ -118,16 +119,19 @@ class Task:
     def started(
         self, epochs: int, before: tuple[Epoch, ...] = BEFORE, ranks: Ranks = ALONE, learning_rate: float = 0.03
     ) -> Generator[Epoch, None, None]:
-        dev = data("dev", 20, 2)
+        train, dev = data("train", 64, 1), data("dev", 20, 2)
         config = TrainingConfig(
             precision="float32",
             save_steps=2,
-            self_critical=SelfCriticalConfig(epochs=epochs, photos=8, samples=8, learning_rate=learning_rate),
+            self_critical=SelfCriticalConfig(
+                epochs=epochs, photos=8, samples=8, learning_rate=learning_rate, cross_entropy=self.cross_entropy
+            ),
         )
         return refine(
             self.captioner,
-            data("train", 64, 1),
+            train,
             dev,
+            CaptionBatches(train[0], WORDS, train[1], 8, "photos"),
             CaptionBatches(dev[0], WORDS, dev[1], 8, "photos"),
             config,
             before=before,
@@ -157,6 +161,12 @@ def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path) -> None:
     assert dev_cider(Captioner.load(best), *data("dev", 20, 2)) == max(ciders)
 
 
+def test_peoples_captions_hold_the_likelihood_that_the_score_alone_gives_away(tmp_path: Path) -> None:
+    (alone, *_), (held, *_) = (list(Task(tmp_path / str(weight), weight).started(4))[::-1] for weight in (0.0, 0.5))
+    assert held.dev_loss < 0.8 * alone.dev_loss
+    assert (held.reward or 0) > 0.8 * (alone.reward or 0)
+
+
 def test_where_nothing_is_better_the_first_phases_captioner_stays(tmp_path: Path) -> None:
     task = Task(tmp_path)
     digest = task.captioner.digest()
@@ -173,13 +183,13 @@ def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    undisturbed = told(Task(tmp_path / "whole").started(3))
+    undisturbed = told(Task(tmp_path / "whole", 0.1).started(3))
     assert torch.equal(torch.rand(2), expected), "torch's generator is left alone"
-    running = Task(tmp_path / "parts").started(3)
+    running = Task(tmp_path / "parts", 0.1).started(3)
     for _ in range(stop_after):
         next(running)
     running.close()
-    assert told(Task(tmp_path / "parts").started(3)) == undisturbed
+    assert told(Task(tmp_path / "parts", 0.1).started(3)) == undisturbed
 
 
 def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path) -> None:

@@ -44,7 +44,7 @@ def main(folder: Path) -> None:
     made = task(own / "dropout", KINDS[0], dropout=0.2)
     told["dropout"] = test_fit.losses(list(made.started(CONFIG, ranks=ranks)))
     told["dropout weights"] = digest(made.captioner.decoder)
-    refined = test_self_critical.Task(own / "self-critical")
+    refined = test_self_critical.Task(own / "self-critical", cross_entropy=0.1)
     epochs = list(refined.started(3, ranks=ranks))
     told["rewards"] = [epoch.reward for epoch in epochs]
     told["self-critical weights"] = digest(refined.captioner.decoder)
