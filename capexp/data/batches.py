@@ -120,7 +120,7 @@ class CaptionBatches:
             return self._batch(self._captions(units), seen, share)
 
         targets = np.add.reduceat(self._lengths + 1, self._bounds[:-1])  # of each unit
-        seen = self._features.seen_in(seed, number)[self._photos]
+        seen = self._features.seen_in(seed, number)
         # Batches of like length would need less padding, but they learn worse: 0.05 nats a token on Flickr8k.
         order = np.random.default_rng([seed, number]).permutation(len(self._bounds) - 1)
         return _ahead(make, order[done * self._units :], self._units)
@@ -130,27 +130,27 @@ class CaptionBatches:
 
         Of several processes each gets captions of its own.
         """
-        seen = self._photos if photos is None else photos[self._photos]
+        seen = np.arange(len(self._features)) if photos is None else photos
         longest = np.maximum.reduceat(self._lengths, self._bounds[:-1])
         units = np.argsort(longest, kind="stable")[rank::ranks]
         return _ahead(lambda some: self._batch(self._captions(some), seen), units, self._units)
 
-    def of_photos(self, photos: NDArray[np.int64], seed: int, number: int) -> Batch:
-        """All captions of some photos, which they see as an epoch does."""
+    def of_photos(self, photos: NDArray[np.int64], seen: NDArray[np.int64]) -> Batch:
+        """All captions of some photos, by the position of what is seen of each photo of the split."""
         first, last = (np.searchsorted(self._photos, photos, side) for side in ("left", "right"))
         captions = np.concatenate([np.arange(*bounds) for bounds in zip(first, last, strict=True)])
-        return self._batch(captions, self._features.seen_in(seed, number)[self._photos])
+        return self._batch(captions, seen)
 
     def _captions(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
         return np.concatenate([np.arange(self._bounds[unit], self._bounds[unit + 1]) for unit in units])
 
-    def _batch(self, captions: NDArray[np.int64], photos: NDArray[np.int64], share: float = 1.0) -> Batch:
+    def _batch(self, captions: NDArray[np.int64], views: NDArray[np.int64], share: float = 1.0) -> Batch:
         captions = captions[np.argsort(-self._lengths[captions], kind="stable")]
         read = self._lengths[captions] + 1  # words of each
         steps = np.arange(read[0])[:, None]  # (T, 1)
         there = steps < read  # (T, B)
         places = (self._starts[captions] + steps)[there]  # (M,)
-        seen, rows = photos[captions], np.arange(len(captions))
+        seen, rows = views[self._photos[captions]], np.arange(len(captions))
         if self.order == "photos":
             seen, rows = np.unique(seen, return_inverse=True)
         if self._held is not None:

@@ -304,8 +304,7 @@ class Features:
 
     def gather(self, positions: NDArray[np.int64]) -> NDArray[np.float16]:
         """The features of some photos: (B, P, F)."""
-        plain = positions < len(self)
-        if self._mirrored is None or plain.all():
+        if self._mirrored is None or (plain := positions < len(self)).all():
             found: NDArray[np.float16] = self._records[self._rows[positions]]
             _release(self._mapping)
             return found

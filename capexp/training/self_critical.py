@@ -170,6 +170,7 @@ def _train_epoch(
     start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
     is_begun = progress.steps > 0 and ranks.is_first
     nats, targets, total, captions = progress.sums if is_begun else (0.0, 0.0, 0.0, 0.0)
+    views = features.seen_in(seed, number)
     with torch.random.fork_rng():
         shares = photo_batches(features, settings.photos, seed, number, ranks.rank, ranks.count, progress.steps)
         for step, (photos, held, is_own) in enumerate(shares, start=progress.steps + 1):
@@ -187,7 +188,7 @@ def _train_epoch(
                 decoder.train()
                 chosen = log_probabilities(decoder, seen, drawn, vocabulary)  # (M,)
                 loss = policy_loss(chosen, drawn, advantages(rewards, settings.samples))
-                said = batches.of_photos(photos, seed, number).to(device) if settings.cross_entropy else None
+                said = batches.of_photos(photos, views).to(device) if settings.cross_entropy else None
                 nats_said = _nats(decoder, said) if said is not None else loss.new_zeros(())
             own, own_said = (len(chosen), len(said.targets) if said is not None else 0) if is_own else (0, 0)
             whole, whole_said = ranks.add(own, own_said)
