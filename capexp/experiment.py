@@ -21,8 +21,9 @@ from capexp.captioning.decoding import DecodingConfig
 from capexp.captioning.ensemble import EnsembleConfig
 from capexp.data.captions import CaptionsConfig
 from capexp.data.errors import InputError
-from capexp.data.features import NETS, FeaturesConfig
+from capexp.data.features import FeaturesConfig
 from capexp.data.vocabulary import VocabularyConfig
+from capexp.data.weights import NETS
 from capexp.search.space import Choices, TuneConfig
 from capexp.tracking.score import Metric
 from capexp.training.config import TrainingConfig

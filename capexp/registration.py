@@ -12,7 +12,8 @@ from capexp import __version__
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.data.errors import InputError, Unsent
-from capexp.data.features import NETS, State, encoder_at_hand, load_encoder
+from capexp.data.features import encoder_at_hand, load_encoder
+from capexp.data.weights import NETS, State
 from capexp.experiment import Experiment
 from capexp.measurement import Measured, measure
 from capexp.members import member_name, members_of

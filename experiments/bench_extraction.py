@@ -32,9 +32,10 @@ from PIL import Image
 from torch import nn
 
 from capexp.data.cache import FeatureCache, cache_features
-from capexp.data.features import NETS, SIZE, FeaturesConfig, Precision, load_encoder
+from capexp.data.features import SIZE, FeaturesConfig, Precision, load_encoder
 from capexp.data.photos import find_photos
 from capexp.data.pixels import decode_by_processes, decode_by_threads, decoding_processes
+from capexp.data.weights import NETS
 from capexp.training.config import choose_device
 
 GFLOP: Final = 30.693  # a photo's in the convolutions to conv5_3, a multiplication and an addition being two

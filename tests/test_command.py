@@ -12,8 +12,9 @@ import yaml
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
-from capexp.data.features import NETS, EncoderIdentity
+from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
+from capexp.data.weights import NETS
 
 ROOT = Path(__file__).parents[1]
 

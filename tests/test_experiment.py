@@ -7,7 +7,7 @@ from pathlib import Path
 import pytest
 
 from capexp.data.errors import InputError
-from capexp.data.features import NETS
+from capexp.data.weights import NETS
 from capexp.experiment import FOLDER, Experiment, find, flatten, load, replace, setting_names, setting_type
 from capexp.search.space import Choices
 

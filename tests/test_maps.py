@@ -10,8 +10,9 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.errors import InputError
-from capexp.data.features import NETS, EncoderIdentity
+from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
+from capexp.data.weights import NETS
 from capexp.maps import draw_maps, refuse_blind
 
 

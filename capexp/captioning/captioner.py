@@ -17,9 +17,10 @@ from capexp.captioning.decoding import DecodingConfig, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
 from capexp.data.errors import InputError
-from capexp.data.features import NETS, Encoder, EncoderIdentity, FeaturesConfig, State, load_encoder
+from capexp.data.features import Encoder, EncoderIdentity, FeaturesConfig, load_encoder
 from capexp.data.photos import read_photo, squash
 from capexp.data.vocabulary import PAD, Vocabulary
+from capexp.data.weights import NETS, State
 
 _BATCH = 32  # photos at a time through the encoder
 _DECODED = 256  # photos at a time through the decoder

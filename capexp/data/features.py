@@ -8,10 +8,8 @@ Shapes: B batch, P grid positions, F feature.
 """
 
 import hashlib
-import io
 import json
 import os
-import zipfile
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
@@ -24,38 +22,12 @@ from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
 from capexp.data.errors import InputError
+from capexp.data.weights import NETS, Layer, State, digest_weights, hub_file, network, read_weights
 
-Layer = Literal["fc2", "conv5_3"]
 Pool = Literal["none", "max2", "mean"]
 Precision = Literal["auto", "float32", "bfloat16"]
-State = dict[str, Tensor]
 
 SIZE: Final = 224  # the side of the square that VGG16 was trained on, in pixels
-_CHANNELS = (64, 128, 256, 512, 512)  # of its convolutions, block by block
-_DENSE = 4096 * 25088  # weights of the first fully connected layer
-
-
-@dataclass(frozen=True)
-class Net:
-    """A published set of weights: its preprocessing, in units of 0..255, and its digests where known."""
-
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
-    layers: tuple[Layer, ...]
-    digests: dict[Layer, str]
-
-
-NETS = {
-    # Trained by torchvision, fully connected layers included.
-    "IMAGENET1K_V1": Net((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), ("fc2", "conv5_3"), {}),
-    # The authors' own Caffe net, which Keras ships too; torchvision has its convolutions only.
-    "IMAGENET1K_FEATURES": Net(
-        (123.68, 116.779, 103.939),
-        (1.0, 1.0, 1.0),
-        ("conv5_3",),
-        {"conv5_3": "34bcef3d5876c0930c1bd23665d7ba092cd50e92cf9a11d75605bbfeb618ff8f"},
-    ),
-}
 
 
 class FeaturesConfig(BaseModel):
@@ -137,7 +109,7 @@ class Encoder(nn.Module):
     def __init__(self, identity: EncoderIdentity, state: State) -> None:
         super().__init__()
         self.identity = identity
-        self.convolutions, self.dense = _network(identity.layer)
+        self.convolutions, self.dense = network(identity.layer)
         self.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
         self.requires_grad_(False).eval()
         # Buffers, so that the numbers travel with the network; not in the state, they are in the identity.
@@ -225,7 +197,7 @@ def identify(config: FeaturesConfig) -> EncoderIdentity:
     known = net.digests.get(config.layer) if net is not None else None
     if known is not None:
         return _identity(config, known)
-    return _identity(config, _digest(_read_weights(config)))
+    return _identity(config, digest_weights(read_weights(config.weights, config.layer)))
 
 
 def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
@@ -234,21 +206,21 @@ def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
     Raises:
         InputError: weights that are missing, cut short, not VGG16's, or cannot be fetched.
     """
-    state = _read_weights(config)
-    identity = _identity(config, _digest(state))
+    state = read_weights(config.weights, config.layer)
+    identity = _identity(config, digest_weights(state))
     net = NETS.get(config.weights)
     known = net.digests.get(config.layer) if net is not None else None
     if known is not None and known != identity.weights_digest:
         raise InputError(
             f"features.weights = '{config.weights}': digest {identity.weights_digest[:12]}, expected {known[:12]}; "
-            f"delete {_hub_file(config.weights)} to fetch it again, or give the path of a weights file"
+            f"delete {hub_file(config.weights)} to fetch it again, or give the path of a weights file"
         )
     return Encoder(identity.mirrored() if mirrored else identity, state)
 
 
 def encoder_at_hand(config: FeaturesConfig) -> bool:
     """Whether the encoder can be loaded without fetching anything."""
-    return config.weights not in NETS or _hub_file(config.weights).is_file()
+    return config.weights not in NETS or hub_file(config.weights).is_file()
 
 
 def _shape(layer: Layer, pool: Pool) -> tuple[int, int]:
@@ -261,132 +233,6 @@ def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:
     net = NETS.get(config.weights, NETS["IMAGENET1K_FEATURES"])
     name = config.weights if config.weights in NETS else Path(config.weights).name
     return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name)
-
-
-def _digest(state: State) -> str:
-    """SHA-256 over the layers used, in float16, so that one net from two files is one encoder."""
-    digest = hashlib.sha256()
-    for name, value in sorted(state.items()):
-        digest.update(f"{name} {tuple(value.shape)}\n".encode())
-        digest.update(np.ascontiguousarray(value.half().numpy()).data)
-    return digest.hexdigest()
-
-
-def _network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
-    """VGG16's parts up to a layer, without memory for their weights yet; its layers have torchvision's numbers.
-
-    Torchvision itself would be a second and a half in being imported.
-    """
-    with torch.device("meta"):
-        layers: list[nn.Module] = []
-        before = 3
-        for block, channels in enumerate(_CHANNELS):
-            for _ in range(2 if block < 2 else 3):
-                layers += [nn.Conv2d(before, channels, 3, padding=1), nn.ReLU(inplace=True)]
-                before = channels
-            layers.append(nn.MaxPool2d(2))
-        if layer == "conv5_3":
-            return nn.Sequential(*layers[:-1]), nn.Sequential()
-        dense = (nn.Linear(512 * 7 * 7, 4096), nn.ReLU(inplace=True), nn.Dropout(), nn.Linear(4096, 4096), nn.ReLU())
-        return nn.Sequential(*layers), nn.Sequential(*dense)
-
-
-def _read_weights(config: FeaturesConfig) -> State:
-    """The weights of the layers used, rounded to float16, under the encoder's own names."""
-    path = Path(config.weights)
-    if config.weights in NETS:
-        path = _fetch(config.weights)
-    elif not path.is_file():
-        raise InputError(
-            f"features.weights = '{config.weights}': no such file, and not one of {', '.join(NETS)}; "
-            "give one of these names or the path of a weights file"
-        )
-    state = _load_state(path)
-    expected = {
-        f"{part}.{name}": value.shape
-        for part, net in zip(("convolutions", "dense"), _network(config.layer), strict=True)
-        for name, value in net.state_dict().items()
-    }
-    named: State = {}
-    for name, value in state.items():
-        ours = name.replace("features.", "convolutions.", 1).replace("classifier.", "dense.", 1)
-        if ours in expected:
-            named[ours] = value
-    wrong = [name for name, shape in expected.items() if name not in named or named[name].shape != shape]
-    if wrong:
-        raise InputError(f"{path}: not VGG16's weights ({wrong[0]} is missing or has another shape)")
-    named = {name: value.half() for name, value in named.items()}  # of known shapes: a stranger's may claim any
-    dense = state.get("classifier.0.weight")
-    is_whole = dense is not None and dense.numel() <= _DENSE and bool(dense.isfinite().all())
-    if config.weights not in NETS and is_whole:
-        raise InputError(
-            f"{path}: holds fully connected layers, so it is torchvision's own net, whose preprocessing differs; "
-            f"put it at {_hub_file('IMAGENET1K_V1')} and set features.weights = IMAGENET1K_V1"
-        )
-    unfit = [name for name, value in named.items() if not bool(value.isfinite().all())]
-    if unfit:
-        raise InputError(f"{path}: {unfit[0]} holds values that are not finite; get the file again")
-    return named
-
-
-class _Bounded(io.BufferedReader):
-    """A file that takes no memory for more bytes than it has, whatever number its content makes a reader ask for."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """At most so many bytes."""
-        left = os.fstat(self.fileno()).st_size - self.tell()
-        return super().read(left if size is None or size < 0 else min(size, left))
-
-
-def _load_state(path: Path) -> State:
-    try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > path.stat().st_size:  # torch packs nothing
-                raise InputError(f"{path}: an archive that would swell to {claimed:,} bytes; get the weights again")
-        with path.open("rb", buffering=0) as file, _Bounded(file) as bounded:
-            state = torch.load(bounded, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by kind of damage
-        kind = type(error).__name__
-        raise InputError(
-            f"{path}: damaged, or holds more than tensors, which is not loaded ({kind}); get the weights again"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{path}: holds no table of tensors; give a state_dict of VGG16")
-    return state
-
-
-def _hub_file(name: str) -> Path:
-    """Where torchvision keeps the weights of that name."""
-    from torchvision.models import VGG16_Weights
-
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights[name].url).name
-
-
-def _fetch(name: str) -> Path:
-    from torchvision.models import VGG16_Weights
-
-    path = _hub_file(name)
-    if path.is_file():
-        return path
-    if os.environ.get("CAPEXP_OFFLINE"):
-        raise InputError(f"features.weights = '{name}': not in {path.parent}, and CAPEXP_OFFLINE forbids fetching")
-    path.parent.mkdir(parents=True, exist_ok=True)
-    try:
-        torch.hub.download_url_to_file(
-            VGG16_Weights[name].url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=True
-        )
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash a RuntimeError
-        raise InputError(
-            f"features.weights = '{name}': cannot be fetched ({error}); with a copy of the file, "
-            f"put it at {path} or give its path with --features.weights"
-        ) from None
-    return path
 
 
 def use_bfloat16(device: torch.device, precision: Precision) -> bool:

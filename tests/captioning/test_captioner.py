@@ -17,8 +17,9 @@ from capexp.captioning.captioner import Caption, Captioner
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.errors import InputError
-from capexp.data.features import NETS, EncoderIdentity, FeaturesConfig, load_encoder
+from capexp.data.features import EncoderIdentity, FeaturesConfig, load_encoder
 from capexp.data.vocabulary import Vocabulary
+from capexp.data.weights import NETS
 
 DIGEST = NETS["IMAGENET1K_FEATURES"].digests["conv5_3"]
 WORDS = Vocabulary(("a", "dog", "runs", "café", "日本"), "standard", "token")

@@ -19,7 +19,6 @@ from torch import Tensor, nn
 
 from capexp.data.errors import InputError
 from capexp.data.features import (
-    NETS,
     EncoderIdentity,
     FeaturesConfig,
     Pool,
@@ -28,6 +27,7 @@ from capexp.data.features import (
     identify,
     load_encoder,
 )
+from capexp.data.weights import NETS
 
 OXFORD_MEAN = (123.68, 116.779, 103.939)
 CPU = torch.device("cpu")
