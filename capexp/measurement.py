@@ -79,7 +79,7 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
     if identity.key() != captioner.encoder_identity.key():
         raise InputError(
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
-            f"of {identity}; name the experiment it was trained with, or set features.layer, pool and weights"
+            f"of {identity}; name the experiment it was trained with, or set features.layer, pool, size and weights"
         )
     data = read_splits(experiment.captions, (split,))[split]
     features = read_features(experiment, [data], identity)[split]
@@ -145,7 +145,7 @@ class Comparison:
 def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:
     """Two captioners on the same split of an experiment's data, each as it decodes, with a paired bootstrap.
 
-    Each gets the features of its own layer and pool.
+    Each gets the features of its own layer, pool and size.
 
     Raises:
         InputError: a captioner's encoder has other weights than the experiment's features.
@@ -154,7 +154,8 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     said = []
     for captioner in captioners:
         encoder = captioner.encoder_identity
-        own = replace(experiment, {"features.layer": encoder.layer, "features.pool": encoder.pool})
+        taken = {"features.layer": encoder.layer, "features.pool": encoder.pool, "features.size": encoder.size}
+        own = replace(experiment, taken)
         identity = identify(own.features)
         if identity.key() != encoder.key():
             raise InputError(f"a captioner takes features of {encoder}, not of {identity}; set features.weights")

@@ -8,7 +8,7 @@ from capexp.experiment import Experiment
 
 _SHARED = (
     *("vocabulary.cleaning", "vocabulary.minimum_count", "vocabulary.unknown"),
-    *("features.layer", "features.pool", "features.mirror"),
+    *("features.layer", "features.pool", "features.size", "features.mirror"),
 )
 _PLACES = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
 

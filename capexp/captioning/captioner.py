@@ -249,4 +249,4 @@ class Captioner:
                 f"the bundle holds no encoder, and its features came from a file named {name!r}; "
                 "give that file with --features.weights"
             )
-        return FeaturesConfig(layer=identity.layer, pool=identity.pool, weights=name)
+        return FeaturesConfig(layer=identity.layer, pool=identity.pool, size=identity.size, weights=name)

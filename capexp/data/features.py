@@ -1,8 +1,8 @@
 """VGG16 without its output layer: photos to features.
 
 The network is torchvision's, layer for layer, with ImageNet weights (Simonyan and Zisserman, 2014). Two layers are
-offered: ``fc2``, the 4096 values after the last hidden layer (the tutorial's choice), and ``conv5_3``, a 14x14 grid of
-512 values before the last pooling, whole or pooled.
+offered: ``fc2``, the 4096 values after the last hidden layer (the tutorial's choice), and ``conv5_3``, a grid of 512
+values before the last pooling, whole or pooled: 14x14 for photos squashed to 224 pixels, larger for larger ones.
 
 Shapes: B batch, P grid positions, F feature.
 """
@@ -13,7 +13,7 @@ import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Annotated, Final, Literal
 
 import numpy as np
 import torch
@@ -24,10 +24,12 @@ from torch import Tensor, nn
 from capexp.data.errors import InputError
 from capexp.data.weights import NETS, Layer, State, digest_weights, hub_file, network, read_weights
 
-Pool = Literal["none", "max2", "mean"]
+Pool = Literal["none", "max2", "max3", "mean"]
 Precision = Literal["auto", "float32", "bfloat16"]
 
 SIZE: Final = 224  # the side of the square that VGG16 was trained on, in pixels
+_CELL = 16  # pixels a position of conv5_3's grid
+Size = Annotated[int, Field(ge=6 * _CELL, le=64 * _CELL, multiple_of=_CELL)]
 
 
 class FeaturesConfig(BaseModel):
@@ -37,6 +39,7 @@ class FeaturesConfig(BaseModel):
 
     layer: Layer = "fc2"
     pool: Pool = "none"
+    size: Size = SIZE  # pixels, of the square that a photo is squashed to
     weights: str = "IMAGENET1K_V1"
     cache: Path = Field(default_factory=lambda: _cache_home() / "features")
     precision: Precision = "auto"
@@ -46,7 +49,7 @@ class FeaturesConfig(BaseModel):
     @property
     def shape(self) -> tuple[int, int]:
         """(P, F): grid positions and features at each."""
-        return _shape(self.layer, self.pool)
+        return _shape(self.layer, self.pool, self.size)
 
     @model_validator(mode="after")
     def _layer_fits(self) -> "FeaturesConfig":
@@ -56,8 +59,7 @@ class FeaturesConfig(BaseModel):
                 f"features.layer = '{self.layer}' needs the fully connected layers, which "
                 f"features.weights = '{self.weights}' does not hold; use IMAGENET1K_V1, or layer conv5_3"
             )
-        if self.layer == "fc2" and self.pool != "none":
-            raise ValueError(f"features.pool = '{self.pool}': fc2 has no grid to pool; use 'none', or layer conv5_3")
+        _refuse_misfit(self.layer, self.pool, self.size)
         return self
 
 
@@ -71,13 +73,17 @@ class EncoderIdentity:
     std: tuple[float, float, float]
     weights_digest: str
     weights: str
-    size: Literal[224] = SIZE
+    size: Size = SIZE
     transform: Literal["squash-bilinear-antialias", "squash-bilinear-antialias-mirror"] = "squash-bilinear-antialias"
+
+    def __post_init__(self) -> None:
+        """Raises ValueError where no photo of that size has features of that layer and pool."""
+        _refuse_misfit(self.layer, self.pool, self.size)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, F): grid positions and features at each."""
-        return _shape(self.layer, self.pool)
+        return _shape(self.layer, self.pool, self.size)
 
     @property
     def is_mirrored(self) -> bool:
@@ -96,7 +102,8 @@ class EncoderIdentity:
 
     def __str__(self) -> str:
         mirrored = ", mirrored" if self.is_mirrored else ""
-        return f"VGG16 {self.layer}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
+        size = "" if self.size == SIZE else f" at {self.size} pixels"
+        return f"VGG16 {self.layer}{size}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
 
 
 # Photos at a time through the convolutions on a CPU: a layer's output of more is memory that is mapped anew each time.
@@ -130,12 +137,12 @@ class Encoder(nn.Module):
     def forward(self, photos: Tensor) -> Tensor:
         """Features of photos ``(B, size, size, 3)`` in 0..255, as float16 ``(B, P, F)``."""
         parts = torch.split(photos, _AT_ONCE) if self.device.type == "cpu" else [photos]
-        x = torch.cat([self._convolved(part) for part in parts])  # (B, 512, 14, 14), or (B, 512, 7, 7) for fc2
+        x = torch.cat([self._convolved(part) for part in parts])  # (B, 512, side, side); 7 for fc2
         if self.identity.layer == "fc2":
             dense: Tensor = self.dense(x.contiguous().flatten(1))  # (B, 4096)
             return dense.unsqueeze(1).half()
-        if self.identity.pool == "max2":
-            x = nn.functional.max_pool2d(x, 2)  # (B, 512, 7, 7)
+        if _across(self.identity.pool) > 1:
+            x = nn.functional.max_pool2d(x, _across(self.identity.pool))
         grid = x.flatten(2).transpose(1, 2)  # (B, P, 512)
         if self.identity.pool == "mean":
             grid = grid.float().mean(1, keepdim=True)
@@ -223,16 +230,34 @@ def encoder_at_hand(config: FeaturesConfig) -> bool:
     return config.weights not in NETS or hub_file(config.weights).is_file()
 
 
-def _shape(layer: Layer, pool: Pool) -> tuple[int, int]:
+def _shape(layer: Layer, pool: Pool, size: int) -> tuple[int, int]:
     if layer == "fc2":
         return 1, 4096
-    return {"none": 14 * 14, "max2": 7 * 7, "mean": 1}[pool], 512
+    return (1 if pool == "mean" else (size // _CELL // _across(pool)) ** 2), 512
+
+
+def _refuse_misfit(layer: Layer, pool: Pool, size: int) -> None:
+    if layer == "fc2" and size != SIZE:
+        raise ValueError(f"features.size = {size}: fc2 takes photos of {SIZE} pixels alone; use layer conv5_3")
+    if layer == "fc2" and pool != "none":
+        raise ValueError(f"features.pool = '{pool}': fc2 has no grid to pool; use 'none', or layer conv5_3")
+    least = _CELL * _across(pool)
+    if size % least:
+        raise ValueError(
+            f"features.pool = '{pool}': would leave out the edge of a photo of features.size = {size} pixels; "
+            f"give a size that {least} divides"
+        )
+
+
+def _across(pool: Pool) -> int:
+    """Of how many positions, to either side, the largest value is taken."""
+    return {"none": 1, "max2": 2, "max3": 3, "mean": 1}[pool]
 
 
 def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:
     net = NETS.get(config.weights, NETS["IMAGENET1K_FEATURES"])
     name = config.weights if config.weights in NETS else Path(config.weights).name
-    return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name)
+    return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name, config.size)
 
 
 def use_bfloat16(device: torch.device, precision: Precision) -> bool:

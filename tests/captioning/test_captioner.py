@@ -1,6 +1,7 @@
 """The bundle: whole, checked, and the same captions again."""
 
 import base64
+import hashlib
 import io
 import json
 import shutil
@@ -17,7 +18,8 @@ from capexp.captioning.captioner import Caption, Captioner
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.errors import InputError
-from capexp.data.features import EncoderIdentity, FeaturesConfig, load_encoder
+from capexp.data.features import EncoderIdentity, FeaturesConfig, identify, load_encoder
+from capexp.data.photos import read_photo, squash
 from capexp.data.vocabulary import Vocabulary
 from capexp.data.weights import NETS
 
@@ -149,6 +151,25 @@ def test_another_format_version_is_named(bundle: Path) -> None:
         Captioner.load(bundle)
 
 
+@pytest.mark.parametrize(
+    ("changed", "told"),
+    [
+        ({"size": 10**6}, "encoder.size: .* 1024"),
+        ({"size": 100}, "encoder.size: .* 16"),
+        ({"layer": "fc2", "pool": "none", "size": 336}, "fc2 takes photos of 224"),
+        ({"pool": "max3"}, "48 divides"),
+    ],
+)
+def test_photos_of_a_size_that_does_not_fit_are_refused(bundle: Path, changed: dict[str, object], told: str) -> None:
+    settings, manifest = (json.loads((bundle / name).read_text()) for name in ("captioner.json", "manifest.json"))
+    settings["encoder"] |= changed
+    (bundle / "captioner.json").write_text(json.dumps(settings))
+    manifest["sha256"]["captioner.json"] = hashlib.sha256((bundle / "captioner.json").read_bytes()).hexdigest()
+    (bundle / "manifest.json").write_text(json.dumps(manifest))
+    with pytest.raises(InputError, match=rf"captioner\.json: .*{told}"):
+        Captioner.load(bundle)
+
+
 def test_another_captioners_vocabulary_does_not_fit(bundle: Path, tmp_path: Path) -> None:
     other = fresh()
     other.vocabulary = Vocabulary(("cat",), "standard", "token")
@@ -182,6 +203,17 @@ def test_photos_get_captions_and_bad_ones_their_error(vgg16: Path, scenes: Path)
     photos = sorted((scenes / "Scenes_Dataset").iterdir())[:2]
     results = captioner.caption_photos([photos[0], b"no picture", photos[1].read_bytes()])
     assert [type(result) for result in results] == [Caption, InputError, Caption]
+
+
+def test_photos_are_squashed_to_the_captioners_own_size(vgg16: Path, scenes: Path) -> None:
+    config = FeaturesConfig(layer="conv5_3", pool="max3", size=336, weights=str(vgg16))
+    small = ModelConfig(decoder="attention", embedding_size=8, lstm_units=8)
+    captioner = Captioner.fresh(small, WORDS, identify(config), DecodingConfig(maximum_length=6), 1)
+    photo = min((scenes / "Scenes_Dataset").iterdir())
+    captioner.use_encoder(str(vgg16))
+    encoder = load_encoder(config).prepare(torch.device("cpu"), "auto")
+    features = encoder.encode([squash(read_photo(photo), 336)])
+    assert captioner.caption_photos([photo]) == captioner.caption_features(features)
 
 
 def test_weights_of_another_net_are_refused(vgg16: Path) -> None:

@@ -34,44 +34,54 @@ CPU = torch.device("cpu")
 
 
 @cache
-def two_photos(folder: Path) -> list[NDArray[np.uint8]]:
-    """Two of the embedded photos as VGG16 takes them, (224, 224, 3)."""
-    paths = sorted(folder.glob("*/*.jpg"))[:2]
-    return [np.asarray(Image.open(path).convert("RGB").resize((224, 224), Image.Resampling.BILINEAR)) for path in paths]
+def two_photos(folder: Path, size: int = 224) -> list[NDArray[np.uint8]]:
+    """Two of the embedded photos as VGG16 takes them, (size, size, 3)."""
+    images = [Image.open(path).convert("RGB") for path in sorted(folder.glob("*/*.jpg"))[:2]]
+    return [np.asarray(image.resize((size, size), Image.Resampling.BILINEAR)) for image in images]
 
 
 @cache
-def plain_grid(weights: Path, folder: Path) -> Tensor:
-    """conv5_3 after ReLU of the two photos, (2, 512, 14, 14), by torchvision's layers alone, in float32."""
+def plain_grid(weights: Path, folder: Path, size: int = 224) -> Tensor:
+    """conv5_3 after ReLU of the two photos, (2, 512, side, side), by torchvision's layers alone, in float32."""
     vgg = torchvision.models.vgg
     net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"])
     state = torch.load(weights, weights_only=True)
     net.load_state_dict({name.removeprefix("features."): value.float() for name, value in state.items()})
-    photos = torch.from_numpy(np.stack(two_photos(folder))).float()  # (2, 224, 224, 3)
+    photos = torch.from_numpy(np.stack(two_photos(folder, size))).float()  # (2, size, size, 3)
     with torch.inference_mode():
         grid: Tensor = net[:30]((photos - torch.tensor(OXFORD_MEAN)).permute(0, 3, 1, 2))
     return grid
 
 
 def pooled(grid: Tensor, pool: Pool) -> Tensor:
-    """A grid (B, 512, 14, 14) as features (B, P, 512), the long way round."""
-    cells = grid.permute(0, 2, 3, 1)  # (B, 14, 14, 512)
-    if pool == "max2":
-        cells = cells.reshape(-1, 7, 2, 7, 2, 512).amax((2, 4))
+    """A grid (B, 512, side, side) as features (B, P, 512), the long way round."""
+    cells = grid.permute(0, 2, 3, 1)  # (B, side, side, 512)
+    if pool in ("max2", "max3"):
+        across = int(pool[-1])
+        left = cells.shape[1] // across
+        cells = cells.reshape(-1, left, across, left, across, 512).amax((2, 4))
     flat = cells.reshape(len(grid), -1, 512)
     return flat.mean(1, keepdim=True) if pool == "mean" else flat
 
 
-def encoded(weights: str, pool: Pool, precision: Precision, photos: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
-    config = FeaturesConfig(layer="conv5_3", pool=pool, weights=weights)
+def encoded(
+    weights: str, pool: Pool, precision: Precision, photos: list[NDArray[np.uint8]], size: int = 224
+) -> NDArray[np.float16]:
+    config = FeaturesConfig(layer="conv5_3", pool=pool, size=size, weights=weights)
     return load_encoder(config).prepare(CPU, precision).encode(photos)
 
 
-@pytest.mark.parametrize(("pool", "positions"), [("mean", 1), ("max2", 49), ("none", 196)])
-def test_features_equal_a_plain_torchvision_forward(vgg16: Path, scenes: Path, pool: Pool, positions: int) -> None:
-    features = encoded(str(vgg16), pool, "float32", two_photos(scenes))
+@pytest.mark.parametrize(
+    ("pool", "size", "positions"),
+    [("mean", 224, 1), ("max2", 224, 49), ("none", 224, 196), ("max3", 336, 49), ("mean", 336, 1), ("none", 96, 36)],
+)
+def test_features_equal_a_plain_torchvision_forward(
+    vgg16: Path, scenes: Path, pool: Pool, size: int, positions: int
+) -> None:
+    features = encoded(str(vgg16), pool, "float32", two_photos(scenes, size), size)
     assert features.dtype == np.float16 and features.shape == (2, positions, 512)
-    expected = pooled(plain_grid(vgg16, scenes), pool)
+    assert FeaturesConfig(layer="conv5_3", pool=pool, size=size).shape == (positions, 512)
+    expected = pooled(plain_grid(vgg16, scenes, size), pool)
     # float16 rounds by up to 2^-11; the rest allows for sums in another order.
     torch.testing.assert_close(torch.from_numpy(features).float(), expected, rtol=2**-10, atol=2e-3)
     assert float(expected.max()) > 10
@@ -113,15 +123,16 @@ def test_float32_file_of_the_same_net_is_the_same_encoder(vgg16: Path, tmp_path:
 def test_key_depends_on_all_that_decides_features_and_not_on_where_the_weights_lie() -> None:
     made = EncoderIdentity("conv5_3", "mean", OXFORD_MEAN, (1.0, 1.0, 1.0), "0" * 64, "a.pth")
     others = (
-        replace(made, layer="fc2"),
+        replace(made, layer="fc2", pool="none"),
         replace(made, pool="max2"),
         replace(made, mean=(0.0, 0.0, 0.0)),
         replace(made, std=(2.0, 1.0, 1.0)),
         replace(made, weights_digest="1" * 64),
+        replace(made, size=336),
         made.mirrored(),
     )
     assert made.key() == replace(made, weights="b.pth").key()
-    assert len({made.key(), *(other.key() for other in others)}) == 7
+    assert len({made.key(), *(other.key() for other in others)}) == 8
 
 
 def refusal(weights: str | Path) -> str:
