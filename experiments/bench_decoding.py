@@ -48,6 +48,10 @@ class Timed(State):
         """The state of some of the captions."""
         return Timed(self.state.select(rows), self.words[rows], self.said)
 
+    def repeat(self, times: int) -> "Timed":
+        """The state of as many captions in place of each."""
+        return Timed(self.state.repeat(times), self.words.repeat_interleave(times), self.said)
+
 
 class EndsLikePeople(RecurrentDecoder):
     """An untrained decoder that ends its captions after as many words as people's have, by a number a photo."""

@@ -35,6 +35,7 @@ from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.training.config import TrainingConfig
 from capexp.training.epoch import train_epoch
+from capexp.training.steps import PackedSteps
 
 IDENTITY = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
 WORDS, LENGTH, UNITS, BATCH = 500, 9, 32, 256
@@ -99,7 +100,7 @@ def work(folder: str, photos: int, steps: int) -> None:
     small = ModelConfig(embedding_size=UNITS, lstm_units=UNITS)
     decoder = Captioner.fresh(small, vocabulary, IDENTITY, DecodingConfig(), seed=1).decoder
     assert isinstance(decoder, RecurrentDecoder)
-    optimizer = torch.optim.AdamW(decoder.parameters(), lr=1e-3)
+    taken = PackedSteps(decoder, batches, config, device)
     before, seen, ended = resident(), [], threading.Event()
 
     def look() -> None:
@@ -108,7 +109,7 @@ def work(folder: str, photos: int, steps: int) -> None:
 
     watch = threading.Thread(target=look)
     watch.start()
-    train_epoch(decoder, decoder, optimizer, batches, config, 1, 1, device)
+    train_epoch(taken, decoder, 1, 1)
     ended.set()
     watch.join()
     most = {name: max(one[name] for one in seen) for name in before}

@@ -36,6 +36,7 @@ from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
 from capexp.training.config import TrainingConfig, choose_device
 from capexp.training.epoch import train_epoch
+from capexp.training.steps import PackedSteps, steps_of
 
 ENTRIES, FEATURES, UNITS, LONGEST = 7579, 4096, 256, 34  # of the tutorial, on Flickr8k
 CAPTIONS, MEAN_LENGTH, BATCH = 5, 9.2, 64  # of a photo; words of a caption; captions of a batch
@@ -75,17 +76,19 @@ class Task:
         identity = EncoderIdentity("fc2", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
         return Captioner.fresh(ModelConfig(), self.vocabulary, identity, DecodingConfig(), seed=1)
 
-    def ours(self, precision: Precision) -> Callable[[], float]:
-        """An epoch of the project's own loop."""
+    def ours(self, precision: Precision, captured: bool = True) -> Callable[[], float]:
+        """An epoch of the project's own loop, on a GPU from captured steps or one operation after another."""
         config = TrainingConfig(precision=precision)
         decoder = self.captioner().decoder.to(self.device)
         assert isinstance(decoder, RecurrentDecoder)
-        learnt = [value for value in decoder.parameters() if value.requires_grad]
-        optimizer = torch.optim.AdamW(learnt, lr=1e-3, eps=1e-7, weight_decay=0.0, fused=True)
+        if captured:
+            steps = steps_of(decoder, self.batches, config, self.device)
+        else:
+            steps = PackedSteps(decoder, self.batches, config, self.device)
 
         def epoch() -> float:
             self._epoch += 1
-            return train_epoch(decoder, decoder, optimizer, self.batches, config, 1, self._epoch, self.device).targets
+            return train_epoch(steps, decoder, 1, self._epoch).targets
 
         return epoch
 
@@ -142,13 +145,13 @@ class Task:
 
     def floor(self, precision: Precision) -> Callable[[], float]:
         """As many targets as one large product's worth of arithmetic."""
-        size = 2048
+        size = 2048 if self.device.type == "cpu" else 8192
         a = torch.randn(size, size, device=self.device).to(DTYPES[precision])
         b = torch.randn(size, size, device=self.device).to(DTYPES[precision])
         targets = (
             2 * size**3 / multiplications(len(self.vocabulary), self.batches.targets / (len(self.texts) * CAPTIONS))
         )
-        times = 10 if self.device.type == "cpu" else 1000
+        times = 10 if self.device.type == "cpu" else 50
 
         def products() -> float:
             for _ in range(times):
@@ -240,6 +243,9 @@ def main() -> None:
         for precision in DTYPES
         for other in ("tutorial's method", "plain", f"floor, {precision}")
     ]
+    if device.type == "cuda":
+        contestants["ours, bfloat16, not captured"] = task.ours("bfloat16", captured=False)
+        pairs.append(("ours, bfloat16", "ours, bfloat16, not captured"))
     record.race(contestants, pairs, arguments.rounds)
     if arguments.growth:
         _growth(record, arguments.photos, arguments.rounds)

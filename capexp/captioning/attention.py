@@ -47,6 +47,13 @@ class Grid:
         rank[order] = torch.arange(len(photos), device=photos.device) - first[photos[order]]
         return replace(self, photos=photos, places=photos * most + rank, most=most)
 
+    def repeat(self, times: int) -> "Grid":
+        """For as many captions in place of each."""
+        places = self.places.unsqueeze(1) * times + torch.arange(times, device=self.places.device)
+        return replace(
+            self, photos=self.photos.repeat_interleave(times), places=places.flatten(), most=self.most * times
+        )
+
     def look(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """What captions see ``(B', H)`` by their queries ``(B', A)``, and how they spread their attention ``(B', P)``.
 
@@ -59,7 +66,7 @@ class Grid:
         scores = slots.view(photos, self.most, size) @ self.keys.transpose(1, 2) / math.sqrt(size)  # (N, K, P)
         weights = scores.softmax(-1)
         seen = weights.to(self.values.dtype) @ self.values  # (N, K, H)
-        return seen.flatten(0, 1)[places], weights.view(-1, positions)[places]
+        return seen.flatten(0, 1).index_select(0, places), weights.view(-1, positions)[places]
 
 
 @dataclass(frozen=True)
@@ -78,6 +85,12 @@ class AttentionState(State):
         return AttentionState(
             self.grid.select(rows), self.gates, (h1[rows], h2[rows]), (c1[rows], c2[rows]), self.weights[rows]
         )
+
+    def repeat(self, times: int) -> "AttentionState":
+        """The state of as many captions in place of each."""
+        each = (*self.hidden, *self.cells, self.weights)
+        h1, h2, c1, c2, weights = (value.repeat_interleave(times, 0) for value in each)
+        return AttentionState(self.grid.repeat(times), self.gates, (h1, h2), (c1, c2), weights)
 
 
 class AttentionDecoder(RecurrentDecoder):
@@ -138,7 +151,7 @@ class AttentionDecoder(RecurrentDecoder):
         """Reads packed words ``(M,)``: the outputs before the vocabulary layer, ``(M, H)``."""
         assert isinstance(state, AttentionState)
         captions = state.grid.photos
-        known = state.gates[torch.cat([captions[:count] for count in counts])]
+        known = state.gates.index_select(0, torch.cat([captions[:count] for count in counts]))
         known = known + self.word_gates(self.dropout(self.embedding(words)))  # (M, 4H)
         (h1, h2), (c1, c2), weights = state.hidden, state.cells, state.weights
         layers = (self.attention_gates, self.language_gates, self.queries)

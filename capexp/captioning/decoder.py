@@ -45,6 +45,10 @@ class State(ABC):
     def select(self, rows: Tensor) -> Self:
         """The state of some of the captions, each as often as ``rows`` ``(B',)`` names it."""
 
+    @abstractmethod
+    def repeat(self, times: int) -> Self:
+        """The state of as many captions in place of each, one behind the other; a GPU is not waited for."""
+
 
 class Decoder(nn.Module, ABC):
     """A decoder: what decoding, scoring and training need of it."""

@@ -72,6 +72,10 @@ class EnsembleState(State):
         """The state of some of the captions."""
         return EnsembleState(tuple(state.select(rows) for state in self.members))
 
+    def repeat(self, times: int) -> "EnsembleState":
+        """The state of as many captions in place of each."""
+        return EnsembleState(tuple(state.repeat(times) for state in self.members))
+
 
 class Ensemble(Decoder):
     """Decoders over the same words and features, which read the same captions.

@@ -22,6 +22,10 @@ def read(
 
     Gives the outputs ``(M, H)``, and hidden and cell where each caption ended. ``lstm`` has one layer, one direction.
     """
+    if embedded.device.type != "cpu" and counts[0] == counts[-1]:
+        stepwise = embedded.view(len(counts), counts[0], -1)
+        outputs, (hidden, cell) = lstm(stepwise, (hidden.unsqueeze(0), cell.unsqueeze(0)))
+        return outputs.flatten(0, 1), hidden[0], cell[0]
     if embedded.device.type != "cpu":
         packed = PackedSequence(embedded, torch.tensor(counts))
         outputs, (hidden, cell) = lstm(packed, (hidden.unsqueeze(0), cell.unsqueeze(0)))

@@ -29,6 +29,10 @@ class MergeState(State):
         """The state of some of the captions."""
         return MergeState(self.photo[rows], self.hidden[rows], self.cell[rows])
 
+    def repeat(self, times: int) -> "MergeState":
+        """The state of as many captions in place of each."""
+        return MergeState(*(value.repeat_interleave(times, 0) for value in (self.photo, self.hidden, self.cell)))
+
 
 class MergeDecoder(RecurrentDecoder):
     """The merge model (Tanti, Gatt and Camilleri, 2018), with the layers of the Flickr8k tutorial.

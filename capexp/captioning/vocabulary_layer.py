@@ -3,15 +3,16 @@
 Shapes: M outputs, H hidden, V vocabulary, C outputs at a time.
 """
 
+from collections.abc import Callable
 from typing import Any
 
 import torch
 from torch import Tensor, nn
 
 _AT_ONCE = 2**23
-"""Logits that are in memory at a time (32 MiB)."""
+"""Logits that are in memory at a time (32 MiB); eight times as many on a GPU."""
 _LINE = 16
-"""Values of a line of memory."""
+"""Values of a line of memory; and what GPUs like sizes of matrices to be a multiple of."""
 _SMALL = 40.0
 """Sums of exponentials of logits as small as this, or less what they have in common, are held by float32 alike."""
 
@@ -19,8 +20,10 @@ _SMALL = 40.0
 class VocabularyLayer(nn.Linear):
     """A dense layer over the vocabulary; called, it gives logits."""
 
-    def cross_entropy(self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0) -> tuple[Tensor, Tensor]:
-        """What targets ``(M,)`` cost after outputs ``(M, H)``, in nats, the mean over targets.
+    def cross_entropy(
+        self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0, real: Tensor | None = None
+    ) -> tuple[Tensor, Tensor]:
+        """What targets ``(M,)`` cost after outputs ``(M, H)``, in nats: the mean over them, or over the ``real`` ones.
 
         First as it is, without a gradient; then with so much of each target's probability spread over the vocabulary
         (label smoothing: Szegedy et al., CVPR 2016), to be minimised. The logits are never held all at once, each
@@ -30,8 +33,11 @@ class VocabularyLayer(nn.Linear):
         kind = outputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         learning = torch.is_grad_enabled()
+        counted = torch.ones_like(targets) if real is None else real
+        shares = counted / counted.sum()  # (M,): of each target in the mean
+        layer = self.weight, self.bias
         with torch.autocast(kind, enabled=False):
-            nats, minimised = _CrossEntropy.apply(outputs, self.weight, self.bias, targets, smoothing, dtype, learning)
+            nats, minimised = _CrossEntropy.apply(outputs, *layer, targets, shares, smoothing, dtype, learning)
         return nats, minimised
 
 
@@ -39,8 +45,7 @@ class _CrossEntropy(torch.autograd.Function):
     """Softmax and its gradient in one pass, as the gradient is needed in any case where one is at all.
 
     With p a target's probabilities and s the smoothing, the logits' gradient is p - (1 - s) onehot - s / V. Of the
-    three only p is made, not divided by its sum even: the rest are sums over the rows of the layer or of the outputs.
-    Logits stand by word, ``(V, C)``: on a CPU the product is faster that way round.
+    three only p is made: the rest are sums over the rows of the layer or of the outputs.
     """
 
     @staticmethod
@@ -50,63 +55,58 @@ class _CrossEntropy(torch.autograd.Function):
         weight: Tensor,
         bias: Tensor,
         targets: Tensor,
+        shares: Tensor,
         smoothing: float,
         dtype: torch.dtype,
         learning: bool,
     ) -> tuple[Tensor, Tensor]:
         count, words = len(outputs), len(weight)
+        on_cpu = weight.device.type == "cpu"
         layer = weight.to(dtype)  # (V, H)
-        parts = -(-count * words // _AT_ONCE)
+        if not on_cpu:
+            layer = nn.functional.pad(layer, (0, 0, 0, -words % _LINE))
+        parts = -(-count * words // (_AT_ONCE if on_cpu else 8 * _AT_ONCE))
         size = -(-count // parts // _LINE) * _LINE  # of a part, each as large as the others
         # Outputs of zero behind the last ones, whose shares are zero too: whole lines of memory are read much faster.
         read = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
-        held = weight.new_empty(words * size).view(words, size)
-        logarithms = []  # of the sums of exponentials
+        shared = nn.functional.pad(shares, (0, -count % size)).unsqueeze(1)
+        softmax = _by_word(outputs, weight, bias, layer, size) if on_cpu else _by_output(bias, layer)
+        normals = []
         of_outputs = torch.empty_like(read, dtype=torch.float32)
         of_weight, of_bias = None, torch.zeros_like(bias)
-        small = weight.device.type == "cpu" and _largest(outputs, weight, bias) < _SMALL
         for start in range(0, count, size):
-            part = read[start : start + size]  # (C, H)
-            if dtype == torch.float32:
-                values = torch.addmm(bias.unsqueeze(1), layer, part.t(), out=held)  # (V, C)
-            else:
-                values = torch.add(layer @ part.t(), bias.unsqueeze(1), out=held)
-            if small:
-                sums = values.exp_().sum(0)
-                logarithms.append(sums.log())
-            else:
-                top = values.amax(0)
-                sums = values.sub_(top).exp_().sum(0)
-                logarithms.append(top + sums.log())
+            part, share = read[start : start + size], shared[start : start + size]  # (C, H), (C, 1)
+            normal, product, sums = softmax(part)
+            normals.append(normal)
             if not learning:
                 continue
-            product = values.to(dtype)
-            shares = (1 / (sums * count)).unsqueeze(1)  # (C, 1)
-            shares[count - start :] = 0
-            of_outputs[start : start + size] = (product.t() @ layer) * shares
-            added = product @ (part * shares).to(dtype)
+            scale = share if sums is None else share / sums.unsqueeze(1)  # (C, 1)
+            rounded = product.to(dtype)
+            of_outputs[start : start + size] = (rounded.t() @ layer) * scale
+            added = rounded @ (part * scale).to(dtype)
             if of_weight is None:
-                of_weight = added.float()
+                of_weight = added[:words].float()
             else:
-                of_weight += added
-            of_bias.addmv_(values, shares[:, 0])
-        normal = torch.cat(logarithms)[:count]  # (M,)
+                of_weight += added[:words]
+            of_bias += (product @ scale[:, 0].to(product.dtype))[:words]
+        normal = torch.cat(normals)[:count]  # (M,)
         chosen = weight[targets]  # (M, H)
-        nats = (normal - (outputs * chosen).sum(1) - bias[targets]).mean()
+        nats = ((normal - (outputs * chosen).sum(1) - bias[targets]) * shares).sum()
         minimised = nats
         if smoothing:
             # The mean over the vocabulary of minus the log-probabilities.
             middle = weight.mean(0)
-            spread = (normal - outputs.float() @ middle - bias.mean()).mean()
+            spread = ((normal - outputs.float() @ middle - bias.mean()) * shares).sum()
             minimised = (1 - smoothing) * nats + smoothing * spread
         if learning:
             assert of_weight is not None
-            of_outputs = of_outputs[:count].sub_(chosen, alpha=(1 - smoothing) / count)
-            of_weight.index_add_(0, targets, outputs.float(), alpha=(smoothing - 1) / count)
-            of_bias.index_add_(0, targets, torch.full_like(normal, (smoothing - 1) / count))
+            each = shares.unsqueeze(1)  # (M, 1)
+            of_outputs = of_outputs[:count].addcmul_(chosen, each, value=smoothing - 1)
+            of_weight.index_add_(0, targets, outputs.float() * each, alpha=smoothing - 1)
+            of_bias.index_add_(0, targets, shares, alpha=smoothing - 1)
             if smoothing:
-                of_outputs -= smoothing / count * middle
-                of_weight -= smoothing / words * outputs.float().mean(0)
+                of_outputs -= smoothing * each * middle
+                of_weight -= smoothing / words * (shares @ outputs.float())
                 of_bias -= smoothing / words
             ctx.save_for_backward(of_outputs.to(outputs.dtype), of_weight, of_bias)
         ctx.mark_non_differentiable(nats)
@@ -117,7 +117,46 @@ class _CrossEntropy(torch.autograd.Function):
         of_outputs, of_weight, of_bias = ctx.saved_tensors
         if gradient.device.type != "cpu" or gradient != 1:
             of_outputs, of_weight, of_bias = of_outputs * gradient, of_weight * gradient, of_bias * gradient
-        return of_outputs, of_weight, of_bias, None, None, None, None
+        return of_outputs, of_weight, of_bias, None, None, None, None, None
+
+
+Softmax = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
+"""From outputs ``(C, H)``: the logarithms of the sums of their logits' exponentials, ``(C,)``; the probabilities
+``(V, C)``; and, where those do not sum to one, what they sum to, ``(C,)``."""
+
+
+def _by_word(outputs: Tensor, weight: Tensor, bias: Tensor, layer: Tensor, size: int) -> Softmax:
+    """On a CPU, logits stand by word: the product is faster that way round."""
+    held = weight.new_empty(len(weight) * size).view(len(weight), size)
+    small = _largest(outputs, weight, bias) < _SMALL
+
+    def softmax(part: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        if layer.dtype == torch.float32:
+            values = torch.addmm(bias.unsqueeze(1), layer, part.t(), out=held)  # (V, C)
+        else:
+            values = torch.add(layer @ part.t(), bias.unsqueeze(1), out=held)
+        if small:
+            sums = values.exp_().sum(0)
+            return sums.log(), values, sums
+        top = values.amax(0)
+        sums = values.sub_(top).exp_().sum(0)
+        return top + sums.log(), values, sums
+
+    return softmax
+
+
+def _by_output(bias: Tensor, layer: Tensor) -> Softmax:
+    """On a GPU, as the library's softmax takes them: one pass over memory reads the logits, one the probabilities."""
+    # Words of probability zero behind the last one: products of matrices of uneven width take three times as long.
+    lowest = nn.functional.pad(bias, (0, len(layer) - len(bias)), value=-torch.inf).to(layer.dtype)
+
+    def softmax(part: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        logits = torch.addmm(lowest, part, layer.t())  # (C, V)
+        logarithms = torch.log_softmax(logits, 1, dtype=torch.float32)
+        normal = logits[:, 0].float() - logarithms[:, 0]
+        return normal, torch.exp(logarithms, out=torch.empty_like(logits)).t(), None
+
+    return softmax
 
 
 def _largest(outputs: Tensor, weight: Tensor, bias: Tensor) -> float:

@@ -41,12 +41,12 @@ class Batch:
 
     def to(self, device: torch.device) -> "Batch":
         """The batch on a device."""
-        features = _moved(self.features, device).float()  # half as much to move
-        photos, words, targets = (_moved(value, device) for value in (self.photos, self.words, self.targets))
+        features = on_device(self.features, device).float()  # half as much to move
+        photos, words, targets = (on_device(value, device) for value in (self.photos, self.words, self.targets))
         return Batch(features, photos, words, targets, self.counts, self.share)
 
 
-def _moved(value: Tensor, device: torch.device) -> Tensor:
+def on_device(value: Tensor, device: torch.device) -> Tensor:
     """A tensor on a device, without waiting for it."""
     if device.type == "cuda" and value.device.type == "cpu":
         value = value.pin_memory()  # of other memory the processor would wait for the copy
@@ -82,16 +82,45 @@ class CaptionBatches:
         self._units = max(1, round(batch_size * len(units) / len(self._lengths)))  # in a batch
         self._held: Tensor | None = None  # the features of all photos, where a device has room for them
 
-    def hold(self, device: torch.device) -> None:
+    def hold(self, device: torch.device) -> bool:
         """Holds the features of all photos on a device, unless they would take more than a quarter of its free memory.
 
-        Batches are then put together there.
+        Batches are then put together there. Tells whether they are held.
         """
         positions, size = self._features.shape
         room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
         if self._held is None and 4 * 2 * len(self._features) * self._features.views * positions * size <= room:
             parts = [torch.from_numpy(part).to(device) for part in self._features.all_parts(_HELD_AT_ONCE)]
             self._held = torch.cat(parts)
+        return self._held is not None
+
+    def rectangles(self, device: torch.device) -> "Rectangles":
+        """The batches for a device that is to put them together itself, and holds the features."""
+        is_held = self.hold(device)
+        assert is_held and self._held is not None
+        return Rectangles(
+            self._held,
+            torch.from_numpy(self._tokens).to(device),
+            torch.from_numpy(self._starts).to(device),
+            torch.from_numpy(np.append(self._lengths + 1, 0)).to(device),
+            self,
+        )
+
+    def table(self, seed: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """The batches of :meth:`epoch` as numbers.
+
+        Where the features of their photos stand, ``(S, N)``; their captions, ``(S, N, K)``, K the most that a photo has
+        in a batch and behind the last caption a number that stands for none; and the words to read of each caption.
+        """
+        order = np.random.default_rng([seed, number]).permutation(len(self._bounds) - 1)
+        units = np.pad(order, (0, -len(order) % self._units)).reshape(-1, self._units)
+        counts = np.diff(self._bounds)
+        there = np.arange(units.size).reshape(units.shape) < len(order)
+        nth = np.arange(counts.max())
+        captions = self._bounds[units][..., None] + nth
+        captions = np.where(there[..., None] & (nth < counts[units][..., None]), captions, len(self._lengths))
+        photos = self._features.seen_in(seed, number)[self._photos[self._bounds[units]]]
+        return photos, captions, np.append(self._lengths + 1, 0)[captions]
 
     def __len__(self) -> int:
         """Batches in an epoch."""
@@ -154,7 +183,7 @@ class CaptionBatches:
         if self.order == "photos":
             seen, rows = np.unique(seen, return_inverse=True)
         if self._held is not None:
-            features = self._held[_moved(torch.from_numpy(seen), self._held.device)]
+            features = self._held[on_device(torch.from_numpy(seen), self._held.device)]
         else:
             features = torch.from_numpy(self._features.gather(seen))
         return Batch(
@@ -165,6 +194,54 @@ class CaptionBatches:
             tuple(there.sum(1).tolist()),
             share,
         )
+
+
+@dataclass(frozen=True)
+class Table:
+    """The batches of an epoch, on a device."""
+
+    photos: Tensor  # (S, N): where the features stand
+    captions: Tensor  # (S, N * K)
+    longest: list[int]  # words to read of the longest caption of each
+    targets: list[int]  # in each
+
+
+@dataclass(frozen=True)
+class Rectangles:
+    """All captions of a split on a device, which puts batches together there without waiting for it.
+
+    A batch is a rectangle: of as many captions a photo, and words a caption.
+    """
+
+    features: Tensor  # of all photos, float16
+    tokens: Tensor  # of all captions, with BOS and EOS
+    starts: Tensor  # of each caption in the tokens
+    reads: Tensor  # words to read of each caption, and 0 of one that is none
+    batches: CaptionBatches
+
+    @property
+    def longest(self) -> int:
+        """Words to read of the longest caption of all."""
+        return self.batches.longest - 1
+
+    def epoch(self, seed: int, number: int) -> Table:
+        """The batches of an epoch, the same as those of :meth:`CaptionBatches.epoch`."""
+        photos, captions, reads = self.batches.table(seed, number)
+        flat = captions.reshape(len(captions), -1)
+        device = self.features.device
+        seen, said = (on_device(torch.from_numpy(value), device) for value in (photos, flat))
+        return Table(seen, said, reads.max((1, 2)).tolist(), reads.sum((1, 2)).tolist())
+
+    def batch(self, photos: Tensor, captions: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
+        """The features of photos, ``(N, P, F)``, and words, targets, and which of them are real, ``(length * B,)``.
+
+        First the first words of all captions, then the second ones.
+        """
+        steps = torch.arange(length, device=captions.device).unsqueeze(1)
+        real = steps < self.reads[captions]  # (length, B)
+        places = (self.starts[captions] + steps) * real
+        words, targets = (self.tokens[places + ahead].long() * real for ahead in (0, 1))
+        return self.features[photos].float(), words.flatten(), targets.flatten(), real.flatten()
 
 
 def photo_batches(

@@ -11,7 +11,9 @@ import logging
 import mmap
 import os
 import zlib
+from collections import deque
 from collections.abc import Callable, Iterator
+from concurrent.futures import Future, ThreadPoolExecutor
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -35,6 +37,7 @@ log = logging.getLogger(__name__)
 _MAGIC = b"capexp features 1\n"
 _HEADER = 4096
 _COPIED = 256  # records at a time
+_BEHIND = 4  # batches that are being written, at most
 _BLOCK = 2**26  # bytes that are checked before their pages are let go
 _MIRROR = 7  # tells this draw of a seed and an epoch from the order of the captions
 
@@ -120,20 +123,17 @@ class FeatureCache:
                 opened as file,
                 tqdm(total=len(todo), unit="photo", desc="features") as progress,
                 closing(computed) as results,
+                self._writing(file) as write,
             ):
                 rest = iter(todo)
                 for batch in results:
-                    records = np.empty(len(batch), self._record)
-                    good = 0
-                    for digest, result in zip(islice(rest, len(batch)), batch, strict=True):
+                    of_batch = dict(zip(islice(rest, len(batch)), batch, strict=True))
+                    whole = {key: value for key, value in of_batch.items() if not isinstance(value, InputError)}
+                    for digest, result in of_batch.items():
                         if isinstance(result, InputError):
                             bad += todo[digest]
                             faults.append(result)
-                        else:
-                            records[good] = digest, 0, result
-                            records["check"][good] = zlib.crc32(records["features"][good])
-                            good += 1
-                    self._write(file, records[:good].view(np.uint8).data)
+                    write(whole)
                     progress.update(len(batch))
                 if len(bad) == 1:
                     raise faults[0]
@@ -189,6 +189,42 @@ class FeatureCache:
                 f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then start again: "
                 "what is there is kept"
             ) from None
+
+    @contextmanager
+    def _writing(self, file: Any) -> Iterator[Callable[[dict[bytes, NDArray[np.float16]]], None]]:
+        """What writes features of photos by their digests, in order, behind the back of whoever computes more of them.
+
+        All that was given to it is in the file after the block, however that ends, unless the file cannot take it.
+        """
+
+        def record(features: dict[bytes, NDArray[np.float16]]) -> NDArray[Any]:
+            records = np.empty(len(features), self._record)
+            for row, (digest, one) in enumerate(features.items()):
+                records[row] = digest, 0, one
+                records["check"][row] = zlib.crc32(records["features"][row])
+            return records
+
+        begun: deque[Future[None]] = deque()
+        is_whole = True  # behind a record that was cut short, none would be found
+
+        def write(made: Future[NDArray[Any]]) -> None:
+            nonlocal is_whole
+            if is_whole:
+                is_whole = False
+                self._write(file, made.result().view(np.uint8).data)
+                is_whole = True
+
+        def add(features: dict[bytes, NDArray[np.float16]]) -> None:
+            begun.append(writer.submit(write, makers.submit(record, features)))
+            while len(begun) > _BEHIND:
+                begun.popleft().result()
+
+        with ThreadPoolExecutor(_BEHIND) as makers, ThreadPoolExecutor(1) as writer:
+            try:
+                yield add
+            finally:
+                while begun:
+                    begun.popleft().result()
 
     def _records(self) -> tuple[NDArray[Any], mmap.mmap | None]:
         """The whole records of the file, and the memory map that holds them."""

@@ -66,7 +66,8 @@ def decode_by_threads(photos: Iterable[Path], size: int) -> Iterator[Pixels]:
 def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> Iterator[Pixels]:
     """Photos as pixels, in order, by processes that end with this one, however it ends.
 
-    Pixels come through shared memory: through pipes they would cost this process more than all else that it does.
+    Pixels come through shared memory: through pipes they would cost this process more than all else that it does. They
+    are there until the next photo is asked for.
 
     Raises:
         Outage: a process was killed.
@@ -82,7 +83,7 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
             numbered = ((i % tasks, part) for i, part in enumerate(parts(photos, PART)))
             for i, faults in enumerate(ahead(pool, _decode_part, numbered, tasks)):
                 for slot, fault in zip(slots[i % tasks], faults, strict=False):
-                    yield slot.copy() if fault is None else fault
+                    yield slot if fault is None else fault
     except BrokenProcessPool:
         raise Outage(
             "a process that decodes photos was killed, mostly for want of memory; make room and start again: "

@@ -21,6 +21,8 @@ class SelfCriticalConfig(BaseModel):
     epochs: int = Field(default=0, ge=0, le=1_000_000)
     """0: there is none."""
     learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
+    schedule: Literal["constant", "cosine"] = "constant"
+    """As that of the first phase."""
     photos: int = Field(default=25, ge=1, le=1_000_000)
     """A batch."""
     samples: int = Field(default=5, ge=2, le=1000)

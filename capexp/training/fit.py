@@ -16,8 +16,9 @@ from capexp.data.batches import CaptionBatches
 from capexp.data.errors import InputError
 from capexp.training.checkpoints import Checkpoints, Progress, TrainingState
 from capexp.training.config import TrainingConfig
-from capexp.training.epoch import Epoch, learning_rate, shared_cross_entropy, train_epoch
+from capexp.training.epoch import Epoch, shared_cross_entropy, train_epoch
 from capexp.training.ranks import ALONE, Ranks
+from capexp.training.steps import learning_rate, steps_of
 
 
 def fit(
@@ -48,15 +49,8 @@ def fit(
     decoder = captioner.decoder.to(device)
     assert isinstance(decoder, RecurrentDecoder), "an ensemble is not trained as one"
     trained = copy.deepcopy(decoder) if config.average else decoder
-    optimizer = torch.optim.AdamW(
-        [value for value in trained.parameters() if value.requires_grad],
-        lr=config.learning_rate,
-        eps=1e-7,  # Keras's value
-        weight_decay=config.weight_decay,
-        fused=True,
-    )
+    steps = steps_of(trained, train, config, device, ranks)
     if device.type == "cuda":
-        train.hold(device)
         dev.hold(device)
     history: list[Epoch] = []
     progress = Progress()
@@ -64,14 +58,16 @@ def fit(
     def save(progress: Progress) -> None:
         if ranks.is_first:
             past, mean = [vars(epoch) for epoch in history], decoder.state_dict() if config.average else None
-            checkpoints.save_state(TrainingState(trained.state_dict(), optimizer.state_dict(), past, mean, progress))
+            checkpoints.save_state(
+                TrainingState(trained.state_dict(), steps.optimizer.state_dict(), past, mean, progress)
+            )
 
     state = state_of_first(checkpoints, ranks)
     if state is not None:
         try:
             trained.load_state_dict(state.decoder)
             decoder.load_state_dict(state.average or state.decoder)
-            optimizer.load_state_dict(state.optimizer)
+            steps.load_optimizer(state.optimizer)
             history = [Epoch(**record) for record in state.history]
             progress = state.progress
         except (RuntimeError, TypeError, ValueError, KeyError) as error:
@@ -85,9 +81,7 @@ def fit(
         number = len(history) + 1
         start = time.perf_counter() - progress.seconds
         try:
-            train_loss = train_epoch(
-                trained, decoder, optimizer, train, config, seed, number, device, ranks, progress, save
-            )
+            train_loss = train_epoch(steps, decoder, seed, number, ranks, progress, save)
             middle = time.perf_counter()
             dev_loss = shared_cross_entropy(decoder, dev, ranks)
         except torch.OutOfMemoryError:

@@ -28,9 +28,10 @@ from capexp.scoring.evaluation import Loss
 from capexp.scoring.metrics import score, tokenize
 from capexp.training.checkpoints import Checkpoints, Progress, TrainingState
 from capexp.training.config import SelfCriticalConfig, TrainingConfig
-from capexp.training.epoch import Epoch, Save, clip, seed_step, shared_cross_entropy
+from capexp.training.epoch import Epoch, Save, shared_cross_entropy
 from capexp.training.fit import state_of_first
 from capexp.training.ranks import ALONE, Ranks
+from capexp.training.steps import clip, learning_rate, seed_step
 
 _END = ""  # where a caption ends is part of what is rewarded: otherwise it comes to end on "in a"
 _PART = 512  # dev photos at a time
@@ -115,15 +116,16 @@ def refine(
         number = len(history) + 1
         start = time.perf_counter() - progress.seconds
         drawn, mean = _train_epoch(
-            captioner, optimizer, train[1], train_batches, reward, config, seed, number, device, ranks, progress, save
-        )
+            captioner, optimizer, train[1], train_batches, reward, config, seed, number, len(before), device, ranks,
+            progress, save,
+        )  # fmt: skip
         middle = time.perf_counter()
         cider = ranks.from_first(lambda: dev_cider(captioner, *dev))
         epoch = Epoch(
             number=number,
             train_loss=drawn.per_token,
             dev_loss=shared_cross_entropy(decoder, dev_batches, ranks),
-            learning_rate=settings.learning_rate,
+            learning_rate=learning_rate(settings, number - 1 - len(before)),
             seconds=time.perf_counter() - start,
             tokens_per_second=drawn.targets / (middle - start),
             improved=cider > best,
@@ -159,12 +161,16 @@ def _train_epoch(
     config: TrainingConfig,
     seed: int,
     number: int,
+    before: int,
     device: torch.device,
     ranks: Ranks,
     progress: Progress,
     save: Save,
 ) -> tuple[Loss, float]:
-    """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``."""
+    """The loss over what was drawn, and its mean reward; ``progress`` and ``save`` are those of ``train_epoch``.
+
+    There were so many epochs ``before`` this phase.
+    """
     decoder, vocabulary, settings = captioner.decoder, captioner.vocabulary, config.self_critical
     assert isinstance(decoder, RecurrentDecoder), "an ensemble is not trained as one"
     start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
@@ -175,6 +181,8 @@ def _train_epoch(
         shares = photo_batches(features, settings.photos, seed, number, ranks.rank, ranks.count, progress.steps)
         for step, (photos, held, is_own) in enumerate(shares, start=progress.steps + 1):
             seed_step(seed, number, step, ranks.rank)
+            for group in optimizer.param_groups:
+                group["lr"] = learning_rate(settings, number - 1 - before + (step - 1) / steps)
             seen = held.to(device)
             with torch.autocast(device.type, torch.bfloat16, enabled=use_bfloat16(device, config.precision)):
                 decoder.eval()

@@ -1,6 +1,5 @@
 """Laws of the training loop, on data small enough to train in a second."""
 
-import warnings
 from collections.abc import Callable, Generator
 from contextlib import suppress
 from itertools import count
@@ -23,7 +22,7 @@ from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.scoring.evaluation import cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.config import TrainingConfig, choose_device
-from capexp.training.epoch import Epoch, train_epoch
+from capexp.training.epoch import Epoch
 from capexp.training.fit import fit
 from capexp.training.ranks import ALONE, Ranks
 
@@ -377,20 +376,3 @@ def test_epochs_carry_their_targets_by_second(tmp_path: Path) -> None:
     epoch = task.epochs(replace_epochs(1))[0]
     assert epoch.tokens_per_second > 0
     assert task.train.targets / epoch.tokens_per_second < epoch.seconds
-
-
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-def test_an_epoch_on_a_gpu_waits_for_it_at_its_looks_at_the_loss_only(tmp_path: Path) -> None:
-    task, device = Task(tmp_path), torch.device("cuda")
-    decoder = task.captioner.decoder.to(device)
-    assert isinstance(decoder, RecurrentDecoder)
-    optimizer = torch.optim.AdamW(decoder.parameters(), fused=True)
-    task.train.hold(device)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            train_epoch(decoder, decoder, optimizer, task.train, CONFIG, 1, 1, device)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    assert len([one for one in waits if "synchroniz" in str(one.message)]) <= 2

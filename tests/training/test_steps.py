@@ -1,0 +1,174 @@
+"""Steps come to the same, however they are taken: from packed captions, from rectangles, from a GPU's graphs."""
+
+import copy
+import warnings
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
+from capexp.captioning.decoding import DecodingConfig
+from capexp.data.batches import CaptionBatches, Order
+from capexp.data.cache import Features
+from capexp.data.captions import Split
+from capexp.data.features import EncoderIdentity
+from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
+from capexp.training.config import TrainingConfig
+from capexp.training.epoch import train_epoch
+from capexp.training.steps import CapturedSteps, PackedSteps, Steps, _rounded, steps_of
+
+CPU = torch.device("cpu")
+on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+devices = pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=on_gpu)], ids=str)
+kinds = pytest.mark.parametrize(
+    ("decoder", "order"),
+    [("merge", "captions"), ("merge", "photos"), ("attention", "captions"), ("attention", "photos")],
+)
+CONFIG = TrainingConfig(
+    epochs=3, batch_size=16, learning_rate=0.01, schedule="cosine", label_smoothing=0.1, weight_decay=0.01, clip_norm=1,
+    precision="float32",
+)  # fmt: skip
+
+
+class Task:
+    """Photos of one to five captions each, of one to 19 words, some with a mirrored view."""
+
+    def __init__(self, decoder: str, order: Order, dropout: float = 0.0, units: int = 24, photos: int = 50) -> None:
+        rng = np.random.default_rng(0)
+        words = [f"word{i}" for i in range(40)]
+        texts = tuple(
+            tuple(" ".join(rng.choice(words, rng.integers(1, 20))) for _ in range(rng.integers(1, 6)))
+            for _ in range(photos)
+        )
+        vocabulary = build_vocabulary((one for photo in texts for one in photo), VocabularyConfig(minimum_count=1))
+        split = Split("train", Path(), tuple(f"{i}.jpg" for i in range(photos)), texts)
+        places = 9 if decoder == "attention" else 1
+        plain, mirrored = (
+            Features(rng.random((photos, places, 512), np.float32).astype(np.float16), np.arange(photos))
+            for _ in range(2)
+        )
+        self.batches = CaptionBatches(split, vocabulary, plain.with_mirrored(mirrored), CONFIG.batch_size, order)
+        identity = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
+        if decoder == "attention":
+            identity = EncoderIdentity("conv5_3", "max3", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none", 144)
+        config = ModelConfig.model_validate(
+            {"decoder": decoder, "embedding_size": units, "lstm_units": units, "attention_size": 8, "dropout": dropout}
+        )
+        made = Captioner.fresh(config, vocabulary, identity, DecodingConfig(), seed=1).decoder
+        assert isinstance(made, RecurrentDecoder)
+        self.decoder = made
+
+    def packed(self, device: torch.device, config: TrainingConfig = CONFIG) -> PackedSteps:
+        return PackedSteps(copy.deepcopy(self.decoder).to(device), self.batches, config, device)
+
+    def captured(self, device: torch.device, config: TrainingConfig = CONFIG) -> CapturedSteps:
+        return CapturedSteps(copy.deepcopy(self.decoder).to(device), self.batches, config, device)
+
+
+def per_token(steps: Steps, epochs: int = 3) -> list[float]:
+    return [train_epoch(steps, steps.decoder, 1, number).per_token for number in range(1, epochs + 1)]
+
+
+@devices
+@kinds
+def test_captured_steps_come_to_what_packed_ones_do(device: torch.device, decoder: str, order: Order) -> None:
+    task = Task(decoder, order)
+    packed, captured = task.packed(device), task.captured(device)
+    expected = per_token(packed)
+    assert expected[-1] < expected[0]
+    assert per_token(captured) == pytest.approx(expected, rel=1e-4)
+    for ours, theirs in zip(captured.decoder.parameters(), packed.decoder.parameters(), strict=True):
+        assert float((ours - theirs).detach().norm()) <= 1e-2 * float(theirs.detach().norm()) + 1e-3
+
+
+@devices
+@kinds
+def test_captured_steps_read_the_very_captions_and_photos(device: torch.device, decoder: str, order: Order) -> None:
+    task = Task(decoder, order)
+    rectangles = task.batches.rectangles(device)
+    table = rectangles.epoch(1, 2)
+    assert table.targets == [len(batch.targets) for batch in task.batches.epoch(1, 2)]
+    for number, batch in enumerate(task.batches.epoch(1, 2)):
+        photos, captions, length = table.photos[number], table.captions[number], table.longest[number] + 2
+        features, *each = rectangles.batch(photos, captions, length)
+        words, targets, real = (one.cpu() for one in each)
+        rows = torch.arange(len(captions)).repeat(length) // (len(captions) // len(features))
+        seen = features[:, 0, 0].cpu()[rows]
+        found = zip(*(one[real].tolist() for one in (seen, words, targets)), strict=True)
+        rows = batch.photos[torch.cat([torch.arange(count) for count in batch.counts])]
+        expected = zip(
+            batch.features[:, 0, 0].float()[rows].tolist(), batch.words.tolist(), batch.targets.tolist(), strict=True
+        )
+        assert sorted(found) == sorted(expected)
+
+
+@devices
+def test_an_optimizers_state_goes_from_steps_of_one_kind_to_the_other(device: torch.device) -> None:
+    task = Task("merge", "captions")
+    undisturbed = per_token(task.packed(device))
+    for first, second in ((task.packed, task.captured), (task.captured, task.packed)):
+        before, after = first(device), second(device)
+        losses = per_token(before, 1)
+        after.decoder.load_state_dict(before.decoder.state_dict())
+        after.load_optimizer(before.optimizer.state_dict())
+        losses += [train_epoch(after, after.decoder, 1, number).per_token for number in (2, 3)]
+        assert losses == pytest.approx(undisturbed, rel=1e-4)
+
+
+@devices
+def test_captured_steps_are_the_same_when_taken_again(device: torch.device) -> None:
+    """Dropout's masks too, in graphs or without."""
+    config = TrainingConfig.model_validate(CONFIG.model_dump() | {"learning_rate": 1e-9, "weight_decay": 0})
+    task = Task("merge", "captions", dropout=0.5)
+    steps = task.captured(device, config)
+    once, again = ([step.loss.item() for step in steps.of_epoch(1, 1)] for _ in range(2))
+    assert once == pytest.approx(again, rel=1e-4)
+    assert once != pytest.approx([step.loss.item() for step in steps.of_epoch(2, 1)], rel=1e-4)
+
+
+def test_there_are_few_lengths_and_none_is_beyond_the_longest() -> None:
+    for longest in (1, 2, 7, 30, 1000):
+        rounded = [_rounded(length, longest) for length in range(1, longest + 1)]
+        assert all(length <= one <= min(longest, 1.5 * length + 1) for length, one in enumerate(rounded, 1))
+        assert len(set(rounded)) <= 4 * longest.bit_length()
+
+
+@on_gpu
+@kinds
+def test_an_epoch_on_a_gpu_waits_for_it_at_its_looks_at_the_loss_only(decoder: str, order: Order) -> None:
+    task, device = Task(decoder, order), torch.device("cuda")
+    steps = steps_of(copy.deepcopy(task.decoder).to(device), task.batches, CONFIG, device)
+    assert isinstance(steps, CapturedSteps)
+    per_token(steps, 2)  # what is captured is waited for
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as waits:
+            warnings.simplefilter("always")
+            train_epoch(steps, steps.decoder, 1, 3)
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    told = [f"{Path(one.filename).name}:{one.lineno}" for one in waits if "called a synchronizing" in str(one.message)]
+    assert len(told) <= 2, told
+
+
+@on_gpu
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
+def test_a_gpus_cross_entropy_is_the_cpus(smoothing: float, dtype: torch.dtype) -> None:
+    torch.manual_seed(0)
+    layer = Task("merge", "captions").decoder.vocabulary
+    outputs, targets = torch.randn(70, layer.in_features), torch.randint(len(layer.weight), (70,))
+    real = torch.rand(70) < 0.7
+    found = []
+    for device in ("cpu", "cuda"):
+        there, read = copy.deepcopy(layer).to(device), outputs.to(device, copy=True).requires_grad_()
+        with torch.autocast(device, torch.bfloat16, enabled=dtype == torch.bfloat16):
+            nats, loss = there.cross_entropy(read, targets.to(device), smoothing, real.to(device))
+        torch.autograd.backward(loss)
+        assert read.grad is not None and there.weight.grad is not None and there.bias.grad is not None
+        found.append([one.detach().cpu() for one in (nats, loss, read.grad, there.weight.grad, there.bias.grad)])
+    for cpu, gpu in zip(*found, strict=True):
+        assert float((cpu - gpu).norm()) <= (1e-5 if dtype == torch.float32 else 2e-2) * float(cpu.norm())
