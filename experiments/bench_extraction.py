@@ -10,37 +10,44 @@ Contestants run in turn on photos of the same files:
 - *one by one*: a loop as anyone writes it with torchvision, one photo at a time, in float32;
 - *decoding*: ours, without the network;
 - *products*: the floor, large products of matrices, a photo being 30.7 GFLOP of them, in the faster precision;
-- *convolution*: the same with one layer of VGG16, which may do more in a second than a product does.
+- *convolution*: the same with one layer of VGG16, which may do more in a second than a product does;
+- on a GPU, *network*: ours, without files.
 
 Memory is that of a process of its own: with all photos, and with a quarter of them.
 """
 
+from __future__ import annotations
+
 import sys
-import tempfile
 from collections.abc import Callable
 from functools import partial
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
-sys.path.insert(0, str(Path(__file__).parents[1]))
+if TYPE_CHECKING or __name__ != "__mp_main__":  # the processes that decode import this file, and need nothing of it
+    sys.path.insert(0, str(Path(__file__).parents[1]))
 
-import numpy as np
-import torch
-import torchvision
-from bench import Record, arguments, flops, peak
-from PIL import Image
-from torch import nn
+    import tempfile
+    from itertools import repeat
 
-from capexp.data.cache import FeatureCache, cache_features
-from capexp.data.features import SIZE, FeaturesConfig, Precision, load_encoder
-from capexp.data.photos import find_photos
-from capexp.data.pixels import decode_by_processes, decode_by_threads, decoding_processes
-from capexp.data.weights import NETS
-from capexp.training.config import choose_device
+    import numpy as np
+    import torch
+    import torchvision
+    from bench import Record, arguments, flops, peak
+    from PIL import Image
+    from torch import nn
+
+    from capexp.data.cache import FeatureCache, cache_features
+    from capexp.data.extraction import _batch_by_batch
+    from capexp.data.features import SIZE, FeaturesConfig, Precision, load_encoder
+    from capexp.data.photos import find_photos
+    from capexp.data.pixels import decode_by_processes, decode_by_threads, decoding_processes
+    from capexp.data.weights import NETS
+    from capexp.training.config import choose_device
 
 GFLOP: Final = 30.693  # a photo's in the convolutions to conv5_3, a multiplication and an addition being two
-SIDE: Final = 2048  # of the matrices: far beyond the caches
 LAYER: Final = (8, 256, 56)  # photos, channels and side of the map of conv3_2
+DRAWN: Final = 256  # pictures; more files are some of these again, each with a mark behind its end
 
 
 def draw_photos(folder: Path, count: int) -> list[Path]:
@@ -56,6 +63,16 @@ def draw_photos(folder: Path, count: int) -> list[Path]:
     return paths
 
 
+def repeated(photos: list[Path], count: int, folder: Path) -> list[Path]:
+    """So many files, each unlike all others, of the pictures of fewer."""
+    files = photos[:count]
+    for number in range(len(files), count):
+        photo = photos[number % len(photos)]
+        files.append(folder / f"again-{number:06}{photo.suffix}")
+        files[-1].write_bytes(photo.read_bytes() + b"%d" % number)
+    return files
+
+
 def draw_weights(path: Path) -> Path:
     """VGG16's convolutions with random weights."""
     net: nn.Sequential = torchvision.models.vgg16(weights=None).features
@@ -65,6 +82,11 @@ def draw_weights(path: Path) -> Path:
 
 def extract(photos: list[Path], weights: Path, precision: Precision, device: torch.device, batch_size: int) -> None:
     """Computes the features of photos into a new cache, as the command does."""
+    import tempfile
+
+    from capexp.data.cache import FeatureCache, cache_features
+    from capexp.data.features import FeaturesConfig, load_encoder
+
     config = FeaturesConfig(layer="conv5_3", weights=str(weights), precision=precision)
     encoder = load_encoder(config).prepare(device, precision)
     with tempfile.TemporaryDirectory() as folder:
@@ -83,14 +105,16 @@ def main() -> None:
     device = choose_device(flags.device)
     count = flags.count or (64 if device.type == "cpu" else 16_384)
     with tempfile.TemporaryDirectory() as folder:
-        photos = find_photos([flags.photos])[:count] if flags.photos else draw_photos(Path(folder), count)
+        found = find_photos([flags.photos]) if flags.photos else draw_photos(Path(folder), min(count, DRAWN))
+        photos = repeated(found, count, Path(folder))
         weights = flags.weights or draw_weights(Path(folder) / "random.pth")
         measure(photos, weights, device, flags.batch_size, flags.rounds).finish(flags.output)
 
 
 def measure(photos: list[Path], weights: Path, device: torch.device, batch_size: int, rounds: int) -> Record:
     """The record of all contestants."""
-    speeds = {dtype: flops((SIDE, SIDE), (SIDE, SIDE), dtype, device) for dtype in (torch.float32, torch.bfloat16)}
+    side = 2048 if device.type == "cpu" else 8192  # of the matrices: far beyond the caches
+    speeds = {dtype: flops((side, side), (side, side), dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     best = max(speeds, key=lambda dtype: speeds[dtype])
     kilobytes = sum(photo.stat().st_size for photo in photos) / len(photos) / 1000
     processes = decoding_processes(len(photos), SIZE) if device.type == "cuda" else 0
@@ -111,7 +135,7 @@ def measure(photos: list[Path], weights: Path, device: torch.device, batch_size:
 
     net = torchvision.models.vgg16(weights=None).features[:30].to(device).eval()
     mean = torch.tensor(NETS["IMAGENET1K_FEATURES"].mean).view(3, 1, 1)
-    few = photos[: max(1, len(photos) // 8)]
+    few = photos[: min(max(1, len(photos) // 8), 256)]
 
     @torch.no_grad()
     def one_by_one() -> int:
@@ -126,13 +150,13 @@ def measure(photos: list[Path], weights: Path, device: torch.device, batch_size:
         decoded = decode_by_processes(photos, SIZE, processes) if processes else decode_by_threads(photos, SIZE)
         return sum(1 for _ in decoded)
 
-    left, right = (torch.randn(SIDE, SIDE, device=device, dtype=best) for _ in range(2))
-    batch, channels, side = LAYER
+    left, right = (torch.randn(side, side, device=device, dtype=best) for _ in range(2))
+    batch, channels, width = LAYER if device.type == "cpu" else (128, *LAYER[1:])
     layer = nn.Conv2d(channels, channels, 3, padding=1).to(device, best).to(memory_format=torch.channels_last)
-    maps = torch.randn(batch, channels, side, side, device=device, dtype=best).to(memory_format=torch.channels_last)
+    maps = torch.randn(batch, channels, width, width, device=device, dtype=best).to(memory_format=torch.channels_last)
     speed = speeds[best]  # bounds how long a round of these takes
 
-    def repeated(work: Callable[[], object], gflop: float) -> float:
+    def for_a_while(work: Callable[[], object], gflop: float) -> float:
         times = max(1, round(2 * speed / 1e9 / gflop))
         for _ in range(times):
             work()
@@ -147,9 +171,14 @@ def measure(photos: list[Path], weights: Path, device: torch.device, batch_size:
         "ours, float32": ours("float32"),
         "one by one": one_by_one,
         "decoding": decoding,
-        "products": partial(repeated, lambda: left @ right, 2 * SIDE**3 / 1e9),
-        "convolution": partial(repeated, convolution, 2 * batch * 9 * channels**2 * side**2 / 1e9),
+        "products": partial(for_a_while, lambda: left @ right, 2 * side**3 / 1e9),
+        "convolution": partial(for_a_while, convolution, 2 * batch * 9 * channels**2 * width**2 / 1e9),
     }
+    if device.type == "cuda":
+        encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=str(weights))).prepare(device, "auto")
+        pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        photo_after_photo = partial(repeat, pixels, min(len(photos), 8192))
+        contestants["network"] = lambda: sum(map(len, _batch_by_batch(photo_after_photo(), encoder, batch_size)))
     pairs = [("ours", name) for name in contestants if name != "ours"] + [("ours, float32", "one by one")]
     record.race(contestants, pairs, rounds)
     for part in (photos[: max(1, len(photos) // 4)], photos):

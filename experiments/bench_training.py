@@ -7,11 +7,14 @@
     python experiments/bench_training.py --device cuda
 
 All train the same model (4096 features, 256 units, 7,579 entries by default) on made-up captions as long as Flickr8k's.
-"the tutorial's method" makes a sample of each prefix, padded to the longest caption, one photo a batch; "plain" is
+"the tutorial's method" makes a sample of each prefix, padded to the longest caption, one photo a batch, and "Keras",
+where TensorFlow is installed, does the same in the framework that the tutorial is written in; "plain" is
 teacher forcing over batches of 64 captions, padded to the longest of each, in float32, with an unfused Adam. The floor
 is the products of matrices that a target needs, at the rate of one large product.
 """
 
+import importlib.util
+import os
 import string
 import sys
 from collections.abc import Callable, Iterator
@@ -124,13 +127,7 @@ class Task:
         def epoch() -> float:
             done = 0
             for photo in range(photos):
-                samples, following = [], []
-                for text in self.texts[photo]:
-                    tokens = self._tokens(text)
-                    for length in range(1, len(tokens)):
-                        samples.append(nn.functional.pad(tokens[:length], (LONGEST - length, 0)))
-                        following.append(tokens[length])
-                inputs, targets = torch.stack(samples).to(self.device), torch.stack(following).to(self.device)
+                inputs, targets = (value.to(self.device) for value in self._prefixes(photo))
                 features = self._photos(np.full(len(inputs), photo))
                 logits = model(features, inputs, last=True)  # (M, V)
                 loss = nn.functional.cross_entropy(logits, targets)
@@ -140,6 +137,37 @@ class Task:
                 loss.item()
                 done += len(targets)
             return done
+
+        return epoch
+
+    def keras(self, photos: int) -> Callable[[], float]:
+        """The tutorial's method in its own framework."""
+        os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
+        from tensorflow import keras  # type: ignore[import-untyped]
+
+        layers = keras.layers
+        seen, said = keras.Input((FEATURES,)), keras.Input((LONGEST,), dtype="int32")
+        photo = layers.Dense(UNITS, activation="relu")(layers.Dropout(0.5)(seen))
+        words = layers.Embedding(len(self.vocabulary), UNITS, mask_zero=True)(said)
+        words = layers.LSTM(UNITS)(layers.Dropout(0.5)(words))
+        merged = layers.Dense(UNITS, activation="relu")(layers.add([photo, words]))
+        model = keras.Model((seen, said), layers.Dense(len(self.vocabulary), activation="softmax")(merged))
+        model.compile(loss="categorical_crossentropy", optimizer="adam")
+        targets = 0
+
+        def samples() -> Iterator[tuple[tuple[np.ndarray, np.ndarray], np.ndarray]]:
+            nonlocal targets
+            for photo in range(photos):
+                inputs, following = (value.numpy() for value in self._prefixes(photo))
+                features = self.features.gather(np.full(len(inputs), photo))[:, 0].astype(np.float32)
+                targets += len(following)
+                yield (features, inputs), keras.utils.to_categorical(following, len(self.vocabulary))
+
+        def epoch() -> float:
+            nonlocal targets
+            targets = 0
+            model.fit(samples(), steps_per_epoch=photos, epochs=1, verbose=0)
+            return targets
 
         return epoch
 
@@ -159,6 +187,16 @@ class Task:
             return targets * times
 
         return products
+
+    def _prefixes(self, photo: int) -> tuple[Tensor, Tensor]:
+        """Every beginning of a photo's captions ``(M, LONGEST)``, and what comes next ``(M,)``."""
+        samples, following = [], []
+        for text in self.texts[photo]:
+            tokens = self._tokens(text)
+            for length in range(1, len(tokens)):
+                samples.append(nn.functional.pad(tokens[:length], (LONGEST - length, 0)))
+                following.append(tokens[length])
+        return torch.stack(samples), torch.stack(following)
 
     def _tokens(self, text: str) -> Tensor:
         return torch.tensor([1, *self.vocabulary.encode(text), 2])
@@ -243,6 +281,9 @@ def main() -> None:
         for precision in DTYPES
         for other in ("tutorial's method", "plain", f"floor, {precision}")
     ]
+    if device.type == "cpu" and importlib.util.find_spec("tensorflow"):
+        contestants["Keras"] = task.keras(max(arguments.photos // 10, 1))
+        pairs += [(f"ours, {precision}", "Keras") for precision in DTYPES]
     if device.type == "cuda":
         contestants["ours, bfloat16, not captured"] = task.ours("bfloat16", captured=False)
         pairs.append(("ours, bfloat16", "ours, bfloat16, not captured"))

@@ -57,6 +57,22 @@ def _core_by_core(photos: Iterable[Path], encoder: Encoder, batch_size: int) -> 
         torch.set_num_threads(threads)  # for threads that begin later; this one has kept its own
 
 
+def _begin(encoder: Encoder, batch: torch.Tensor, good: int) -> Callable[[], NDArray[np.float16]]:
+    """Begins with the first photos of a batch, and gives what waits for their features.
+
+    On a GPU all of the batch passes the network, whatever is behind them: for each size of a batch cuDNN tries which
+    way to compute each layer is fastest, and that is worth it for one size only.
+    """
+    if encoder.device.type != "cuda":
+        return encoder.begin(batch[:good])
+    tries, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    try:
+        finish = encoder.begin(batch)
+    finally:
+        torch.backends.cudnn.benchmark = tries
+    return lambda: finish()[:good]
+
+
 def _batch_by_batch(decoded: Iterator[Pixels], encoder: Encoder, batch_size: int) -> Results:
     """The device has the next batch before the features of the last one are waited for."""
     size = encoder.identity.size
@@ -73,7 +89,7 @@ def _batch_by_batch(decoded: Iterator[Pixels], encoder: Encoder, batch_size: int
                 batch.numpy()[good] = pixels
                 good += 1
                 faults.append(None)
-        last, begun = begun, (faults, encoder.begin(batch[:good])) if faults else None
+        last, begun = begun, (faults, _begin(encoder, batch, good)) if faults else None
         if last is not None:
             faults, finish = last
             features = iter(finish())
