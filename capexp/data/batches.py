@@ -21,6 +21,7 @@ from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
 Order = Literal["captions", "photos"]
 _AHEAD = 2  # batches that are read before they are asked for
+_READ_AT_ONCE = 1024  # captions of a batch that a GPU does not learn from
 _HELD_AT_ONCE = 1000  # photos whose features are moved to a device together
 T = TypeVar("T")
 
@@ -80,6 +81,7 @@ class CaptionBatches:
         units = counts if order == "photos" else np.ones_like(self._lengths)
         self._bounds = np.concatenate(([0], np.cumsum(units)))
         self._units = max(1, round(batch_size * len(units) / len(self._lengths)))  # in a batch
+        self._units_read = max(self._units, round(_READ_AT_ONCE * len(units) / len(self._lengths)))
         self._held: Tensor | None = None  # the features of all photos, where a device has room for them
 
     def hold(self, device: torch.device) -> bool:
@@ -162,7 +164,8 @@ class CaptionBatches:
         seen = np.arange(len(self._features)) if photos is None else photos
         longest = np.maximum.reduceat(self._lengths, self._bounds[:-1])
         units = np.argsort(longest, kind="stable")[rank::ranks]
-        return _ahead(lambda some: self._batch(self._captions(some), seen), units, self._units)
+        size = self._units if self._held is None else self._units_read
+        return _ahead(lambda some: self._batch(self._captions(some), seen), units, size)
 
     def of_photos(self, photos: NDArray[np.int64], seen: NDArray[np.int64]) -> Batch:
         """All captions of some photos, by the position of what is seen of each photo of the split."""

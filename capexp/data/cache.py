@@ -30,7 +30,7 @@ from capexp.data.extraction import compute_features
 from capexp.data.features import Encoder, EncoderIdentity
 from capexp.data.files import writing
 from capexp.data.photos import digest_photos
-from capexp.data.pixels import decoding_processes
+from capexp.data.pixels import ahead, decoding_processes
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +38,8 @@ _MAGIC = b"capexp features 1\n"
 _HEADER = 4096
 _COPIED = 256  # records at a time
 _BEHIND = 4  # batches that are being written, at most
-_BLOCK = 2**26  # bytes that are checked before their pages are let go
+_BLOCK = 2**23  # bytes that a thread checks at a time
+_CHECKED = 8  # of these at most before their pages are let go
 _MIRROR = 7  # tells this draw of a seed and an epoch from the order of the captions
 
 
@@ -61,17 +62,24 @@ class FeatureCache:
 
     def _rows(self, records: NDArray[Any], mapping: mmap.mmap | None, digests: list[bytes]) -> NDArray[np.int64]:
         wanted = set(digests)
-        rows: dict[bytes, int] = {}
-        step = max(1, _BLOCK // self._record.itemsize)
-        for start in range(0, len(records), step):
-            block = records[start : start + step]
+
+        def check(start: int, stop: int) -> dict[bytes, int]:
+            block, found = records[start:stop], {}
             for row, photo in enumerate(block["photo"], start):
                 # NumPy strips zero bytes from the end of a byte string.
                 key = bytes(photo).ljust(32, b"\0")
                 if key in wanted:  # the last record of a photo counts: it mends a damaged one
                     whole = zlib.crc32(block["features"][row - start]) == block["check"][row - start]
-                    rows[key] = row if whole else -1
-            _release(mapping)
+                    found[key] = row if whole else -1
+            return found
+
+        rows: dict[bytes, int] = {}
+        size = max(1, _BLOCK // self._record.itemsize)
+        with ThreadPoolExecutor() as pool:
+            parts = ((start, min(start + size, len(records))) for start in range(0, len(records), size))
+            for found in ahead(pool, check, parts, _CHECKED):
+                rows |= found
+                _release(mapping)
         damaged = sum(row < 0 for row in rows.values())
         if damaged:
             log.warning("%s: %d damaged records; these photos are computed again", self.path, damaged)

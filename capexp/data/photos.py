@@ -3,6 +3,7 @@
 import glob
 import hashlib
 import io
+import os
 from concurrent.futures import ThreadPoolExecutor
 from pathlib import Path
 
@@ -105,9 +106,14 @@ def digest_photos(paths: list[Path]) -> list[bytes]:
     def digest(path: Path) -> bytes | None:
         whole = hashlib.sha256()
         try:
-            with path.open("rb", buffering=0) as file:
-                while block := file.read(_BLOCK):
+            file = os.open(
+                path, os.O_RDONLY | getattr(os, "O_BINARY", 0)
+            )  # a file object costs as much as a small photo
+            try:
+                while block := os.read(file, _BLOCK):
                     whole.update(block)
+            finally:
+                os.close(file)
         except OSError:
             return None
         return whole.digest()
