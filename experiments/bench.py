@@ -58,10 +58,19 @@ class Record:
         pairs: list[tuple[str, str]],
         rounds: int,
         warm_up: bool = True,
+        tidy: Callable[[], object] = lambda: None,
     ) -> None:
-        """Runs contestants in turn, after a round that is not counted; each gives how much it did."""
-        all_rounds = rounds + warm_up
-        measured = [{name: rate(work, self.device) for name, work in contestants.items()} for _ in range(all_rounds)]
+        """Runs contestants in turn, after a round that is not counted; each gives how much it did.
+
+        ``tidy`` clears up after each, and is not counted.
+        """
+
+        def measure(work: Callable[[], float]) -> float:
+            measured = rate(work, self.device)
+            tidy()
+            return measured
+
+        measured = [{name: measure(work) for name, work in contestants.items()} for _ in range(rounds + warm_up)]
         measured = measured[-rounds:]
         for name in contestants:
             self.rates[name] = statistics.median(one[name] for one in measured)

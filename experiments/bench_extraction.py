@@ -28,6 +28,7 @@ from typing import TYPE_CHECKING, Final
 if TYPE_CHECKING or __name__ != "__mp_main__":  # the processes that decode import this file, and need nothing of it
     sys.path.insert(0, str(Path(__file__).parents[1]))
 
+    import shutil
     import tempfile
     from itertools import repeat
 
@@ -72,6 +73,11 @@ def repeated(photos: list[Path], count: int, folder: Path) -> list[Path]:
         files.append(folder / f"again-{number:06}{photo.suffix}")
         files[-1].write_bytes(photo.read_bytes() + b"%d" % number)
     return files
+
+
+def delete(scratch: Path) -> None:
+    """Deletes a cache, where there is one."""
+    shutil.rmtree(scratch / "cache", ignore_errors=True)
 
 
 def draw_weights(path: Path) -> Path:
@@ -130,7 +136,7 @@ def measure(
         encoder = load_encoder(config).prepare(device, precision)
 
         def work() -> int:
-            cache = FeatureCache(Path(tempfile.mkdtemp(dir=scratch)), encoder.identity)
+            cache = FeatureCache(scratch / "cache", encoder.identity)
             return len(cache_features(photos[:count], cache, lambda: encoder, batch_size))
 
         return work
@@ -183,7 +189,7 @@ def measure(
         contestants["network"] = lambda: sum(map(len, _batch_by_batch(photo_after_photo(), encoder, batch_size)))
         contestants["ours, a quarter of the photos"] = ours("auto", len(photos) // 4)
     pairs = [("ours", name) for name in contestants if name != "ours"] + [("ours, float32", "one by one")]
-    record.race(contestants, pairs, rounds)
+    record.race(contestants, pairs, rounds, tidy=partial(delete, scratch))
     if device.type == "cuda":
         quarter = len(photos) // 4
         seconds = len(photos) / record.rates["ours"] - quarter / record.rates["ours, a quarter of the photos"]

@@ -312,14 +312,15 @@ def main() -> None:
 
 def _growth(record: bench.Record, photos: int, rounds: int) -> None:
     device, threads = record.device, torch.get_num_threads()
+    sizes = (16, 64, 256, 1024) if device.type == "cpu" else (64, 128, 256, 512)
     tasks = {
         "entries": {str(n): Task(photos, device, entries=n) for n in (2_500, 7_500, 15_000, 30_000)},
-        "captions a batch": {str(n): Task(photos, device, batch=n) for n in (16, 64, 256, 1024)},
+        "captions a batch": {str(n): Task(photos, device, batch=n) for n in sizes},
         "words a caption": {str(n): Task(photos, device, length=n) for n in (5, 10, 20)},
     }
-    for name, sizes in tasks.items():
+    for name, of_name in tasks.items():
         found = bench.Record(name, "targets", device, {})
-        found.race({size: task.ours("bfloat16") for size, task in sizes.items()}, [], rounds)
+        found.race({size: task.ours("bfloat16") for size, task in of_name.items()}, [], rounds)
         record.growth[f"targets a second, bfloat16, by {name}"] = found.rates
     if device.type == "cpu":
         found = bench.Record("threads", "targets", device, {})

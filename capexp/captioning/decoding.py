@@ -157,7 +157,7 @@ def _sample(
     drawn = torch.tensor(_uniform(features, config, count), dtype=torch.float32, device=device)  # (N, T)
     state = decoder.start(features)
     if count > 1:
-        state = state.select(torch.arange(photos, device=device).repeat_interleave(count))
+        state = state.repeat(count)
     forbidden = torch.tensor(vocabulary.never_emitted, device=device)
     going = torch.arange(photos * count, device=device)  # (M,) the rows among N that the state holds
     sequences = torch.empty(photos * count, 0, dtype=torch.long, device=device)  # (N, T)
@@ -215,7 +215,7 @@ def draw(decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int,
         FloatingPointError: the decoder gives logits that are not finite.
     """
     state = decoder.start(features)
-    state = state.select(torch.arange(len(features), device=features.device).repeat_interleave(count))
+    state = state.repeat(count)
     forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
     words = torch.full((len(features) * count,), BOS, device=features.device)
     drawn: list[Tensor] = []

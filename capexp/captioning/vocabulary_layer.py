@@ -61,16 +61,16 @@ class _CrossEntropy(torch.autograd.Function):
         learning: bool,
     ) -> tuple[Tensor, Tensor]:
         count, words = len(outputs), len(weight)
-        on_cpu = weight.device.type == "cpu"
+        by_word = _stand_by_word(weight.device)
         layer = weight.to(dtype)  # (V, H)
-        if not on_cpu:
+        if not by_word:
             layer = nn.functional.pad(layer, (0, 0, 0, -words % _LINE))
-        parts = -(-count * words // (_AT_ONCE if on_cpu else 8 * _AT_ONCE))
+        parts = -(-count * words // (_AT_ONCE if by_word else 8 * _AT_ONCE))
         size = -(-count // parts // _LINE) * _LINE  # of a part, each as large as the others
         # Outputs of zero behind the last ones, whose shares are zero too: whole lines of memory are read much faster.
         read = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
         shared = nn.functional.pad(shares, (0, -count % size)).unsqueeze(1)
-        softmax = _by_word(outputs, weight, bias, layer, size) if on_cpu else _by_output(bias, layer)
+        softmax = _by_word(outputs, weight, bias, layer, size) if by_word else _by_output(bias, layer, learning)
         normals = []
         of_outputs = torch.empty_like(read, dtype=torch.float32)
         of_weight, of_bias = None, torch.zeros_like(bias)
@@ -88,7 +88,9 @@ class _CrossEntropy(torch.autograd.Function):
                 of_weight = added[:words].float()
             else:
                 of_weight += added[:words]
-            of_bias += (product @ scale[:, 0].to(product.dtype))[:words]
+            # In lower precision shares that are alike are not rounded, only what they come to.
+            top = scale.amax()
+            of_bias += (product @ (scale[:, 0] / top).to(product.dtype))[:words] * top
         normal = torch.cat(normals)[:count]  # (M,)
         chosen = weight[targets]  # (M, H)
         nats = ((normal - (outputs * chosen).sum(1) - bias[targets]) * shares).sum()
@@ -120,6 +122,11 @@ class _CrossEntropy(torch.autograd.Function):
         return of_outputs, of_weight, of_bias, None, None, None, None, None
 
 
+def _stand_by_word(device: torch.device) -> bool:
+    """Whether logits stand by word on a device, and not by output."""
+    return device.type == "cpu"
+
+
 Softmax = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
 """From outputs ``(C, H)``: the logarithms of the sums of their logits' exponentials, ``(C,)``; the probabilities
 ``(V, C)``; and, where those do not sum to one, what they sum to, ``(C,)``."""
@@ -145,16 +152,17 @@ def _by_word(outputs: Tensor, weight: Tensor, bias: Tensor, layer: Tensor, size:
     return softmax
 
 
-def _by_output(bias: Tensor, layer: Tensor) -> Softmax:
-    """On a GPU, as the library's softmax takes them: one pass over memory reads the logits, one the probabilities."""
-    # Words of probability zero behind the last one: products of matrices of uneven width take three times as long.
-    lowest = nn.functional.pad(bias, (0, len(layer) - len(bias)), value=-torch.inf).to(layer.dtype)
+def _by_output(bias: Tensor, layer: Tensor, learning: bool) -> Softmax:
+    """On a GPU logits stand by output, as its softmax takes them; probabilities are told where they are learnt from."""
+    # Words of probability zero are behind the last one: products of matrices of uneven width take six times as long.
+    padded = nn.functional.pad(bias, (0, len(layer) - len(bias)), value=-torch.inf)
 
     def softmax(part: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        logits = torch.addmm(lowest, part, layer.t())  # (C, V)
-        logarithms = torch.log_softmax(logits, 1, dtype=torch.float32)
-        normal = logits[:, 0].float() - logarithms[:, 0]
-        return normal, torch.exp(logarithms, out=torch.empty_like(logits)).t(), None
+        product = part @ layer.t()
+        logits = product + padded  # (C, V)
+        logarithms = logits.log_softmax(1)
+        normal = logits[:, 0] - logarithms[:, 0]
+        return normal, (torch.exp(logarithms, out=product) if learning else product).t(), None
 
     return softmax
 

@@ -21,7 +21,8 @@ from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
 Order = Literal["captions", "photos"]
 _AHEAD = 2  # batches that are read before they are asked for
-_READ_AT_ONCE = 1024  # captions of a batch that a GPU does not learn from
+_READ_AT_ONCE = 1024  # captions of a batch that a GPU does not learn from, at most,
+_READ_BYTES = 2**26  # and bytes of its features
 _HELD_AT_ONCE = 1000  # photos whose features are moved to a device together
 T = TypeVar("T")
 
@@ -80,8 +81,10 @@ class CaptionBatches:
         # What stays together: the captions of a unit are those from its bound to the next.
         units = counts if order == "photos" else np.ones_like(self._lengths)
         self._bounds = np.concatenate(([0], np.cumsum(units)))
-        self._units = max(1, round(batch_size * len(units) / len(self._lengths)))  # in a batch
-        self._units_read = max(self._units, round(_READ_AT_ONCE * len(units) / len(self._lengths)))
+        a_unit = len(self._lengths) / len(units)  # captions
+        self._units = min(max(1, round(batch_size / a_unit)), len(units))  # in a batch
+        positions, size = features.shape
+        self._units_read = max(self._units, min(round(_READ_AT_ONCE / a_unit), _READ_BYTES // (4 * positions * size)))
         self._held: Tensor | None = None  # the features of all photos, where a device has room for them
 
     def hold(self, device: torch.device) -> bool:
@@ -90,11 +93,16 @@ class CaptionBatches:
         Batches are then put together there. Tells whether they are held.
         """
         positions, size = self._features.shape
-        room = torch.cuda.mem_get_info(device)[0] if device.type == "cuda" else math.inf
+        room = _room(device)
         if self._held is None and 4 * 2 * len(self._features) * self._features.views * positions * size <= room:
             parts = [torch.from_numpy(part).to(device) for part in self._features.all_parts(_HELD_AT_ONCE)]
             self._held = torch.cat(parts)
-        return self._held is not None
+        return self._held is not None and self._held.device.type == device.type
+
+    def padding(self) -> float:
+        """How many times as many words as there are the rectangles of an epoch's batches have."""
+        _, captions, reads = self.table(0, 0)
+        return float((captions[0].size * reads.max((1, 2))).sum() / self.targets)
 
     def rectangles(self, device: torch.device) -> "Rectangles":
         """The batches for a device that is to put them together itself, and holds the features."""
@@ -197,6 +205,14 @@ class CaptionBatches:
             tuple(there.sum(1).tolist()),
             share,
         )
+
+
+def _room(device: torch.device) -> float:
+    """Bytes that can still be had of a device's memory."""
+    if device.type != "cuda":
+        return math.inf
+    own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + own)
 
 
 @dataclass(frozen=True)

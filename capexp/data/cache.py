@@ -13,7 +13,7 @@ import os
 import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import asdict
 from itertools import islice
@@ -202,7 +202,8 @@ class FeatureCache:
     def _writing(self, file: Any) -> Iterator[Callable[[dict[bytes, NDArray[np.float16]]], None]]:
         """What writes features of photos by their digests, in order, behind the back of whoever computes more of them.
 
-        All that was given to it is in the file after the block, however that ends, unless the file cannot take it.
+        All that was given to it is in the file after the block, however that ends, unless the file cannot take it, of
+        which the block is told where it has not ended otherwise.
         """
 
         def record(features: dict[bytes, NDArray[np.float16]]) -> NDArray[Any]:
@@ -225,14 +226,29 @@ class FeatureCache:
         def add(features: dict[bytes, NDArray[np.float16]]) -> None:
             begun.append(writer.submit(write, makers.submit(record, features)))
             while len(begun) > _BEHIND:
-                begun.popleft().result()
+                begun[0].result()
+                begun.popleft()
+
+        def finish() -> None:
+            """Waits for all, an interrupt meanwhile too: the file and its lock are let go of next."""
+            interrupt: KeyboardInterrupt | None = None
+            while not all(one.done() for one in begun):
+                try:
+                    wait(begun)
+                except KeyboardInterrupt as error:
+                    interrupt = error
+            if interrupt is not None:
+                raise interrupt
 
         with ThreadPoolExecutor(_BEHIND) as makers, ThreadPoolExecutor(1) as writer:
             try:
                 yield add
-            finally:
-                while begun:
-                    begun.popleft().result()
+            except BaseException:
+                finish()
+                raise
+            finish()
+            for one in begun:
+                one.result()
 
     def _records(self) -> tuple[NDArray[Any], mmap.mmap | None]:
         """The whole records of the file, and the memory map that holds them."""

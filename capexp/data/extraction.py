@@ -60,17 +60,15 @@ def _core_by_core(photos: Iterable[Path], encoder: Encoder, batch_size: int) -> 
 def _begin(encoder: Encoder, batch: torch.Tensor, good: int) -> Callable[[], NDArray[np.float16]]:
     """Begins with the first photos of a batch, and gives what waits for their features.
 
-    On a GPU all of the batch passes the network, whatever is behind them: for each size of a batch cuDNN tries which
-    way to compute each layer is fastest, and that is worth it for one size only.
+    For a full batch cuDNN tries, once, which way to compute each layer is fastest; that is not worth it for the size of
+    the last one. So features may differ by rounding from machine to machine, and from batch to batch.
     """
-    if encoder.device.type != "cuda":
-        return encoder.begin(batch[:good])
-    tries, torch.backends.cudnn.benchmark = torch.backends.cudnn.benchmark, True
+    tries = torch.backends.cudnn.benchmark
+    torch.backends.cudnn.benchmark = good == len(batch)
     try:
-        finish = encoder.begin(batch)
+        return encoder.begin(batch[:good])
     finally:
         torch.backends.cudnn.benchmark = tries
-    return lambda: finish()[:good]
 
 
 def _batch_by_batch(decoded: Iterator[Pixels], encoder: Encoder, batch_size: int) -> Results:

@@ -17,6 +17,7 @@ MAXIMUM_PIXELS = 100_000_000  # a 100-megapixel photo; more is a decompression b
 MAXIMUM_UPLOAD = 20 * 2**20  # bytes of a photo that a stranger sends
 _BLOCK = 2**20  # bytes of a file that are read at a time
 _TOGETHER = 64  # files that a thread takes at a time: to hand one over costs as much as to read it
+_SHARES = 256  # that few files are cut into, for all threads to have some
 
 
 def read_photo(source: Path | bytes) -> Image.Image:
@@ -106,9 +107,8 @@ def digest_photos(paths: list[Path]) -> list[bytes]:
     def digest(path: Path) -> bytes | None:
         whole = hashlib.sha256()
         try:
-            file = os.open(
-                path, os.O_RDONLY | getattr(os, "O_BINARY", 0)
-            )  # a file object costs as much as a small photo
+            # Without a file object, which costs as much as a small photo.
+            file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             try:
                 while block := os.read(file, _BLOCK):
                     whole.update(block)
@@ -119,10 +119,11 @@ def digest_photos(paths: list[Path]) -> list[bytes]:
         return whole.digest()
 
     def digests(start: int) -> list[bytes | None]:
-        return [digest(path) for path in paths[start : start + _TOGETHER]]
+        return [digest(path) for path in paths[start : start + size]]
 
     with ThreadPoolExecutor() as pool:
-        found = [one for part in pool.map(digests, range(0, len(paths), _TOGETHER)) for one in part]
+        size = max(1, min(_TOGETHER, len(paths) // _SHARES))
+        found = [one for part in pool.map(digests, range(0, len(paths), size)) for one in part]
     unread = [str(path) for path, value in zip(paths, found, strict=True) if value is None]
     if unread:
         raise InputError(f"{len(unread)} photos cannot be read: {listed(unread)}")

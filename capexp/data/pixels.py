@@ -66,8 +66,7 @@ def decode_by_threads(photos: Iterable[Path], size: int) -> Iterator[Pixels]:
 def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> Iterator[Pixels]:
     """Photos as pixels, in order, by processes that end with this one, however it ends.
 
-    Pixels come through shared memory: through pipes they would cost this process more than all else that it does. They
-    are there until the next photo is asked for.
+    Pixels come through shared memory: through pipes they would cost this process more than all else that it does.
 
     Raises:
         Outage: a process was killed.
@@ -82,15 +81,16 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
             # With at most so many tasks begun and not yet taken, a task's slot is free when it comes round again.
             numbered = ((i % tasks, part) for i, part in enumerate(parts(photos, PART)))
             for i, faults in enumerate(ahead(pool, _decode_part, numbered, tasks)):
-                for slot, fault in zip(slots[i % tasks], faults, strict=False):
-                    yield slot if fault is None else fault
+                # Copied, all at once: behind the last photo the memory is gone, whoever looks at it.
+                for pixels, fault in zip(slots[i % tasks].copy(), faults, strict=False):
+                    yield pixels if fault is None else fault
     except BrokenProcessPool:
         raise Outage(
             "a process that decodes photos was killed, mostly for want of memory; make room and start again: "
             "what is there is kept"
         ) from None
     finally:
-        slots = slot = None  # type: ignore[assignment]  # shared memory that is still looked at cannot be closed
+        del slots
         memory.unlink()
         memory.close()
 

@@ -22,7 +22,7 @@ class SelfCriticalConfig(BaseModel):
     """0: there is none."""
     learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     schedule: Literal["constant", "cosine"] = "constant"
-    """As that of the first phase."""
+    """``cosine`` lowers the learning rate from step to step, to zero at the end of this phase."""
     photos: int = Field(default=25, ge=1, le=1_000_000)
     """A batch."""
     samples: int = Field(default=5, ge=2, le=1000)

@@ -38,7 +38,8 @@ def fit(
     Where ``checkpoints`` holds the state of an earlier call, the epochs it had done are yielded again, from
     their record, and training goes on after them, or within the next: the caller sees the same sequence either
     way. The order of the captions follows from seed and epoch number alone, the dropout masks of a step from these
-    and its number, so a stopped and resumed training gives the losses of an undisturbed one.
+    and its number, so a stopped and resumed training gives the losses of an undisturbed one. On a GPU it does where
+    there is room for the features both times: steps that are captured draw other masks.
 
     Of several processes all call this and get the same epochs; the first alone has a folder, and reads and writes it.
     What they come to is what one comes to, but for rounding and the dropout masks, which each draws for its own share.

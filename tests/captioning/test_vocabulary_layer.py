@@ -30,7 +30,13 @@ def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> 
     monkeypatch.setattr(vocabulary_layer, "_AT_ONCE", request.param)
 
 
-@pytest.mark.usefixtures("at_once")
+@pytest.fixture(params=[True, False], ids=["by word", "by output"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """As on a CPU, and as on a GPU."""
+    monkeypatch.setattr(vocabulary_layer, "_stand_by_word", lambda device: request.param)
+
+
+@pytest.mark.usefixtures("at_once", "way")
 @pytest.mark.parametrize("smoothing", [0.0, 0.1, 0.7])
 @pytest.mark.parametrize("scale", [0.1, 1.0, 100.0])
 def test_losses_and_gradients_are_those_of_the_logits(smoothing: float, scale: float) -> None:
@@ -46,6 +52,7 @@ def test_losses_and_gradients_are_those_of_the_logits(smoothing: float, scale: f
         torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-6 * max(scale, 1))
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("small", [40.0, 0.0], ids=["small logits", "any logits"])
 def test_in_bfloat16_losses_and_gradients_are_near(small: float, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr(vocabulary_layer, "_SMALL", small)
@@ -59,6 +66,37 @@ def test_in_bfloat16_losses_and_gradients_are_near(small: float, monkeypatch: py
     for one, other in zip(exact, close, strict=True):
         assert not torch.equal(one, other)
         assert (one - other).norm() < 0.01 * one.norm()
+
+
+@pytest.mark.usefixtures("at_once", "way")
+@pytest.mark.parametrize("smoothing", [0.0, 0.1])
+def test_targets_that_are_not_real_count_for_nothing(smoothing: float) -> None:
+    layer, outputs, targets = some()
+    real = torch.rand(M) < 0.6
+    masked, kept = (
+        layer.cross_entropy(*arguments)
+        for arguments in ((outputs, targets, smoothing, real), (outputs[real], targets[real], smoothing))
+    )
+    torch.testing.assert_close(masked, kept)
+    pairs = zip(gradients(masked[1], layer, outputs), gradients(kept[1], layer, outputs), strict=True)
+    for ours, theirs in pairs:
+        torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
+
+
+@pytest.mark.usefixtures("way")
+def test_in_bfloat16_words_as_frequent_as_people_use_them_are_learnt_alike() -> None:
+    torch.manual_seed(0)
+    words, count = 7579, 300
+    layer = VocabularyLayer(64, words)
+    with torch.no_grad():
+        layer.bias.copy_(-torch.arange(1.0, words + 1).log())
+    outputs, targets = torch.randn(count, 64, requires_grad=True), torch.randint(words, (count,))
+    exact = gradients(layer.cross_entropy(outputs, targets)[1], layer, outputs)
+    with torch.autocast("cpu", torch.bfloat16):
+        near = gradients(layer.cross_entropy(outputs, targets)[1], layer, outputs)
+    for one, other in zip(exact, near, strict=True):
+        assert (one - other).norm() < 0.006 * one.norm()
+    assert abs(float(near[2].sum())) < 3e-4, "what one word gains others lose"
 
 
 def test_each_target_passes_the_layer_once_and_three_products_are_all() -> None:

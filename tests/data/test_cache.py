@@ -7,8 +7,11 @@ import os
 import shutil
 import subprocess
 import sys
+import time
 from collections.abc import Callable
+from concurrent.futures import wait
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -18,7 +21,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.data.cache import FeatureCache, Features, cache_features
-from capexp.data.errors import InputError
+from capexp.data.errors import InputError, Outage
 from capexp.data.features import Encoder, FeaturesConfig, load_encoder
 from capexp.data.photos import digest_photos, read_photo, squash
 
@@ -273,6 +276,63 @@ print("ready", flush=True)
 sys.stdin.readline()
 print(FeatureCache(Path(folder), encoder.identity).extend(paths, digest_photos(paths), encoder, 1))
 """
+
+
+class Interrupted:
+    """Waits as the module's own, but is interrupted at first."""
+
+    def __init__(self, times: int) -> None:
+        self.times = times
+
+    def __call__(self, futures: Any) -> Any:
+        self.times -= 1
+        if self.times >= 0:
+            raise KeyboardInterrupt
+        return wait(futures)
+
+
+@pytest.mark.parametrize("times", [0, 2])
+def test_what_was_computed_before_an_interrupt_is_kept_whole(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch, times: int
+) -> None:
+    monkeypatch.setattr("capexp.data.cache.wait", Interrupted(times))
+    slowly = cache._write
+
+    def write(file: Any, content: bytes | memoryview) -> None:
+        time.sleep(0.05)
+        slowly(file, content)
+
+    monkeypatch.setattr(cache, "_write", write)
+    new = {bytes([number]) * 32: np.full((1, 512), number, np.float16) for number in range(1, 8)}
+
+    def work() -> None:
+        with cache._appending() as file, cache._writing(file) as add:
+            for digest, features in new.items():
+                add({digest: features})
+            raise KeyboardInterrupt
+
+    with pytest.raises(KeyboardInterrupt):
+        work()
+    assert np.array_equal(all_of(cache.open(list(new)))[:, 0, 0], np.arange(1, 8))
+
+
+def test_an_interrupt_is_told_even_if_the_disk_is_full_too(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    def write(file: Any, content: bytes | memoryview) -> None:
+        raise Outage("full")
+
+    def work(interrupt: bool) -> None:
+        with cache._appending() as file, cache._writing(file) as add:
+            add({bytes(32): np.zeros((1, 512), np.float16)})
+            if interrupt:
+                raise KeyboardInterrupt
+
+    monkeypatch.setattr(cache, "_write", write)
+    with pytest.raises(KeyboardInterrupt):
+        work(interrupt=True)
+    with pytest.raises(Outage, match="full"):
+        work(interrupt=False)
 
 
 @pytest.mark.slow

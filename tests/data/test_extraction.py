@@ -49,7 +49,7 @@ def write_photos(folder: Path, count: int, width: int = 40, height: int = 30) ->
 
 def pixels_of(decoded: Iterator[Pixels]) -> NDArray[np.uint8]:
     """Of the photos that can be read: (B, size, size, 3)."""
-    return np.stack([pixels.copy() for pixels in decoded if not isinstance(pixels, InputError)])
+    return np.stack([pixels for pixels in decoded if not isinstance(pixels, InputError)])
 
 
 def flat(batches: Iterator[list[Result]]) -> list[Result]:

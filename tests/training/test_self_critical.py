@@ -1,9 +1,11 @@
 """Laws of training on the score itself."""
 
+import math
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
+from typing import Literal
 
 import numpy as np
 import pytest
@@ -117,14 +119,24 @@ class Task:
         self.captioner.training = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
 
     def started(
-        self, epochs: int, before: tuple[Epoch, ...] = BEFORE, ranks: Ranks = ALONE, learning_rate: float = 0.03
+        self,
+        epochs: int,
+        before: tuple[Epoch, ...] = BEFORE,
+        ranks: Ranks = ALONE,
+        learning_rate: float = 0.03,
+        schedule: Literal["constant", "cosine"] = "constant",
     ) -> Generator[Epoch, None, None]:
         train, dev = data("train", 64, 1), data("dev", 20, 2)
         config = TrainingConfig(
             precision="float32",
             save_steps=2,
             self_critical=SelfCriticalConfig(
-                epochs=epochs, photos=8, samples=8, learning_rate=learning_rate, cross_entropy=self.cross_entropy
+                epochs=epochs,
+                photos=8,
+                samples=8,
+                learning_rate=learning_rate,
+                cross_entropy=self.cross_entropy,
+                schedule=schedule,
             ),
         )
         return refine(
@@ -190,6 +202,26 @@ def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp
         next(running)
     running.close()
     assert told(Task(tmp_path / "parts", 0.1).started(3)) == undisturbed
+
+
+def test_the_learning_rate_falls_to_zero_over_this_phase_alone_stopped_or_not(tmp_path: Path) -> None:
+    steps = len(data("train", 64, 1)[1]) // 8
+    rates: list[float] = []
+
+    def step(self: torch.optim.Adam, closure: None = None) -> None:
+        rates.append(self.param_groups[0]["lr"])
+        plain(self, closure)
+
+    plain = torch.optim.Adam.step
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(torch.optim.Adam, "step", step)
+        epochs = list(Task(tmp_path / "whole").started(2, schedule="cosine"))
+    assert rates == pytest.approx([0.03 * (1 + math.cos(math.pi * i / (2 * steps))) / 2 for i in range(2 * steps)])
+    assert [one.learning_rate for one in epochs] == pytest.approx([0.03, 0.015])
+    running = Task(tmp_path / "parts").started(2, schedule="cosine")
+    next(running)
+    running.close()
+    assert told(Task(tmp_path / "parts").started(2, schedule="cosine")) == told(epochs)
 
 
 def test_stopped_after_every_state_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path) -> None:

@@ -18,6 +18,7 @@ from capexp.data.features import EncoderIdentity
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.training.config import TrainingConfig
 from capexp.training.epoch import train_epoch
+from capexp.training.ranks import Ranks
 from capexp.training.steps import CapturedSteps, PackedSteps, Steps, _rounded, steps_of
 
 CPU = torch.device("cpu")
@@ -50,7 +51,8 @@ class Task:
             Features(rng.random((photos, places, 512), np.float32).astype(np.float16), np.arange(photos))
             for _ in range(2)
         )
-        self.batches = CaptionBatches(split, vocabulary, plain.with_mirrored(mirrored), CONFIG.batch_size, order)
+        self.split, self.vocabulary, self.features = split, vocabulary, plain.with_mirrored(mirrored)
+        self.batches = CaptionBatches(split, vocabulary, self.features, CONFIG.batch_size, order)
         identity = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
         if decoder == "attention":
             identity = EncoderIdentity("conv5_3", "max3", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none", 144)
@@ -127,6 +129,48 @@ def test_captured_steps_are_the_same_when_taken_again(device: torch.device) -> N
     once, again = ([step.loss.item() for step in steps.of_epoch(1, 1)] for _ in range(2))
     assert once == pytest.approx(again, rel=1e-4)
     assert once != pytest.approx([step.loss.item() for step in steps.of_epoch(2, 1)], rel=1e-4)
+
+
+def test_several_processes_hold_features_too_but_take_packed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    held: list[torch.device] = []
+    task, gpu = Task("merge", "captions"), torch.device("cuda")
+
+    def hold(batches: CaptionBatches, device: torch.device) -> bool:
+        held.append(device)
+        return True
+
+    monkeypatch.setattr(CaptionBatches, "hold", hold)
+    assert isinstance(steps_of(task.decoder, task.batches, CONFIG, gpu, Ranks(0, 2)), PackedSteps)
+    assert held == [gpu]
+    assert isinstance(steps_of(task.decoder, task.batches, CONFIG, CPU), PackedSteps)
+
+
+@pytest.mark.parametrize(
+    ("texts", "order"),
+    [
+        ([["a dog runs"]] * 100 + [["word " * 2000]], "captions"),
+        ([["a dog"] * 5] * 50 + [["a dog"] * 500], "photos"),
+    ],
+    ids=["one long caption", "one photo of many captions"],
+)
+def test_what_would_be_padding_for_the_most_part_is_packed(
+    texts: list[list[str]], order: Order, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    split = Split("train", Path(), tuple(map(str, range(len(texts)))), tuple(map(tuple, texts)))
+    vocabulary = build_vocabulary((one for photo in texts for one in photo), VocabularyConfig(minimum_count=1))
+    features = Features(np.zeros((len(texts), 1, 512), np.float16), np.arange(len(texts)))
+    batches, decoder = CaptionBatches(split, vocabulary, features, 32, order), Task("merge", "captions").decoder
+    monkeypatch.setattr(CaptionBatches, "hold", lambda batches, device: True)
+    assert batches.padding() > 5
+    assert isinstance(steps_of(decoder, batches, CONFIG, torch.device("cuda")), PackedSteps)
+
+
+def test_a_batch_is_no_larger_than_all_captions_are() -> None:
+    task = Task("merge", "captions")
+    whole = CaptionBatches(task.split, task.vocabulary, task.features, 100_000, "captions")
+    photos, captions, _ = whole.table(1, 1)
+    assert photos.shape == (1, sum(len(texts) for texts in task.split.references)) == captions.shape[:2]
+    assert whole.padding() < 3
 
 
 def test_there_are_few_lengths_and_none_is_beyond_the_longest() -> None:
