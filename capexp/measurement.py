@@ -8,10 +8,10 @@ import numpy as np
 
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.data.batches import CaptionBatches
-from capexp.data.cache import Features
 from capexp.data.captions import Split, SplitName, read_splits, read_texts
 from capexp.data.errors import InputError
 from capexp.data.features import identify
+from capexp.data.views import Features
 from capexp.experiment import Experiment, replace
 from capexp.preparation import Prepared, read_features
 from capexp.scoring.evaluation import CaptionScores, Loss, blind_cross_entropy, cross_entropy, score_captions

@@ -12,11 +12,12 @@ from torch import Tensor
 from capexp.captioning.decoding import refuse_wide
 from capexp.captioning.model import outline_decoder
 from capexp.data.batches import CaptionBatches, Order
-from capexp.data.cache import FeatureCache, Features, cache_features
+from capexp.data.cache import FeatureCache, cache_features
 from capexp.data.captions import Split, SplitName, read_splits
 from capexp.data.errors import InputError
 from capexp.data.features import Encoder, EncoderIdentity, identify, load_encoder
 from capexp.data.photos import digest_photos
+from capexp.data.views import Features
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.experiment import Experiment
 from capexp.members import members_of

@@ -36,9 +36,9 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import Batch, CaptionBatches
-from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.features import EncoderIdentity
+from capexp.data.views import Features
 from capexp.data.vocabulary import Vocabulary
 from capexp.training.config import TrainingConfig, choose_device
 from capexp.training.epoch import train_epoch

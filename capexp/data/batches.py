@@ -15,8 +15,8 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor
 
-from capexp.data.cache import Features
 from capexp.data.captions import Split
+from capexp.data.views import Features
 from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
 Order = Literal["captions", "photos"]

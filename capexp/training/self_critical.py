@@ -18,10 +18,10 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.decoding import draw
 from capexp.data.batches import Batch, CaptionBatches, photo_batches
-from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.errors import InputError
 from capexp.data.features import use_bfloat16
+from capexp.data.views import Features
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.cider import CiderReferences
 from capexp.scoring.evaluation import Loss

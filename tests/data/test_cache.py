@@ -20,10 +20,11 @@ from filelock import FileLock
 from numpy.typing import NDArray
 from PIL import Image
 
-from capexp.data.cache import FeatureCache, Features, cache_features
+from capexp.data.cache import FeatureCache, cache_features
 from capexp.data.errors import InputError, Outage
 from capexp.data.features import Encoder, FeaturesConfig, load_encoder
 from capexp.data.photos import digest_photos, read_photo, squash
+from capexp.data.views import Features
 
 HEADER, RECORD = 4096, 32 + 4 + 2 * 512  # bytes: digest, checksum, features of pool "mean"
 

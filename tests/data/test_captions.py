@@ -8,9 +8,9 @@ import numpy as np
 import pytest
 
 from capexp.data.batches import CaptionBatches
-from capexp.data.cache import Features
 from capexp.data.captions import CaptionsConfig, Split, read_captions, read_list, read_splits
 from capexp.data.errors import InputError
+from capexp.data.views import Features
 from capexp.data.vocabulary import Vocabulary, VocabularyConfig, build_vocabulary
 
 PHOTOS, TOKENS = "Flicker8k_Dataset", "Flickr8k.token.txt"

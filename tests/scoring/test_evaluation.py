@@ -12,8 +12,8 @@ from capexp.captioning.captioner import Caption
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
-from capexp.data.cache import Features
 from capexp.data.captions import Split
+from capexp.data.views import Features
 from capexp.data.vocabulary import Vocabulary, VocabularyConfig, build_vocabulary
 from capexp.scoring.evaluation import blind_cross_entropy, cross_entropy, score_captions
 

@@ -14,10 +14,10 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import CaptionBatches, Order
-from capexp.data.cache import Features
 from capexp.data.captions import Split, SplitName
 from capexp.data.errors import InputError
 from capexp.data.features import EncoderIdentity, FeaturesConfig, Pool
+from capexp.data.views import Features
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.scoring.evaluation import cross_entropy
 from capexp.training.checkpoints import Checkpoints, TrainingState

@@ -17,10 +17,10 @@ from capexp.captioning.decoder import Decoder, ModelConfig
 from capexp.captioning.decoding import DecodingConfig, draw
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
-from capexp.data.cache import Features
 from capexp.data.captions import Split, SplitName
 from capexp.data.errors import InputError
 from capexp.data.features import EncoderIdentity
+from capexp.data.views import Features
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.scoring.metrics import score
 from capexp.training.checkpoints import Checkpoints, TrainingState

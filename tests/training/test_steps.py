@@ -12,9 +12,9 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import CaptionBatches, Order
-from capexp.data.cache import Features
 from capexp.data.captions import Split
 from capexp.data.features import EncoderIdentity
+from capexp.data.views import Features
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
 from capexp.training.config import TrainingConfig
 from capexp.training.epoch import train_epoch
