@@ -4,7 +4,7 @@ from collections.abc import Callable, Generator
 from contextlib import suppress
 from itertools import count
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 import numpy as np
 import pytest
@@ -25,6 +25,7 @@ from capexp.training.config import TrainingConfig, choose_device
 from capexp.training.epoch import Epoch
 from capexp.training.fit import fit
 from capexp.training.ranks import ALONE, Ranks
+from capexp.training.steps import CapturedSteps, PackedSteps, Steps
 
 CPU = torch.device("cpu")
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
@@ -101,6 +102,17 @@ def losses(epochs: list[Epoch]) -> list[tuple[float, float]]:
     return [(epoch.train_loss, epoch.dev_loss) for epoch in epochs]
 
 
+@pytest.fixture(params=[PackedSteps, CapturedSteps], ids=["packed", "as on a GPU"])
+def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Each way to take steps."""
+
+    def steps(*arguments: Any) -> Steps:
+        made: Steps = request.param(*arguments[:4])
+        return made
+
+    monkeypatch.setattr("capexp.training.fit.steps_of", steps)
+
+
 @kinds
 def test_it_learns_to_look_at_the_photo(tmp_path: Path, decoder: Kind, order: Order) -> None:
     task = Task(tmp_path, decoder=decoder, order=order)
@@ -127,6 +139,7 @@ def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("stop_after", [1, 2, 3])
 @pytest.mark.parametrize("average", [0.0, 0.9])
 @kinds
@@ -149,6 +162,7 @@ def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
     assert (whole / "decoder.safetensors").read_bytes() == (parts / "decoder.safetensors").read_bytes()
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("average", [0.0, 0.9])
 @kinds
 def test_stopped_after_every_state_it_gives_the_losses_of_the_undisturbed_training(
@@ -197,6 +211,7 @@ def test_within_an_epoch_the_seconds_of_all_sittings_count(tmp_path: Path) -> No
     assert 0 < state["progress"]["seconds"] < epoch.seconds
 
 
+@pytest.mark.usefixtures("way")
 @pytest.mark.parametrize("average", [0.0, 0.9])
 @kinds
 def test_the_bundle_on_disk_is_the_epoch_its_name_tells(
