@@ -71,7 +71,7 @@ class _CrossEntropy(torch.autograd.Function):
         read = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
         shared = nn.functional.pad(shares, (0, -count % size)).unsqueeze(1)
         softmax = _by_word(outputs, weight, bias, layer, size) if by_word else _by_output(bias, layer, learning)
-        normals = []
+        top, normals = shares.amax(), []
         of_outputs = torch.empty_like(read, dtype=torch.float32)
         of_weight, of_bias = None, torch.zeros_like(bias)
         for start in range(0, count, size):
@@ -89,7 +89,6 @@ class _CrossEntropy(torch.autograd.Function):
             else:
                 of_weight += added[:words]
             # In lower precision shares that are alike are not rounded, only what they come to.
-            top = scale.amax()
             of_bias += (product @ (scale[:, 0] / top).to(product.dtype))[:words] * top
         normal = torch.cat(normals)[:count]  # (M,)
         chosen = weight[targets]  # (M, H)
