@@ -38,29 +38,27 @@ class Steps(ABC):
     """How a decoder learns from the batches of an epoch."""
 
     def __init__(
-        self, decoder: RecurrentDecoder, batches: CaptionBatches, config: TrainingConfig, device: torch.device
+        self,
+        decoder: RecurrentDecoder,
+        batches: CaptionBatches,
+        config: TrainingConfig,
+        device: torch.device,
+        rate: float | Tensor,
+        capturable: bool = False,
     ) -> None:
         self.decoder, self.batches, self.config, self.device = decoder, batches, config, device
         self.optimizer = torch.optim.AdamW(
             [value for value in decoder.parameters() if value.requires_grad],
-            lr=self._first_rate(),
+            lr=rate,
             eps=1e-7,  # Keras's value
             weight_decay=config.weight_decay,
             fused=True,
-            capturable=self._captured,
+            capturable=capturable,
         )
 
     @abstractmethod
     def of_epoch(self, seed: int, number: int, done: int = 0) -> Iterator[Step]:
         """Takes the steps of an epoch but those that are done, each as it is asked for."""
-
-    @property
-    def _captured(self) -> bool:
-        """Whether a graph of a GPU's work holds the optimizer's step."""
-        return False
-
-    def _first_rate(self) -> float | Tensor:
-        return self.config.learning_rate
 
     def load_optimizer(self, state: dict[str, object]) -> None:
         """Goes on with the state of an optimizer, whichever way its steps were taken.
@@ -94,7 +92,7 @@ class PackedSteps(Steps):
         device: torch.device,
         ranks: Ranks = ALONE,
     ) -> None:
-        super().__init__(decoder, batches, config, device)
+        super().__init__(decoder, batches, config, device, config.learning_rate)
         self._ranks = ranks
 
     def of_epoch(self, seed: int, number: int, done: int = 0) -> Iterator[Step]:
@@ -135,7 +133,7 @@ class CapturedSteps(Steps):
     ) -> None:
         self._rate = torch.full((), config.learning_rate, device=device)
         self._uses_graphs = device.type == "cuda"
-        super().__init__(decoder, batches, config, device)
+        super().__init__(decoder, batches, config, device, self._rate, capturable=self._uses_graphs)
         self._rectangles = batches.rectangles(device)
         self._table = self._rectangles.epoch(0, 0)  # written anew for each epoch, where graphs know it to be
         self._rates = torch.empty(len(batches), device=device)
@@ -145,13 +143,6 @@ class CapturedSteps(Steps):
         if self._uses_graphs:
             self._pool = torch.cuda.graph_pool_handle()
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
-
-    @property
-    def _captured(self) -> bool:
-        return self._uses_graphs
-
-    def _first_rate(self) -> Tensor:
-        return self._rate
 
     def of_epoch(self, seed: int, number: int, done: int = 0) -> Iterator[Step]:
         """Takes the steps, as :meth:`Steps.of_epoch`."""
