@@ -53,11 +53,11 @@ check: .venv/installed-test
 
 # A quarter of an hour on two cores. BENCHMARKS.md says what its figures were on which machine.
 bench: .venv/installed
-	for one in training extraction decoding search; do python experiments/bench_$$one.py || exit 1; done
+	for one in training extraction decoding search; do python experiments/benchmarks/bench_$$one.py || exit 1; done
 
 # An hour and more on two cores; docs/reliability.md says what was counted.
 soak: .venv/installed
-	for one in kills trials service; do python experiments/soak_$$one.py || exit 1; done
+	for one in kills trials service; do python experiments/soak/soak_$$one.py || exit 1; done
 
 format: .venv/installed-test
 	ruff format .

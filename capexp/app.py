@@ -3,30 +3,30 @@
 import argparse
 import socket
 
-from capexp import command
+from capexp import cli
 
 
 def app(argv: list[str] | None = None) -> int:
     """The command; it serves the page until it is interrupted."""
     decides = "Only --features.weights, --decoding.* and --training.device decide something here."
-    parser = command.Parser("app", __doc__, decides)
-    command.add_model(parser)
+    parser = cli.Parser("app", __doc__, decides)
+    cli.add_model(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address to listen at; other machines see the page at 0.0.0.0 only"
     )
     parser.add_argument("--port", type=_port, default=7860)
     arguments, settings = parser.parse(argv)
-    command.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
+    cli.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
     from capexp import experiment as experiments
     from capexp.captioning.captioner import Captioner
-    from capexp.data.errors import InputError
-    from capexp.tracking.bundle import find_bundle
+    from capexp.errors import InputError
+    from capexp.tracking.models import find_bundle
     from capexp.training.config import choose_device
 
     try:
-        from capexp import page
+        from capexp.report import page
     except ModuleNotFoundError as error:
         if error.name != "streamlit":
             raise
@@ -48,7 +48,7 @@ def _port(text: str) -> int:
 
 
 def _refuse_taken(host: str, port: int) -> None:
-    from capexp.data.errors import InputError
+    from capexp.errors import InputError
 
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
@@ -62,4 +62,4 @@ def _refuse_taken(host: str, port: int) -> None:
 
 
 if __name__ == "__main__":
-    command.main("app", app)
+    cli.main("app", app)

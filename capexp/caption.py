@@ -4,14 +4,14 @@ import json
 import sys
 from pathlib import Path
 
-from capexp import command
+from capexp import cli
 
 
 def caption(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 1 where some photo could not be captioned."""
     decides = "Only --features.weights, --decoding.* and --training.device decide something here."
-    parser = command.Parser("caption", __doc__, decides)
-    command.add_model(parser)
+    parser = cli.Parser("caption", __doc__, decides)
+    cli.add_model(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, with log-probability and alternatives"
     )
@@ -20,13 +20,14 @@ def caption(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", help="files, folders, or patterns in quotes")
     arguments, settings = parser.parse(argv)
-    command.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
+    cli.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
-    from capexp import experiment as experiments, maps
+    from capexp import experiment as experiments
     from capexp.captioning.captioner import Caption, Captioner
     from capexp.data.photos import find_photos
-    from capexp.tracking.bundle import find_bundle
+    from capexp.report import attention_maps as maps
+    from capexp.tracking.models import find_bundle
     from capexp.training.config import choose_device
 
     photos = find_photos(arguments.photos)
@@ -55,4 +56,4 @@ def caption(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.main("caption", caption)
+    cli.main("caption", caption)

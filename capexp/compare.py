@@ -3,27 +3,27 @@
 import json
 from dataclasses import asdict
 
-from capexp import command
+from capexp import cli
 
 _SHOWN = 5  # photos at either end
 
 
 def compare(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser("compare", __doc__)
-    command.add_measured(parser)
+    parser = cli.Parser("compare", __doc__)
+    cli.add_measured(parser)
     parser.add_argument("models", metavar="MODEL", nargs=2, help="as --model of evaluate; the first is the base")
     arguments, settings = parser.parse(argv)
-    command.refuse_output(parser, arguments.output)
+    cli.refuse_output(parser, arguments.output)
 
     from capexp import experiment as experiments, measurement
     from capexp.captioning.captioner import Captioner
-    from capexp.data.files import write_whole
-    from capexp.tracking.bundle import find_bundle
+    from capexp.files import write_whole
+    from capexp.tracking.models import find_bundle
     from capexp.training.config import choose_device
 
-    command.refuse_idle(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
-    experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
+    cli.refuse_idle(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
+    experiment = experiments.load(experiments.find(cli.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     first, second = [Captioner.load(find_bundle(model), device) for model in arguments.models]
     for captioner in (first, second):
@@ -52,4 +52,4 @@ def compare(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.main("compare", compare)
+    cli.main("compare", compare)

@@ -5,7 +5,7 @@ import shlex
 from dataclasses import dataclass
 from pathlib import Path
 
-from capexp import command
+from capexp import cli
 
 OUTPUT = Path(__file__).parents[1] / "cache" / "flickr8k"
 """Where the experiments on Flickr8k look for it."""
@@ -46,7 +46,7 @@ def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool
     from filelock import FileLock, Timeout
 
     from capexp.data.archives import ArchiveError, fetch, unpack
-    from capexp.data.errors import InputError
+    from capexp.errors import InputError
 
     if "://" in source and not _is_url(source):
         raise InputError(f"--source {source}: neither a folder nor an http or https URL")
@@ -83,7 +83,7 @@ def _is_url(source: str) -> bool:
 
 def _find(name: str, source: str, output: Path) -> Path:
     """Where an archive lies, or is to be fetched to."""
-    from capexp.data.errors import InputError
+    from capexp.errors import InputError
 
     archive = (output if _is_url(source) else Path(source)) / name
     if not archive.is_file():
@@ -101,7 +101,7 @@ def check(folder: Path, contents: Contents = Contents()) -> str:
         InputError: a wrong count, or photos that a list names without file or captions.
     """
     from capexp.data.captions import SPLITS, CaptionsConfig, read_splits
-    from capexp.data.errors import InputError, listed
+    from capexp.errors import InputError, listed
 
     remedy = f"delete what is in {folder}, then give the same command again, or with another --source"
     photos = {path.name for path in (folder / PHOTOS).glob("*.jpg")}
@@ -134,7 +134,7 @@ def check(folder: Path, contents: Contents = Contents()) -> str:
 
 def download(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser("download", __doc__, "None of them decides something here.")
+    parser = cli.Parser("download", __doc__, "None of them decides something here.")
     parser.add_argument("data", choices=("flickr8k",), help="what to bring; two archives, about 1.0 GiB")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument(
@@ -152,4 +152,4 @@ def download(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.main("download", download)
+    cli.main("download", download)

@@ -2,28 +2,28 @@
 
 import json
 
-from capexp import command
+from capexp import cli
 
 
 def evaluate(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser("evaluate", __doc__)
-    command.add_measured(parser)
-    command.add_model(parser)
+    parser = cli.Parser("evaluate", __doc__)
+    cli.add_measured(parser)
+    cli.add_model(parser)
     parser.add_argument("--java", action="store_true", help="METEOR and SPICE too, which need Java and pycocoevalcap")
     arguments, settings = parser.parse(argv)
-    command.refuse_output(parser, arguments.output)
+    cli.refuse_output(parser, arguments.output)
 
     from capexp import experiment as experiments, measurement
     from capexp.captioning.captioner import Captioner
-    from capexp.data.files import write_whole
-    from capexp.tracking.bundle import find_bundle
+    from capexp.files import write_whole
+    from capexp.tracking.models import find_bundle
     from capexp.training.config import choose_device
 
-    command.refuse_idle(
+    cli.refuse_idle(
         parser, settings, ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")
     )
-    experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
+    experiment = experiments.load(experiments.find(cli.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     captioner = Captioner.load(find_bundle(arguments.model), device)
     captioner.decoding = experiments.override_decoding(captioner.decoding, settings)
@@ -38,4 +38,4 @@ def evaluate(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.main("evaluate", evaluate)
+    cli.main("evaluate", evaluate)

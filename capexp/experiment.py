@@ -20,10 +20,10 @@ from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
 from capexp.captioning.ensemble import EnsembleConfig
 from capexp.data.captions import CaptionsConfig
-from capexp.data.errors import InputError
-from capexp.data.features import FeaturesConfig
+from capexp.data.vgg16 import FeaturesConfig
+from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import VocabularyConfig
-from capexp.data.weights import NETS
+from capexp.errors import InputError
 from capexp.search.space import Choices, TuneConfig
 from capexp.tracking.score import Metric
 from capexp.training.config import TrainingConfig

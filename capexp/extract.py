@@ -3,13 +3,13 @@
 import resource
 import time
 
-from capexp import command
+from capexp import cli
 
 
 def extract(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser("extract", __doc__)
-    command.add_experiment(parser)
+    parser = cli.Parser("extract", __doc__)
+    cli.add_experiment(parser)
     parser.add_argument(
         "--split", choices=("train", "dev", "test"), action="append", help="default: all that are listed"
     )
@@ -19,11 +19,11 @@ def extract(argv: list[str] | None = None) -> int:
     from capexp import experiment as experiments
     from capexp.data.cache import FeatureCache
     from capexp.data.captions import read_splits
-    from capexp.data.features import identify
+    from capexp.data.vgg16 import identify
+    from capexp.distributed import place
     from capexp.preparation import passes, read_features
-    from capexp.training.ranks import place
 
-    command.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
+    cli.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
     ranks = place()
     if arguments.clear and ranks.count > 1:
         parser.error("--clear: not under torchrun; give it to one process alone")
@@ -51,4 +51,4 @@ def extract(argv: list[str] | None = None) -> int:
 
 
 if __name__ == "__main__":
-    command.main("extract", extract)
+    cli.main("extract", extract)

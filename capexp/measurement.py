@@ -7,16 +7,16 @@ from dataclasses import dataclass
 import numpy as np
 
 from capexp.captioning.captioner import Caption, Captioner
+from capexp.captioning.evaluation import CaptionScores, Loss, blind_cross_entropy, cross_entropy, score_captions
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split, SplitName, read_splits, read_texts
-from capexp.data.errors import InputError
-from capexp.data.features import identify
-from capexp.data.views import Features
+from capexp.data.features import Features
+from capexp.data.vgg16 import identify
+from capexp.errors import InputError
 from capexp.experiment import Experiment, replace
+from capexp.metrics.java import Unavailable, meteor, spice
+from capexp.metrics.scores import Difference, paired_difference, score
 from capexp.preparation import Prepared, read_features
-from capexp.scoring.evaluation import CaptionScores, Loss, blind_cross_entropy, cross_entropy, score_captions
-from capexp.scoring.java_metrics import Unavailable, meteor, spice
-from capexp.scoring.metrics import Difference, paired_difference, score
 
 log = logging.getLogger(__name__)
 

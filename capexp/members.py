@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 
 from capexp import experiment as experiments
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 from capexp.experiment import Experiment
 
 _SHARED = (

@@ -14,15 +14,15 @@ from capexp.captioning.model import outline_decoder
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.cache import FeatureCache, cache_features
 from capexp.data.captions import Split, SplitName, read_splits
-from capexp.data.errors import InputError
-from capexp.data.features import Encoder, EncoderIdentity, identify, load_encoder
+from capexp.data.features import Features
 from capexp.data.photos import digest_photos
-from capexp.data.views import Features
+from capexp.data.vgg16 import Encoder, EncoderIdentity, identify, load_encoder
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
+from capexp.distributed import ALONE, Ranks
+from capexp.errors import InputError
 from capexp.experiment import Experiment
 from capexp.members import members_of
 from capexp.training.config import TrainingConfig, choose_device
-from capexp.training.ranks import ALONE, Ranks
 
 log = logging.getLogger(__name__)
 

@@ -2,19 +2,19 @@
 
 from pathlib import Path
 
-from capexp import command
+from capexp import cli
 
 
 def sync(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser("sync", __doc__, "None of them decides something here.")
+    parser = cli.Parser("sync", __doc__, "None of them decides something here.")
     parser.add_argument("run_id", metavar="RUN_ID", help="as the run's end has told it")
     arguments, settings = parser.parse(argv)
     for name in settings:
         parser.error(f"--{name} decides nothing here; the run's own settings do")
 
-    from capexp import run_folder
-    from capexp.registration import Claim, carry_out, clear
+    from capexp.runs import folder as run_folder
+    from capexp.runs.registration import Claim, carry_out, clear
     from capexp.tracking.run import TrackedRun, run_status
     from capexp.tracking.store import check_store, is_local, no_retries, store_faults
 
@@ -41,10 +41,10 @@ def _find(run_id: str) -> Path:
     Raises:
         InputError: there is none here.
     """
-    from capexp.data.errors import InputError
-    from capexp.run_folder import CHECKPOINTS
+    from capexp.errors import InputError
+    from capexp.runs.folder import CHECKPOINTS
+    from capexp.runs.workers import STUDIES
     from capexp.tracking.journal import JOURNAL
-    from capexp.workers import STUDIES
 
     for pattern in (CHECKPOINTS / "*", CHECKPOINTS / "*/*", STUDIES / "*/*"):
         for path in Path().glob(str(pattern / JOURNAL)):
@@ -56,4 +56,4 @@ def _find(run_id: str) -> Path:
 
 
 if __name__ == "__main__":
-    command.main("sync", sync)
+    cli.main("sync", sync)

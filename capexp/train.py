@@ -4,24 +4,24 @@ import os
 from contextlib import closing
 from typing import TYPE_CHECKING
 
-from capexp import command
+from capexp import cli
 
 if TYPE_CHECKING:
     from pathlib import Path
 
-    from capexp.ensembles import Ensembled
-    from capexp.runs import Result
-    from capexp.seeds import Seeds
-    from capexp.tracking.gallery import Card
+    from capexp.distributed import Ranks
+    from capexp.report.gallery import Card
+    from capexp.runs.ensembles import Ensembled
+    from capexp.runs.run import Result
+    from capexp.runs.seeds import Seeds
     from capexp.tracking.registry import Version
     from capexp.training.epoch import Epoch
-    from capexp.training.ranks import Ranks
 
 
 def train(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser("train", __doc__)
-    command.add_experiment(parser, default=None)
+    parser = cli.Parser("train", __doc__)
+    cli.add_experiment(parser, default=None)
     parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run that was stopped")
     parser.add_argument(
         "--seeds", type=int, metavar="N", help="train at N seeds, in turn: mean and spread of what comes"
@@ -35,7 +35,7 @@ def train(argv: list[str] | None = None) -> int:
         parser.error("--resume takes the experiment from the run; leave --experiment out")
 
     from capexp import experiment as experiments
-    from capexp.training.ranks import place
+    from capexp.distributed import place
 
     ranks = place()
     if arguments.seeds is not None and ranks.count > 1:
@@ -44,7 +44,7 @@ def train(argv: list[str] | None = None) -> int:
         return 0 if arguments.dry_run else _follow(ranks)
     count: int | None = arguments.seeds
     if arguments.resume:
-        from capexp import run_folder, seeds
+        from capexp.runs import folder as run_folder, seeds
 
         before = run_folder.settings_of(arguments.resume)
         experiment = experiments.replace(before, settings)
@@ -56,15 +56,15 @@ def train(argv: list[str] | None = None) -> int:
         if count is None and run_folder.is_complete(arguments.resume, experiment):
             parser.error(f"--resume {arguments.resume}: the run has finished; go on with --training.epochs N")
     else:
-        experiment = experiments.load(experiments.find(command.experiment_of(arguments)), settings)
+        experiment = experiments.load(experiments.find(cli.experiment_of(arguments)), settings)
     print(
         f"experiment {experiment.name}",
         *(f"  {name} = {value}" for name, value in experiment.flat().items()),
         sep="\n",
     )
 
-    from capexp.data.errors import InputError
-    from capexp.data.features import encoder_at_hand
+    from capexp.data.vgg16 import encoder_at_hand
+    from capexp.errors import InputError
     from capexp.preparation import prepare, read
 
     data = read(experiment)
@@ -75,7 +75,7 @@ def train(argv: list[str] | None = None) -> int:
         if lacking and not encoder_at_hand(experiment.features):
             print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
         return 0
-    from capexp import ensembles, run_folder, runs, seeds
+    from capexp.runs import ensembles, folder as run_folder, run as runs, seeds
     from capexp.tracking.store import check_store
     from capexp.training.checkpoints import refuse_cramped
 
@@ -131,9 +131,9 @@ def train(argv: list[str] | None = None) -> int:
 
 def _follow(ranks: "Ranks") -> int:
     """What each of torchrun's processes but the first does: its share of the features and of each batch."""
-    from capexp import runs
     from capexp.experiment import Experiment
     from capexp.preparation import prepare, read
+    from capexp.runs import run as runs
 
     ranks.join()  # the first one has checked settings and data, or told what is wrong with them
     experiment = Experiment.model_validate_json(ranks.from_first(str), strict=True)
@@ -207,4 +207,4 @@ next
 
 
 if __name__ == "__main__":
-    command.main("train", train)
+    cli.main("train", train)

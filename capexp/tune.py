@@ -8,19 +8,19 @@ from contextlib import closing
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-from capexp import command
+from capexp import cli
 
 if TYPE_CHECKING:
+    from capexp.runs.study import Trials
     from capexp.search.study import Study
     from capexp.search.trial import Progress
     from capexp.tracking.run import TrackedRun
-    from capexp.trials import Trials
 
 
 def tune(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = command.Parser("tune", __doc__, "The search space is [tune.search] of the experiment's file.")
-    command.add_experiment(parser)
+    parser = cli.Parser("tune", __doc__, "The search space is [tune.search] of the experiment's file.")
+    cli.add_experiment(parser)
     parser.add_argument("--trials", help="finished and pruned ones together, over all sittings (tune.trials)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time, a process each")
     parser.add_argument("--study", help="the study's name (default: the experiment's)")
@@ -54,14 +54,14 @@ def tune(argv: list[str] | None = None) -> int:
     if best_file == Path():
         best_file = Path("experiments", f"{name}-best.toml")
     else:
-        command.refuse_output(parser, best_file, "--write-best")
+        cli.refuse_output(parser, best_file, "--write-best")
 
     from capexp.preparation import comparable, prepare, read
+    from capexp.runs.study import Trials, study_run
+    from capexp.runs.workers import STUDIES, Task, work, work_together
     from capexp.search.storage import find_storage
     from capexp.search.study import refuse_other
     from capexp.tracking.store import check_store
-    from capexp.trials import Trials, study_run
-    from capexp.workers import STUDIES, Task, work, work_together
 
     storage = find_storage(arguments.storage, STUDIES, name, experiment.tune.heartbeat)
     check_store()
@@ -98,7 +98,7 @@ def tune(argv: list[str] | None = None) -> int:
 
 def _finish(trials: "Trials", tracked: "TrackedRun", name: str, promote: bool, best_file: Path | None) -> int:
     """Draws the study, registers its best, tells of it; returns the command's exit status."""
-    from capexp.data.files import write_whole, writing
+    from capexp.files import write_whole, writing
     from capexp.search.charts import draw_charts, importances
 
     best = trials.study.best()
@@ -164,4 +164,4 @@ def _told(progress: "Progress") -> str:
 
 
 if __name__ == "__main__":
-    command.main("tune", tune)
+    cli.main("tune", tune)

@@ -25,10 +25,10 @@ from capexp import experiment as experiments
 from capexp.app import app
 from capexp.captioning.captioner import Captioner
 from capexp.data.captions import read_splits
-from capexp.data.errors import InputError
-from capexp.data.features import FeaturesConfig, load_encoder
 from capexp.data.photos import MAXIMUM_UPLOAD
+from capexp.data.vgg16 import FeaturesConfig, load_encoder
 from capexp.data.vocabulary import build_vocabulary
+from capexp.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/captioning/golden-1/bundle"
@@ -272,8 +272,8 @@ def test_what_is_wrong_is_told_in_one_line_before_there_is_a_page(
 
 
 def test_without_streamlit_the_line_says_how_to_get_it(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.delitem(sys.modules, "capexp.page", raising=False)
-    monkeypatch.delattr("capexp.page", raising=False)
+    monkeypatch.delitem(sys.modules, "capexp.report.page", raising=False)
+    monkeypatch.delattr("capexp.report.page", raising=False)
     monkeypatch.setitem(sys.modules, "streamlit", None)
     with pytest.raises(InputError, match=r"pip install -e '\.\[app\]'"):
         app(["--model", str(GOLDEN)])

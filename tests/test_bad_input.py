@@ -22,7 +22,7 @@ import pytest
 import torch
 from mlflow.tracking import MlflowClient
 
-from capexp import command
+from capexp import cli
 from capexp.caption import caption
 from capexp.compare import compare
 from capexp.evaluate import evaluate
@@ -506,7 +506,7 @@ def test_each_fault_is_one_line_and_changes_nothing(
     row.damage()
     before, tracked = snapshot(folder), runs()
     with pytest.raises(SystemExit) as ended:
-        command.main(row.command, lambda: COMMANDS[row.command](arguments.split()))
+        cli.main(row.command, lambda: COMMANDS[row.command](arguments.split()))
     err = capsys.readouterr().err
     assert ended.value.code == 2, err
     *above, line = err.splitlines()
@@ -614,7 +614,7 @@ FILLED = """
 import os, shutil, sys
 from pathlib import Path
 import torch
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 from capexp.training.checkpoints import Checkpoints, TrainingState
 
 checkpoints = Checkpoints(Path("."), 1)

@@ -20,8 +20,8 @@ from PIL import Image
 
 from capexp import experiment as experiments
 from capexp.data.captions import CaptionsConfig, read_splits
-from capexp.data.errors import InputError
 from capexp.download import CAPTIONS, NOTICE, OUTPUT, PHOTOS, Contents, bring, check
+from capexp.errors import InputError
 
 ROOT = Path(__file__).parents[1]
 ODD = "2258277193_586949ec62.jpg"

@@ -20,7 +20,7 @@ from mlflow.entities.model_registry import ModelVersion
 from user_folder import ROOT, Folder, wait_for
 
 from capexp.captioning.captioner import Captioner
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 from capexp.train import train
 
 SMALL = (

@@ -6,8 +6,8 @@ from pathlib import Path
 
 import pytest
 
-from capexp.data.errors import InputError
-from capexp.data.weights import NETS
+from capexp.data.vgg16_weights import NETS
+from capexp.errors import InputError
 from capexp.experiment import FOLDER, Experiment, find, flatten, load, replace, setting_names, setting_type
 from capexp.search.space import Choices
 

@@ -5,10 +5,10 @@ from pathlib import Path
 import pytest
 
 from capexp import experiment as experiments
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 from capexp.experiment import Experiment, check_search_space
 from capexp.members import members_of
-from capexp.seeds import check_count
+from capexp.runs.seeds import check_count
 
 FLICKR8K = """
 [captions]

@@ -10,9 +10,9 @@ import pytest
 from capexp import experiment as experiments
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
-from capexp.data.views import Features
+from capexp.data.features import Features
 from capexp.preparation import Prepared, read
-from capexp.report import report
+from capexp.runs.conclusion import report
 from capexp.tracking.run import tracked_run
 
 

@@ -10,8 +10,8 @@ import pytest
 from capexp import experiment as experiments
 from capexp.data.cache import FeatureCache
 from capexp.data.captions import SPLITS, read_splits
-from capexp.data.features import FeaturesConfig, identify, load_encoder
 from capexp.data.photos import digest_photos, read_photo, squash
+from capexp.data.vgg16 import FeaturesConfig, identify, load_encoder
 from capexp.data.vocabulary import tokenize
 
 EXPERIMENT = experiments.load(experiments.find("scenes"), {})

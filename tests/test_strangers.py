@@ -32,9 +32,9 @@ from user_folder import ROOT
 from capexp.captioning.captioner import Captioner
 from capexp.data.cache import FeatureCache
 from capexp.data.captions import CaptionsConfig, read_captions, read_list, read_splits
-from capexp.data.errors import InputError
-from capexp.data.features import FeaturesConfig, load_encoder
 from capexp.data.photos import read_photo
+from capexp.data.vgg16 import FeaturesConfig, load_encoder
+from capexp.errors import InputError
 from capexp.experiment import load, setting_names
 
 pytestmark = pytest.mark.slow

@@ -15,8 +15,8 @@ from PIL import Image
 from user_folder import Folder, wait_for
 
 from capexp.data.cache import FeatureCache
-from capexp.data.features import FeaturesConfig, identify
 from capexp.data.photos import digest_photos
+from capexp.data.vgg16 import FeaturesConfig, identify
 
 pytestmark = pytest.mark.slow
 

@@ -21,11 +21,11 @@ from safetensors.torch import load_file, save_file
 
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
-from capexp.data.errors import InputError
-from capexp.data.features import EncoderIdentity
-from capexp.data.files import sync, writing
+from capexp.data.vgg16 import EncoderIdentity
+from capexp.data.vgg16_weights import State
 from capexp.data.vocabulary import Vocabulary
-from capexp.data.weights import State
+from capexp.errors import InputError
+from capexp.files import sync, writing
 
 FORMAT_VERSIONS = (1, 2)
 """Of bundles: 1 holds one decoder, and 2, which a capexp that knows no ensembles refuses, those of an ensemble."""

@@ -16,11 +16,11 @@ from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
-from capexp.data.errors import InputError
-from capexp.data.features import Encoder, EncoderIdentity, FeaturesConfig, load_encoder
 from capexp.data.photos import read_photo, squash
+from capexp.data.vgg16 import Encoder, EncoderIdentity, FeaturesConfig, load_encoder
+from capexp.data.vgg16_weights import NETS, State
 from capexp.data.vocabulary import PAD, Vocabulary
-from capexp.data.weights import NETS, State
+from capexp.errors import InputError
 
 _BATCH = 32  # photos at a time through the encoder
 _DECODED = 256  # photos at a time through the decoder

@@ -14,8 +14,8 @@ from torch import Tensor
 
 from capexp.captioning.consensus import agreement
 from capexp.captioning.decoder import Decoder
-from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
+from capexp.errors import InputError
 
 _DRAWN = 2**21
 """Logits of the captions that consensus draws at a time (8 MiB), of which sampling makes ten tables as large."""

@@ -13,8 +13,8 @@ from capexp.captioning import lstm
 from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State, normalize
 from capexp.captioning.dropout import Dropout
 from capexp.captioning.vocabulary_layer import VocabularyLayer
-from capexp.data.errors import InputError
 from capexp.data.vocabulary import PAD
+from capexp.errors import InputError
 
 
 @dataclass(frozen=True)

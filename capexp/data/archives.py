@@ -23,7 +23,7 @@ from typing import Any
 
 from tqdm import tqdm
 
-from capexp.data.errors import InputError, listed
+from capexp.errors import InputError, listed
 
 log = logging.getLogger(__name__)
 

@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexp.data.captions import Split
-from capexp.data.views import Features
+from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, Vocabulary
 
 Order = Literal["captions", "photos"]

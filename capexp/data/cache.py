@@ -25,13 +25,13 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 from tqdm import tqdm
 
-from capexp.data.errors import InputError, Outage, listed
 from capexp.data.extraction import compute_features
-from capexp.data.features import Encoder, EncoderIdentity
-from capexp.data.files import writing
+from capexp.data.features import Features, release
 from capexp.data.photos import digest_photos
 from capexp.data.pixels import ahead, decoding_processes
-from capexp.data.views import Features, release
+from capexp.data.vgg16 import Encoder, EncoderIdentity
+from capexp.errors import InputError, Outage, listed
+from capexp.files import writing
 
 log = logging.getLogger(__name__)
 

@@ -15,9 +15,9 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capexp.data.errors import InputError
-from capexp.data.features import Encoder
 from capexp.data.pixels import AHEAD, Pixels, ahead, decode_by_processes, decode_by_threads, decode_photo, parts
+from capexp.data.vgg16 import Encoder
+from capexp.errors import InputError
 
 Result = NDArray[np.float16] | InputError
 """A photo's features (P, F), or what is wrong with it."""

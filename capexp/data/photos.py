@@ -11,7 +11,7 @@ import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
-from capexp.data.errors import InputError, listed
+from capexp.errors import InputError, listed
 
 MAXIMUM_PIXELS = 100_000_000  # a 100-megapixel photo; more is a decompression bomb, or no photo
 MAXIMUM_UPLOAD = 20 * 2**20  # bytes of a photo that a stranger sends

@@ -20,8 +20,8 @@ from typing import Final, TypeVar
 import numpy as np
 from numpy.typing import NDArray
 
-from capexp.data.errors import InputError, Outage
 from capexp.data.photos import read_photo, squash
+from capexp.errors import InputError, Outage
 
 Pixels = NDArray[np.uint8] | InputError
 """A photo squashed to (size, size, 3), or what is wrong with it."""

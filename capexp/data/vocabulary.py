@@ -15,7 +15,7 @@ from typing import Literal
 
 from pydantic import BaseModel, ConfigDict, Field
 
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 
 Cleaning = Literal["tutorial", "standard"]
 Unknown = Literal["drop", "token"]

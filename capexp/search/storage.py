@@ -16,8 +16,8 @@ from typing import Any
 
 from filelock import FileLock, Timeout
 
-from capexp.data.errors import InputError, Outage, shown_uri, without_secrets
-from capexp.data.files import writing
+from capexp.errors import InputError, Outage, shown_uri, without_secrets
+from capexp.files import writing
 
 log = logging.getLogger(__name__)
 

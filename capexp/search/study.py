@@ -15,7 +15,7 @@ from typing import Any
 import numpy as np
 import torch
 
-from capexp.data.errors import InputError, Outage
+from capexp.errors import InputError, Outage
 from capexp.search.space import TuneConfig
 from capexp.search.storage import Storage
 from capexp.search.trial import Attempt, Progress, Pruned, Trial, shown_values

@@ -8,8 +8,8 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
-from capexp.data.errors import InputError
-from capexp.data.files import writing
+from capexp.errors import InputError
+from capexp.files import writing
 from capexp.tracking.store import undisturbed
 
 JOURNAL = "journal.jsonl"

@@ -19,8 +19,8 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
-from capexp.data.errors import InputError
-from capexp.tracking.bundle import find_bundle
+from capexp.errors import InputError
+from capexp.tracking.models import find_bundle
 from capexp.tracking.score import Score
 from capexp.tracking.store import artifact_faults, is_missing, store_lock
 

@@ -18,7 +18,7 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from capexp.data.errors import InputError, Outage, Unsent, shown_uri
+from capexp.errors import InputError, Outage, Unsent, shown_uri
 from capexp.tracking.journal import JOURNAL, Entry, Journal
 from capexp.tracking.sampler import Sampler
 from capexp.tracking.sender import ARTIFACT, INPUT, METRICS, PARAMS, TAGS, Sender

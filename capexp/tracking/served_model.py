@@ -17,8 +17,8 @@ from pydantic import ValidationError
 
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoding import DecodingConfig, refuse_wide
-from capexp.data.errors import InputError
 from capexp.data.photos import MAXIMUM_UPLOAD
+from capexp.errors import InputError
 
 # What one request may ask for; MLflow itself takes a body of any size.
 MAXIMUM_PHOTOS = 64

@@ -15,8 +15,8 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
-from capexp.data.errors import InputError, Outage, shown_uri, without_secrets
-from capexp.data.files import sync
+from capexp.errors import InputError, Outage, shown_uri, without_secrets
+from capexp.files import sync
 
 _LOCK = ".mlflow.lock"
 _SQLITE = "sqlite:///"

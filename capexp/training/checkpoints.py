@@ -15,8 +15,8 @@ import torch
 
 from capexp.captioning.bundle import verify_bundle
 from capexp.captioning.captioner import Captioner
-from capexp.data.errors import InputError
-from capexp.data.files import sync, writing
+from capexp.errors import InputError
+from capexp.files import sync, writing
 
 log = logging.getLogger(__name__)
 

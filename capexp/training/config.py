@@ -8,9 +8,9 @@ import torch
 from pydantic import BaseModel, ConfigDict, Field
 
 from capexp.data.batches import Order
-from capexp.data.errors import InputError
-from capexp.data.features import Precision
-from capexp.training.ranks import place
+from capexp.data.vgg16 import Precision
+from capexp.distributed import place
+from capexp.errors import InputError
 
 
 class SelfCriticalConfig(BaseModel):

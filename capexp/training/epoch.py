@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import torch
 
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
+from capexp.captioning.evaluation import Loss, cross_entropy
 from capexp.data.batches import CaptionBatches
-from capexp.data.errors import InputError
-from capexp.scoring.evaluation import Loss, cross_entropy
+from capexp.distributed import ALONE, Ranks
+from capexp.errors import InputError
 from capexp.training.checkpoints import Progress
-from capexp.training.ranks import ALONE, Ranks
 from capexp.training.steps import Steps
 
 _UNSEEN = 100  # steps that a GPU does before its loss is looked at

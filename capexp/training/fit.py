@@ -13,11 +13,11 @@ from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import RecurrentDecoder
 from capexp.data.batches import CaptionBatches
-from capexp.data.errors import InputError
+from capexp.distributed import ALONE, Ranks
+from capexp.errors import InputError
 from capexp.training.checkpoints import Checkpoints, Progress, TrainingState
 from capexp.training.config import TrainingConfig
 from capexp.training.epoch import Epoch, shared_cross_entropy, train_epoch
-from capexp.training.ranks import ALONE, Ranks
 from capexp.training.steps import learning_rate, steps_of
 
 

@@ -17,20 +17,20 @@ from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.decoding import draw
+from capexp.captioning.evaluation import Loss
 from capexp.data.batches import Batch, CaptionBatches, photo_batches
 from capexp.data.captions import Split
-from capexp.data.errors import InputError
-from capexp.data.features import use_bfloat16
-from capexp.data.views import Features
+from capexp.data.features import Features
+from capexp.data.vgg16 import use_bfloat16
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
-from capexp.scoring.cider import CiderReferences
-from capexp.scoring.evaluation import Loss
-from capexp.scoring.metrics import score, tokenize
+from capexp.distributed import ALONE, Ranks
+from capexp.errors import InputError
+from capexp.metrics.cider import CiderReferences
+from capexp.metrics.scores import score, tokenize
 from capexp.training.checkpoints import Checkpoints, Progress, TrainingState
 from capexp.training.config import SelfCriticalConfig, TrainingConfig
 from capexp.training.epoch import Epoch, Save, shared_cross_entropy
 from capexp.training.fit import state_of_first
-from capexp.training.ranks import ALONE, Ranks
 from capexp.training.steps import clip, learning_rate, seed_step
 
 _END = ""  # where a caption ends is part of what is rewarded: otherwise it comes to end on "in a"

@@ -14,9 +14,9 @@ from torch import Tensor, nn
 
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.data.batches import CaptionBatches, on_device
-from capexp.data.features import use_bfloat16
+from capexp.data.vgg16 import use_bfloat16
+from capexp.distributed import ALONE, Ranks
 from capexp.training.config import SelfCriticalConfig, TrainingConfig
-from capexp.training.ranks import ALONE, Ranks
 
 _PADDED = 5
 """Words of rectangles for each real one. Flickr8k's captions, 64 or 128 a batch, make it 2 to 3."""

@@ -17,11 +17,11 @@ from capexp.captioning.bundle import FORMAT_VERSIONS, TrainingRecord
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.decoding import DecodingConfig
-from capexp.data.errors import InputError
-from capexp.data.features import EncoderIdentity, FeaturesConfig, identify, load_encoder
 from capexp.data.photos import read_photo, squash
+from capexp.data.vgg16 import EncoderIdentity, FeaturesConfig, identify, load_encoder
+from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
-from capexp.data.weights import NETS
+from capexp.errors import InputError
 
 DIGEST = NETS["IMAGENET1K_FEATURES"].digests["conv5_3"]
 WORDS = Vocabulary(("a", "dog", "runs", "café", "日本"), "standard", "token")

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 
 from capexp.captioning.consensus import Tokens, agreement
-from capexp.scoring.cider import CiderReferences
+from capexp.metrics.cider import CiderReferences
 
 CAPTIONS: list[Tokens] = [
     *((4, 5, 6, 7), (4, 5, 6), (5, 4, 6, 7, 4, 5), (8, 8, 8, 8), (4,), (), (9, 10, 11, 12, 13, 14, 15)),

@@ -11,8 +11,8 @@ from capexp.captioning.consensus import agreement
 from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig, Hypothesis, decode
 from capexp.captioning.model import build_decoder
-from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS, EOS, PAD, UNK, Unknown, Vocabulary
+from capexp.errors import InputError
 
 METHODS = (
     DecodingConfig(maximum_length=8),

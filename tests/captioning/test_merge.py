@@ -5,8 +5,8 @@ import torch
 
 from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.merge import MergeDecoder
-from capexp.data.errors import InputError
 from capexp.data.vocabulary import BOS
+from capexp.errors import InputError
 
 V, F = 30, 7
 

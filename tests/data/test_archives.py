@@ -19,7 +19,7 @@ from pathlib import Path
 import pytest
 
 from capexp.data.archives import ArchiveError, fetch, unpack
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 
 ROOT = Path(__file__).parents[2]
 

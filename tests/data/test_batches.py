@@ -11,7 +11,7 @@ from numpy.typing import NDArray
 
 from capexp.data.batches import Batch, CaptionBatches, photo_batches
 from capexp.data.captions import Split
-from capexp.data.views import Features
+from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, Vocabulary, VocabularyConfig, build_vocabulary
 
 PHOTOS, BATCH_SIZE = 110, 2  # more captions than are sorted by length together

@@ -21,10 +21,10 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.data.cache import FeatureCache, cache_features
-from capexp.data.errors import InputError, Outage
-from capexp.data.features import Encoder, FeaturesConfig, load_encoder
+from capexp.data.features import Features
 from capexp.data.photos import digest_photos, read_photo, squash
-from capexp.data.views import Features
+from capexp.data.vgg16 import Encoder, FeaturesConfig, load_encoder
+from capexp.errors import InputError, Outage
 
 HEADER, RECORD = 4096, 32 + 4 + 2 * 512  # bytes: digest, checksum, features of pool "mean"
 
@@ -263,7 +263,7 @@ import os, resource, signal, sys
 from pathlib import Path
 import torch
 from capexp.data.cache import FeatureCache
-from capexp.data.features import FeaturesConfig, load_encoder
+from capexp.data.vgg16 import FeaturesConfig, load_encoder
 from capexp.data.photos import digest_photos
 
 torch.set_num_threads(1)

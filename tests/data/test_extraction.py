@@ -14,10 +14,10 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from capexp.data.errors import InputError, Outage
 from capexp.data.extraction import Result, compute_features
-from capexp.data.features import Encoder, FeaturesConfig, load_encoder
 from capexp.data.pixels import AHEAD, PART, Pixels, decode_by_processes, decode_by_threads, decoding_processes
+from capexp.data.vgg16 import Encoder, FeaturesConfig, load_encoder
+from capexp.errors import InputError, Outage
 
 SIZE = 224
 CPU = torch.device("cpu")
@@ -203,7 +203,7 @@ import resource, sys
 from pathlib import Path
 import torch
 from capexp.data.cache import FeatureCache
-from capexp.data.features import FeaturesConfig, load_encoder
+from capexp.data.vgg16 import FeaturesConfig, load_encoder
 from capexp.data.photos import digest_photos
 
 weights, folder, *photos = sys.argv[1:]

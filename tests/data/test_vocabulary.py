@@ -9,7 +9,6 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from capexp.data.errors import InputError
 from capexp.data.vocabulary import (
     BOS,
     EOS,
@@ -22,6 +21,7 @@ from capexp.data.vocabulary import (
     build_vocabulary,
     tokenize,
 )
+from capexp.errors import InputError
 
 CAPTIONS = ("A dog runs .", "a dog sits by 2 dogs .", "The snow-covered dog runs .", "Café dog")
 

@@ -4,7 +4,7 @@ import json
 
 import pytest
 
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 from capexp.experiment import check_search_space, find, load
 from capexp.search.space import Choices, Range
 

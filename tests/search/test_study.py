@@ -12,7 +12,7 @@ import torch
 from optuna import create_study
 from optuna.trial import TrialState
 
-from capexp.data.errors import InputError, Outage
+from capexp.errors import InputError, Outage
 from capexp.search.charts import draw_charts, importances
 from capexp.search.space import Range, TuneConfig
 from capexp.search.storage import Journal, find_storage

@@ -4,7 +4,7 @@ from pathlib import Path
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from capexp.data.errors import InputError
+from capexp.errors import InputError
 from capexp.tracking.journal import JOURNAL, Entry, Journal
 
 CONTENTS = st.recursive(

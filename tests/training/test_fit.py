@@ -13,18 +13,18 @@ import torch
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
+from capexp.captioning.evaluation import cross_entropy
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.captions import Split, SplitName
-from capexp.data.errors import InputError
-from capexp.data.features import EncoderIdentity, FeaturesConfig, Pool
-from capexp.data.views import Features
+from capexp.data.features import Features
+from capexp.data.vgg16 import EncoderIdentity, FeaturesConfig, Pool
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
-from capexp.scoring.evaluation import cross_entropy
+from capexp.distributed import ALONE, Ranks
+from capexp.errors import InputError
 from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.config import TrainingConfig, choose_device
 from capexp.training.epoch import Epoch
 from capexp.training.fit import fit
-from capexp.training.ranks import ALONE, Ranks
 from capexp.training.steps import CapturedSteps, PackedSteps, Steps
 
 CPU = torch.device("cpu")

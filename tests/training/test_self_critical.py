@@ -18,15 +18,15 @@ from capexp.captioning.decoding import DecodingConfig, draw
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split, SplitName
-from capexp.data.errors import InputError
-from capexp.data.features import EncoderIdentity
-from capexp.data.views import Features
+from capexp.data.features import Features
+from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
-from capexp.scoring.metrics import score
+from capexp.distributed import ALONE, Ranks
+from capexp.errors import InputError
+from capexp.metrics.scores import score
 from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.config import SelfCriticalConfig, TrainingConfig
 from capexp.training.epoch import Epoch
-from capexp.training.ranks import ALONE, Ranks
 from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
 
 CPU = torch.device("cpu")

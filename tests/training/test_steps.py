@@ -13,12 +13,12 @@ from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
 from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import CaptionBatches, Order
 from capexp.data.captions import Split
-from capexp.data.features import EncoderIdentity
-from capexp.data.views import Features
+from capexp.data.features import Features
+from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
+from capexp.distributed import Ranks
 from capexp.training.config import TrainingConfig
 from capexp.training.epoch import train_epoch
-from capexp.training.ranks import Ranks
 from capexp.training.steps import CapturedSteps, PackedSteps, Steps, _rounded, steps_of
 
 CPU = torch.device("cpu")

@@ -13,7 +13,7 @@ import test_self_critical
 from torch import nn
 
 from capexp.data.batches import Order
-from capexp.training.ranks import place
+from capexp.distributed import place
 
 KINDS: tuple[tuple[test_fit.Kind, Order], ...] = (("merge", "captions"), ("attention", "photos"))
 CONFIG = test_fit.replace_epochs(3, average=0.9, label_smoothing=0.1, schedule="cosine")

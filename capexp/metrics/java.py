@@ -1,0 +1,161 @@
+"""METEOR, SPICE and the PTB tokenizer: the field's programs in Java, where pycocoevalcap and Java are.
+
+pycocoevalcap carries the programs. They are started here and not by its classes, because those write into the
+package's folder, print, and (METEOR) hang when Java dies. Where one cannot run the answer is ``Unavailable``.
+"""
+
+import importlib.util
+import json
+import math
+import shutil
+import subprocess
+import tempfile
+from collections.abc import Sequence
+from dataclasses import dataclass
+from pathlib import Path
+
+from capexp.metrics.scores import tokenized
+
+
+@dataclass(frozen=True)
+class Unavailable:
+    """A score that cannot be had on this machine."""
+
+    reason: str
+    """One line: what is missing, and the remedy."""
+
+
+def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | Unavailable:
+    """METEOR 1.5 (Denkowski and Lavie, 2014) over all photos, English, on the tokens of ``metrics.tokenize``.
+
+    Takes some seconds to start and up to 2 GB of memory.
+
+    Raises:
+        InputError: no photos, or a photo without references.
+    """
+    questions = [
+        " ||| ".join(["SCORE", *(_words(one) for one in captions), _words(hypothesis)])
+        for hypothesis, captions in tokenized(hypotheses, references)
+    ]
+    jar = _program("meteor/meteor-1.5.jar")
+    if isinstance(jar, Unavailable):
+        return jar
+    command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
+    answer = ""
+    with tempfile.TemporaryFile() as errors:
+        try:
+            with subprocess.Popen(
+                command,
+                cwd=jar.parent,
+                stdin=subprocess.PIPE,
+                stdout=subprocess.PIPE,
+                stderr=errors,
+                encoding="utf-8",
+            ) as java:
+                assert java.stdin and java.stdout
+                try:
+                    counts = []
+                    for question in questions:
+                        print(question, file=java.stdin, flush=True)
+                        counts.append(java.stdout.readline().strip())
+                        if not counts[-1]:
+                            raise EOFError("no answer")
+                    print(" ||| ".join(["EVAL", *counts]), file=java.stdin, flush=True)
+                    for _ in range(len(questions) + 1):  # one a photo, then the corpus's
+                        answer = java.stdout.readline().strip()
+                finally:
+                    java.kill()
+            return float(answer)
+        except (OSError, EOFError, ValueError) as error:  # Java has gone, or says something else than a number
+            errors.seek(0)
+            return Unavailable(_failure("METEOR", errors.read().decode(errors="replace") or f"{answer}\n{error}"))
+
+
+def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | Unavailable:
+    """SPICE 1.0 (Anderson et al., ECCV 2016): the mean F-measure of the photos' scene graphs.
+
+    It parses with Stanford CoreNLP 3.6.0, half a gigabyte of models that pycocoevalcap does not carry; they are never
+    fetched from here, the reason names the command that does. A photo whose captions hold no scene at all counts 0.
+
+    Raises:
+        InputError: no photos, or a photo without references.
+    """
+    photos = [
+        {"image_id": position, "test": " ".join(hypothesis), "refs": [" ".join(one) for one in captions]}
+        for position, (hypothesis, captions) in enumerate(tokenized(hypotheses, references))
+    ]
+    jar = _program("spice/spice-1.0.jar")
+    if isinstance(jar, Unavailable):
+        return jar
+    for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
+        if not (jar.parent / "lib" / name).is_file():
+            return Unavailable(
+                f"SPICE's {name} is not here; `python -m pycocoevalcap.spice.get_stanford_models` downloads it"
+            )
+    with tempfile.TemporaryDirectory() as folder:
+        questions, answers = Path(folder, "photos.json"), Path(folder, "scores.json")
+        questions.write_text(json.dumps(photos), encoding="utf-8")
+        options = ["-Xmx8G", "-jar", str(jar), str(questions), "-out", str(answers), "-subset", "-silent"]
+        said = _java("SPICE", options, Path(folder))
+        if isinstance(said, Unavailable):
+            return said
+        scores = [photo["scores"]["All"]["f"] for photo in json.loads(answers.read_text(encoding="utf-8"))]
+    numbers = [0.0 if score is None or math.isnan(float(score)) else float(score) for score in scores]
+    return math.fsum(numbers) / len(photos)
+
+
+def ptb_tokenize(captions: Sequence[str]) -> list[str] | Unavailable:
+    """Captions as COCO's evaluation reads them: Penn Treebank tokens, lower-case, blanks between, punctuation off.
+
+    Brackets stay, as ``-lrb-`` and ``-rrb-``: COCO's list of punctuation has them in capitals only.
+    """
+    jar = _program("tokenizer/stanford-corenlp-3.4.1.jar")
+    if isinstance(jar, Unavailable):
+        return jar
+    from pycocoevalcap.tokenizer.ptbtokenizer import PUNCTUATIONS  # type: ignore[import-untyped]
+
+    name = "edu.stanford.nlp.process.PTBTokenizer"
+    options = ["-cp", str(jar), name, "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
+    lines = "".join(" ".join(caption.split()) + "\n" for caption in captions)
+    said = _java("the PTB tokenizer", ["-Dfile.encoding=UTF-8", *options], Path.cwd(), lines)
+    if isinstance(said, Unavailable):
+        return said
+    rows = said.splitlines()
+    if len(rows) != len(captions):
+        return Unavailable(f"the PTB tokenizer answers {len(captions)} captions with {len(rows)} lines")
+    return [" ".join(token for token in row.split() if token not in PUNCTUATIONS) for row in rows]
+
+
+def _words(tokens: Sequence[str]) -> str:
+    """Tokens as METEOR reads them, whose lines are divided by three bars."""
+    return " ".join(token.replace("|||", "") for token in tokens)
+
+
+def _program(jar: str) -> Path | Unavailable:
+    """The file of a program that pycocoevalcap carries, if Java is here too."""
+    package = importlib.util.find_spec("pycocoevalcap")
+    if package is None or not package.submodule_search_locations:
+        return Unavailable("the package pycocoevalcap is not here; pip install pycocoevalcap")
+    if shutil.which("java") is None:
+        return Unavailable(
+            "no `java` on the PATH; install a Java runtime, for instance the package default-jre-headless"
+        )
+    path = Path(next(iter(package.submodule_search_locations)), jar)
+    return path if path.is_file() else Unavailable(f"{path} is missing; pip install --force-reinstall pycocoevalcap")
+
+
+def _java(program: str, options: list[str], folder: Path, lines: str = "") -> str | Unavailable:
+    """What a program in Java prints, from start to end; it is ended with this process's interest in it."""
+    try:
+        java = subprocess.run(
+            ["java", *options], cwd=folder, input=lines, capture_output=True, encoding="utf-8", check=False
+        )
+    except OSError as error:
+        return Unavailable(_failure(program, str(error)))
+    return java.stdout if java.returncode == 0 else Unavailable(_failure(program, java.stderr))
+
+
+def _failure(program: str, said: str) -> str:
+    """One line of what Java said in the end, the stack left out."""
+    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(("\t", " "))]
+    return f"{program} does not run with this Java: {lines[-1][:200] if lines else 'it ended without a word'}"

@@ -1,0 +1,106 @@
+"""What a run comes to, as pictures: losses by epoch, scores beside those of shuffled photos, CIDEr by photo."""
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import numpy as np
+
+from capexp.captioning.evaluation import SCORE_NAMES, CaptionScores
+from capexp.files import writing
+from capexp.training.epoch import Epoch
+
+if TYPE_CHECKING:
+    from matplotlib.axes import Axes
+    from matplotlib.figure import Figure
+
+_OURS, _BLIND, _BEST = "#1f6feb", "#9aa5b1", "#d1242f"
+_BINS = 30  # of the histogram
+
+
+def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
+    """Train and dev loss by epoch, the best epoch marked, as a PNG."""
+    from matplotlib.ticker import MaxNLocator
+
+    numbers = [epoch.number for epoch in epochs]
+    best = [epoch for epoch in epochs if epoch.improved][-1]
+    figure = _figure()
+    axes = figure.add_subplot()
+    axes.plot(numbers, [epoch.train_loss for epoch in epochs], "o-", color=_BLIND, label="train (dropout on)")
+    axes.plot(numbers, [epoch.dev_loss for epoch in epochs], "o-", color=_OURS, label="dev")
+    axes.plot(best.number, best.dev_loss, "o", color=_BEST, markersize=10, zorder=3)
+    axes.annotate(
+        f"best: {best.dev_loss:.3f}, epoch {best.number}", (best.number, best.dev_loss),
+        xytext=(0, 14), textcoords="offset points", ha="right" if best.number > 2 else "left", color=_BEST,
+    )  # fmt: skip
+    axes.set(xlabel="epoch", ylabel="loss, nats per token", title=title)
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.grid(alpha=0.25)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def draw_scores(scores: CaptionScores, seed: int, title: str, path: Path) -> Path:
+    """BLEU, ROUGE-L and CIDEr with 95% intervals, beside what they are on shuffled photos, as a PNG."""
+    figure = _figure()
+    shares, cider = figure.subplots(1, 2, width_ratios=(4, 1))
+    others = [key for key in SCORE_NAMES if key != "cider"]
+    for axes, keys in ((shares, others), (cider, ["cider"])):
+        _points(axes, scores, seed, keys)
+    figure.suptitle(f"{title}: scores with 95% intervals over {len(scores.photos.lengths):,} photos")
+    figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    return _save(figure, path)
+
+
+def _points(axes: "Axes", scores: CaptionScores, seed: int, keys: list[str]) -> None:
+    """One column a score: the captioner's, and to its right that of shuffled photos."""
+    places = np.arange(len(keys))
+    series = (("the captioner", scores.photos, _OURS, -0.12), ("photos shuffled", scores.blind, _BLIND, 0.12))
+    for label, photos, color, aside in series:
+        values, intervals = photos.corpus(), photos.intervals(seed=seed)
+        heights = np.array([values[key] for key in keys])
+        # A percentile interval need not hold the value itself.
+        errors = np.array([[values[key] - intervals[key][0], intervals[key][1] - values[key]] for key in keys])
+        axes.errorbar(places + aside, heights, errors.clip(min=0).T, fmt="o", color=color, capsize=4, label=label)
+        for place, height in zip(places + aside, heights, strict=True):
+            axes.annotate(
+                f"{height:.3f}", (place, height), xytext=(9 if aside > 0 else -9, 0), textcoords="offset points",
+                ha="left" if aside > 0 else "right", va="center", color=color, fontsize="small",
+            )  # fmt: skip
+    axes.set_xticks(places, [SCORE_NAMES[key] for key in keys])
+    axes.set_xlim(-0.6, len(keys) - 0.4)
+    axes.set_ylim(bottom=0)
+    axes.margins(y=0.1)
+    axes.grid(axis="y", alpha=0.25)
+
+
+def draw_histogram(scores: CaptionScores, title: str, path: Path) -> Path:
+    """How many photos have which CIDEr, beside what they have when shuffled, as a PNG."""
+    figure = _figure()
+    axes = figure.add_subplot()
+    ours, blind = scores.photos.cider, scores.blind.cider
+    edges = np.linspace(0, max(float(ours.max()), float(blind.max()), 1e-3), _BINS + 1).tolist()
+    axes.hist(ours, edges, color=_OURS, alpha=0.75, label="the captioner")
+    axes.hist(blind, edges, color=_BLIND, histtype="step", linewidth=2, label="photos shuffled")
+    mean = float(ours.mean())
+    axes.axvline(mean, color=_BEST, linewidth=1)
+    axes.annotate(
+        f"mean {mean:.3f}", (mean, 1), xycoords=("data", "axes fraction"),
+        xytext=(5, -14), textcoords="offset points", color=_BEST,
+    )  # fmt: skip
+    axes.set(xlabel="CIDEr of a photo's caption", ylabel="photos", title=f"{title}: CIDEr of {len(ours):,} photos")
+    axes.grid(axis="y", alpha=0.25)
+    axes.legend(frameon=False)
+    return _save(figure, path)
+
+
+def _figure() -> "Figure":
+    from matplotlib.figure import Figure
+
+    return Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+
+
+def _save(figure: "Figure", path: Path) -> Path:
+    with writing(path):
+        figure.savefig(path)
+    return path

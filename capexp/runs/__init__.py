@@ -1,0 +1,1 @@
+"""One run, or many under one: opened, trained, concluded, registered."""

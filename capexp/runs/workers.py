@@ -1,0 +1,188 @@
+"""The workers of a study: one in this process, or several in processes of their own.
+
+The processes are spawned by ``multiprocessing`` rather than started as commands: what they need goes through a
+pipe, so that the address of a storage, with its password, is neither in a command line nor on disk.
+"""
+
+import multiprocessing
+import os
+import signal
+import threading
+import time
+from collections.abc import Generator, Iterator
+from contextlib import closing, contextmanager
+from dataclasses import dataclass
+from multiprocessing.connection import Connection, wait
+from multiprocessing.process import BaseProcess
+from pathlib import Path
+
+import torch
+
+from capexp import cli
+from capexp.errors import InputError
+from capexp.experiment import Experiment
+from capexp.preparation import comparable, prepare, read
+from capexp.runs.study import Trials
+from capexp.search.storage import find_storage
+from capexp.search.study import Study
+
+STUDIES = Path("studies")
+_LOOK_AGAIN = 1.0  # seconds
+_DEATHS_IN_A_ROW = 3  # workers that died while no trial ended: the next would too
+_LEAVE_WITHIN = 120.0  # seconds that an interrupted worker has for bringing its trial to an end
+
+Lines = Generator[str | None, None, None]
+"""What is to be told of trials, a line each, and None where something may have moved."""
+
+
+@dataclass(frozen=True)
+class Task:
+    """What a worker does."""
+
+    experiment: Experiment
+    study: str
+    storage: str | None
+    """As ``--storage`` gives it."""
+    deadline: float | None
+    """When no more trials are begun, in seconds since 1970."""
+
+    def open(self, known: dict[str, str]) -> Study:
+        """The study; ``known`` is what makes its losses comparable."""
+        config = self.experiment.tune
+        storage = find_storage(self.storage, STUDIES, self.study, config.heartbeat)
+        return Study(storage, self.study, config, self.experiment.seed, self.experiment.training.epochs, known)
+
+    @property
+    def is_over(self) -> bool:
+        """Whether its time is up."""
+        return self.deadline is not None and time.time() > self.deadline
+
+
+def work(task: Task, trials: Trials) -> Lines:
+    """Runs trials until the study is complete or the time is up."""
+    while not (trials.study.is_complete() or task.is_over):
+        line = yield from trials.study.run_trial(trials.train)
+        if line is None:  # others are at the last ones, and might fail
+            time.sleep(_LOOK_AGAIN)
+        else:
+            trials.tidy()
+        yield line
+
+
+def work_together(task: Task, count: int) -> Lines:
+    """Has ``count`` processes work on the study, threads divided among them; one that is killed is replaced.
+
+    Closed, it interrupts them and waits until they have brought their trials to an end.
+
+    Raises:
+        InputError: what a worker could not go on from, or they die one after the other.
+    """
+    crew: dict[BaseProcess, Connection] = {}
+    deaths = 0
+    threads = max(1, torch.get_num_threads() // count)
+    try:
+        for _ in range(count):
+            crew.update([_start(task, threads)])
+        while crew:
+            wait([*crew.values(), *(process.sentinel for process in crew)], timeout=_LOOK_AGAIN)
+            for process, connection in list(crew.items()):
+                ended = not process.is_alive()  # before the pipe is read: what it said last is in there
+                for line in _said(connection):
+                    deaths = 0 if line else deaths
+                    yield line
+                if ended:
+                    del crew[process]
+                    assert process.exitcode is not None
+                    if process.exitcode < 0:
+                        deaths += 1
+                        name = signal.Signals(-process.exitcode).name
+                        if deaths == _DEATHS_IN_A_ROW:
+                            raise InputError(
+                                f"workers were killed {deaths} times ({name}) while no trial has ended; "
+                                "is there memory for so many? give a lower --workers"
+                            )
+                        yield f"a worker was killed ({name}): its trial is run again, and another one takes its place"
+                        crew.update([_start(task, threads)])
+                    elif process.exitcode not in (0, cli.INTERRUPTED):
+                        raise SystemExit(process.exitcode)  # it has told why
+            yield None
+    finally:
+        for process in crew:
+            process.terminate()
+        for process in crew:
+            process.join(_LEAVE_WITHIN)
+            process.kill()
+            process.join()
+
+
+def _said(connection: Connection) -> Iterator[str | None]:
+    """What a worker has told since last time.
+
+    Raises:
+        InputError: in which it could not go on.
+    """
+    try:
+        while connection.poll():
+            said = connection.recv()
+            if isinstance(said, InputError):
+                raise said
+            yield said
+    except EOFError:
+        return
+
+
+def _start(task: Task, threads: int) -> tuple[BaseProcess, Connection]:
+    """A worker's process, and the pipe by which it tells."""
+    context = multiprocessing.get_context("spawn")
+    here, there = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(task, threads, there))
+    with _spawning(threads):
+        process.start()
+    there.close()
+    return process, here
+
+
+@contextmanager
+def _spawning(threads: int) -> Iterator[None]:
+    """What a new process inherits: its number of threads, and deafness to Ctrl-C until it can end in order."""
+    before = os.environ.get("OMP_NUM_THREADS")
+    handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
+    os.environ["OMP_NUM_THREADS"] = str(threads)
+    try:
+        yield
+    finally:
+        if before is None:
+            del os.environ["OMP_NUM_THREADS"]
+        else:
+            os.environ["OMP_NUM_THREADS"] = before
+        signal.signal(signal.SIGINT, handler)
+
+
+def _serve(task: Task, threads: int, connection: Connection) -> None:
+    """The process of a worker."""
+
+    def tell() -> int:
+        threading.Thread(target=_follow_parent, daemon=True).start()
+        torch.set_num_threads(threads)
+        try:
+            data = read(task.experiment)
+            study = task.open(comparable(task.experiment, data))
+            trials = Trials(task.experiment, prepare(task.experiment, data), study, STUDIES / task.study)
+            with closing(work(task, trials)) as lines:
+                for line in lines:
+                    connection.send(line)
+        except KeyboardInterrupt:
+            return cli.INTERRUPTED
+        except InputError as error:
+            connection.send(error)
+        return 0
+
+    cli.main("tune", tell)
+
+
+def _follow_parent() -> None:
+    """Interrupts this process when the one that started it has died."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None
+    parent.join()
+    os.kill(os.getpid(), signal.SIGTERM)

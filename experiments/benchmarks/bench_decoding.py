@@ -1,0 +1,189 @@
+"""Captions a second at beam 3: a thousand photos at once against one photo at a time, of both decoders.
+
+    python bench_decoding.py                made-up features and decoders, captions as long as people's
+    python bench_decoding.py --model MODEL  a captioner's own decoder and vocabulary
+
+The floor is the matrix products of the vocabulary layer alone, for the words that are weighed. Peaks of memory are
+those of a process that does nothing else.
+"""
+
+import sys
+from collections.abc import Callable, Sequence
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Literal
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import bench
+import numpy as np
+import torch
+from numpy.typing import NDArray
+from torch import Tensor
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder, State
+from capexp.captioning.decoding import DecodingConfig
+from capexp.data.vgg16 import EncoderIdentity
+from capexp.data.vocabulary import EOS, Vocabulary
+from capexp.tracking.models import find_bundle
+from capexp.training.config import choose_device
+
+WORDS = 2536  # of Flickr8k with minimum count 5
+MEAN, DEVIATION = 10.8, 3.8  # words of a Flickr8k caption
+PHOTOS, WIDTHS = (256, 512, 1024), (1, 3, 10)
+
+Kind = Literal["merge", "attention"]
+
+
+@dataclass(frozen=True)
+class Timed(State):
+    """A decoder's state, with how many words each caption will have and has."""
+
+    state: State
+    words: Tensor  # (B,)
+    said: int
+
+    def select(self, rows: Tensor) -> "Timed":
+        """The state of some of the captions."""
+        return Timed(self.state.select(rows), self.words[rows], self.said)
+
+    def repeat(self, times: int) -> "Timed":
+        """The state of as many captions in place of each."""
+        return Timed(self.state.repeat(times), self.words.repeat_interleave(times), self.said)
+
+
+class EndsLikePeople(RecurrentDecoder):
+    """An untrained decoder that ends its captions after as many words as people's have, by a number a photo."""
+
+    def __init__(self, decoder: Decoder) -> None:
+        super().__init__()
+        self.decoder = decoder
+
+    def start(self, features: Tensor) -> Timed:
+        """The state before the first word; how long a caption will be stands in the photo's first feature."""
+        words = (MEAN + DEVIATION * features[:, 0, 0]).round().clamp(2, 30)
+        return Timed(self.decoder.start(features), words, 0)
+
+    def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, State]:
+        """Is not asked for by decoding."""
+        raise NotImplementedError
+
+    def step(self, state: State, words: Tensor) -> tuple[Tensor, Timed]:
+        """The decoder's own step, but for when it ends."""
+        assert isinstance(state, Timed)
+        logits, after = self.decoder.step(state.state, words)
+        logits[:, EOS] = torch.where(state.words <= state.said, 100.0, -100.0)
+        return logits, Timed(after, state.words, state.said + 1)
+
+
+def made_up(kind: Kind) -> Captioner:
+    """An untrained captioner of the tutorial's sizes."""
+    words = Vocabulary(tuple(f"w{number}" for number in range(WORDS)), "standard", "token")
+    pool: Literal["mean", "max2"] = "mean" if kind == "merge" else "max2"
+    identity = EncoderIdentity("conv5_3", pool, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
+    captioner = Captioner.fresh(ModelConfig(decoder=kind), words, identity, DecodingConfig(), seed=1)
+    captioner.decoder = EndsLikePeople(captioner.decoder)
+    return captioner
+
+
+def features_of(captioner: Captioner, photos: int) -> NDArray[np.float16]:
+    """Made-up features of so many photos."""
+    shape = (photos, *captioner.encoder_identity.shape)
+    return np.random.default_rng(1).standard_normal(shape, np.float32).astype(np.float16)
+
+
+def beam(captioner: Captioner, width: int) -> DecodingConfig:
+    """As the captioner decodes, but with a beam."""
+    return captioner.decoding.model_copy(update={"method": "beam", "beam_width": width})
+
+
+def decode_made_up(kind: Kind, photos: int, width: int) -> None:
+    """Captions so many photos, a part at a time as features are read from a cache, in a process of its own."""
+    captioner = made_up(kind)
+    features, config = features_of(captioner, PHOTOS[0]), beam(captioner, width)
+    captions = [captioner.caption_features(features, config) for _ in range(photos // PHOTOS[0])]
+    assert sum(map(len, captions)) == photos
+
+
+def contestants(captioner: Captioner, photos: int, one_by_one: int, width: int) -> dict[str, Callable[[], float]]:
+    """Batched, one at a time, and the vocabulary layer's products alone; each says how many captions it made."""
+    features, config = features_of(captioner, photos), beam(captioner, width)
+    said = captioner.caption_features(features, config)
+    steps = sum(len(caption.text.split()) + 1 for caption in said)
+    weighed = torch.randn(steps * width, units(captioner), device=captioner.device)
+    words = torch.randn(len(captioner.vocabulary), weighed.shape[1], device=captioner.device)
+
+    def floor() -> float:
+        for part in torch.split(weighed, 256 * width):
+            part @ words.t()
+        return photos
+
+    def alone() -> float:
+        for photo in range(one_by_one):
+            captioner.caption_features(features[photo : photo + 1], config)
+        return one_by_one
+
+    return {
+        "batched": lambda: len(captioner.caption_features(features, config)),
+        "one at a time": alone,
+        "floor": floor,
+    }
+
+
+def units(captioner: Captioner) -> int:
+    """How wide the output before the vocabulary layer is."""
+    assert isinstance(captioner.model, ModelConfig)
+    return captioner.model.lstm_units
+
+
+def same_captions(captioner: Captioner, photos: int, width: int) -> float:
+    """The share of photos that get in a batch the caption that they get alone."""
+    features, config = features_of(captioner, photos), beam(captioner, width)
+    together = captioner.caption_features(features, config)
+    alone = [captioner.caption_features(features[photo : photo + 1], config)[0] for photo in range(photos)]
+    return sum(a.text == b.text for a, b in zip(together, alone, strict=True)) / photos
+
+
+def main() -> None:
+    """Measures and prints."""
+    parser = bench.arguments(__doc__)
+    parser.add_argument("--model", help="a bundle's folder, or what MLflow registered")
+    parser.add_argument("--photos", type=int, default=1000)
+    parser.add_argument("--one-by-one", type=int, default=50, help="photos taken one at a time in a round")
+    parser.add_argument("--beam-width", type=int, default=3)
+    parser.add_argument("--no-peaks", action="store_true", help="leave out the peaks of memory")
+    arguments = parser.parse_args()
+    torch.set_num_threads(arguments.threads)
+    device = choose_device(arguments.device)
+    if arguments.model is None:
+        captioners = {"merge": made_up("merge"), "attention": made_up("attention")}
+    else:
+        captioner = Captioner.load(find_bundle(arguments.model))
+        assert isinstance(captioner.model, ModelConfig), "an ensemble"
+        captioners = {captioner.model.decoder: captioner}
+    width = arguments.beam_width
+    settings = {name: getattr(arguments, name) for name in ("model", "photos", "one_by_one", "beam_width")}
+    record = bench.Record("decoding", "captions", device, settings)
+    for kind, captioner in captioners.items():
+        captioner.decoder.to(device)
+        runners = contestants(captioner, arguments.photos, arguments.one_by_one, width)
+        record.race(
+            {f"{kind} {name}": work for name, work in runners.items()},
+            [(f"{kind} batched", f"{kind} one at a time"), (f"{kind} batched", f"{kind} floor")],
+            arguments.rounds,
+        )
+        settings[f"{kind} same captions"] = same_captions(captioner, arguments.one_by_one, width)
+    if arguments.model is None and not arguments.no_peaks:
+        for kind in captioners:
+            peaks = {str(photos): bench.peak(decode_made_up, kind, photos, width) for photos in PHOTOS}
+            record.peaks[kind] = max(peaks.values())
+            record.growth[f"{kind} MiB by photos"] = peaks
+            record.growth[f"{kind} MiB by beam width"] = {
+                str(wide): bench.peak(decode_made_up, kind, PHOTOS[0], wide) for wide in WIDTHS
+            }
+    record.finish(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,152 @@
+"""Memory of training on very many photos: made-up features in a real cache on disk, one caption a photo.
+
+    python bench_scale.py                 10,000, 100,000 and 1,000,000 photos, 400 batches of each
+    python bench_scale.py --batches 4000  a whole epoch of the million, a quarter of an hour
+
+Each number of photos is measured in a process of its own, which looks the photos up, makes batches of their captions,
+and trains on them. What training takes is told apart: memory of its own, and pages of the file of features, which the
+system lends and takes back. The captioner is small; it is the data whose memory is in question. The cache of a million
+photos takes 1 GiB in a temporary folder (``TMPDIR``). Linux only.
+"""
+
+import hashlib
+import json
+import sys
+import tempfile
+import threading
+import zlib
+from collections.abc import Iterator
+from itertools import islice
+from pathlib import Path
+
+sys.path.insert(0, str(Path(__file__).parents[2]))
+
+import bench
+import numpy as np
+import torch
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
+from capexp.captioning.decoding import DecodingConfig
+from capexp.data.batches import Batch, CaptionBatches
+from capexp.data.cache import FeatureCache
+from capexp.data.captions import Split
+from capexp.data.vgg16 import EncoderIdentity
+from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
+from capexp.training.config import TrainingConfig
+from capexp.training.epoch import train_epoch
+from capexp.training.steps import PackedSteps
+
+IDENTITY = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
+WORDS, LENGTH, UNITS, BATCH = 500, 9, 32, 256
+_AT_ONCE = 10_000  # photos whose features are made up together
+
+
+def digest_of(photo: int) -> bytes:
+    """As if of a photo's bytes."""
+    return hashlib.sha256(str(photo).encode()).digest()
+
+
+def write_cache(folder: Path, photos: int) -> None:
+    """Records as an extraction leaves them."""
+    cache, rng = FeatureCache(folder, IDENTITY), np.random.default_rng(1)
+    with cache._appending() as file:
+        for start in range(0, photos, _AT_ONCE):
+            records = np.empty(min(_AT_ONCE, photos - start), cache._record)
+            records["features"] = rng.random((len(records), *IDENTITY.shape), dtype=np.float32)
+            for i, record in enumerate(records):
+                record["photo"], record["check"] = digest_of(start + i), zlib.crc32(record["features"])
+            file.write(records.tobytes())
+
+
+def make_split(photos: int) -> Split:
+    """Photos with a caption each, of words with Zipf's frequencies."""
+    rng = np.random.default_rng(2)
+    words = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(WORDS)]
+    captions = (
+        " ".join(words[i] for i in row)
+        for start in range(0, photos, _AT_ONCE)
+        for row in np.minimum(rng.zipf(1.3, (min(_AT_ONCE, photos - start), LENGTH)), WORDS) - 1
+    )
+    return Split("train", Path(), tuple(f"{i}.jpg" for i in range(photos)), tuple((text,) for text in captions))
+
+
+class Some(CaptionBatches):
+    """The first few batches of each epoch."""
+
+    most = 0
+
+    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0) -> Iterator[Batch]:
+        """So many at most."""
+        return islice(super().epoch(seed, number, rank, ranks, done), self.most)
+
+
+def resident() -> dict[str, float]:
+    """MiB that this process holds now: of its own (``RssAnon``), and of files (``RssFile``)."""
+    lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
+    return {
+        name: int(rest.split()[0]) / 1024 for name, _, rest in (line.partition(":") for line in lines if "Rss" in line)
+    }
+
+
+def work(folder: str, photos: int, steps: int) -> None:
+    """Looks up, makes batches, trains on some, and leaves in the folder what it held meanwhile."""
+    split = make_split(photos)
+    vocabulary = build_vocabulary((one for photo in split.references for one in photo), VocabularyConfig())
+    features = FeatureCache(Path(folder), IDENTITY).open([digest_of(photo) for photo in range(photos)])
+    batches = Some(split, vocabulary, features, BATCH)
+    batches.most = steps
+    config, device = TrainingConfig(precision="float32"), torch.device("cpu")
+    small = ModelConfig(embedding_size=UNITS, lstm_units=UNITS)
+    decoder = Captioner.fresh(small, vocabulary, IDENTITY, DecodingConfig(), seed=1).decoder
+    assert isinstance(decoder, RecurrentDecoder)
+    taken = PackedSteps(decoder, batches, config, device)
+    before, seen, ended = resident(), [], threading.Event()
+
+    def look() -> None:
+        while not ended.wait(0.02):
+            seen.append(resident())
+
+    watch = threading.Thread(target=look)
+    watch.start()
+    train_epoch(taken, decoder, 1, 1)
+    ended.set()
+    watch.join()
+    most = {name: max(one[name] for one in seen) for name in before}
+    held = {
+        "of its own before training": before["RssAnon"],
+        "of its own while training": most["RssAnon"],
+        "of files before training": before["RssFile"],
+        "of files while training": most["RssFile"],
+    }
+    (Path(folder) / "held.json").write_text(json.dumps(held), encoding="utf-8")
+
+
+def main() -> None:
+    """Measures, and prints or writes the record."""
+    parser = bench.arguments(__doc__)
+    parser.add_argument("--photos", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
+    parser.add_argument("--batches", type=int, default=400)
+    arguments = parser.parse_args()
+    settings = {
+        "batches": arguments.batches,
+        "words": WORDS,
+        "words of a caption": LENGTH,
+        "units": UNITS,
+        "batch": BATCH,
+    }
+    record = bench.Record("scale", "photos", torch.device("cpu"), settings)
+    with tempfile.TemporaryDirectory() as folder:
+        for photos in arguments.photos:
+            one = Path(folder) / str(photos)
+            one.mkdir()
+            write_cache(one, photos)
+            peak = bench.peak(work, str(one), photos, arguments.batches)
+            held = json.loads((one / "held.json").read_text(encoding="utf-8"))
+            for name, value in {"at most": peak, **held}.items():
+                record.growth.setdefault(f"MiB {name}, by photos", {})[str(photos)] = value
+    record.finish(arguments.output)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,101 @@
+"""Commands answer at once, and without what they do not need."""
+
+import subprocess
+import sys
+from pathlib import Path
+
+import pytest
+import torch
+import torchvision
+import yaml
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoder import ModelConfig
+from capexp.captioning.decoding import DecodingConfig
+from capexp.data.vgg16 import EncoderIdentity
+from capexp.data.vgg16_weights import NETS
+from capexp.data.vocabulary import Vocabulary
+
+ROOT = Path(__file__).parents[1]
+
+COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download", "sync")
+HEAVY = {"torch", "mlflow", "optuna", "torchvision", "numpy", "streamlit"}
+CODE = """
+import sys
+from capexp import {command}
+try:
+    {command}.{command}(["--help"])
+except SystemExit:
+    print(sorted({heavy} & set(sys.modules)))
+"""
+NOT_NEEDED = {"mlflow", "optuna", "torch._dynamo", "torchvision", "matplotlib", "pandas", "sqlalchemy", "streamlit"}
+RUN = """
+import sys
+from capexp import {command}
+assert {command}.{command}({arguments}) == 0
+print(sorted({heavy} & set(sys.modules)))
+"""
+
+
+def imported(command: str, *arguments: str) -> str:
+    """Which of the heavy modules that it does not need a command has imported when it has done its work."""
+    code = RUN.format(command=command, arguments=list(arguments), heavy=NOT_NEEDED)
+    root = Path(__file__).parents[1]
+    done = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True)
+    assert done.returncode == 0, done.stderr
+    return done.stdout.splitlines()[-1]
+
+
+def bundle_with_encoder(folder: Path) -> Path:
+    """An untrained captioner that carries a made-up VGG16."""
+    net = NETS["IMAGENET1K_FEATURES"]
+    identity = EncoderIdentity("conv5_3", "mean", net.mean, net.std, "0" * 64, "made up")
+    words = Vocabulary(("a", "dog", "runs"), "standard", "token")
+    captioner = Captioner.fresh(ModelConfig(embedding_size=4, lstm_units=4), words, identity, DecodingConfig(), seed=1)
+    with torch.device("meta"):
+        layers = torchvision.models.vgg16(weights=None, init_weights=False).features.state_dict()
+    encoder = {f"convolutions.{name}": torch.full(value.shape, 1e-3).half() for name, value in layers.items()}
+    return captioner.save(folder / "bundle", encoder)
+
+
+@pytest.mark.parametrize("command", [*COMMANDS, "app"])
+def test_help_imports_nothing_heavy(command: str) -> None:
+    code = CODE.format(command=command, heavy=HEAVY)
+    printed = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True).stdout
+    assert printed.splitlines()[-1] == "[]"
+    assert f"python -m capexp.{command}" in printed
+
+
+def test_a_caption_from_a_bundle_imports_neither_trackers_nor_compilers(tmp_path: Path, scenes: Path) -> None:
+    photo = next(iter(sorted((scenes / "Scenes_Dataset").glob("*.jpg"))))
+    assert imported("caption", "--model", str(bundle_with_encoder(tmp_path)), str(photo)) == "[]"
+
+
+@pytest.mark.slow
+def test_nor_does_a_dry_run() -> None:
+    assert imported("train", "--dry-run") == "[]"
+
+
+@pytest.mark.parametrize("command", COMMANDS)
+def test_every_command_is_an_entry_point_of_the_mlflow_project(command: str) -> None:
+    project = yaml.safe_load((ROOT / "MLproject").read_text())
+    assert any(f"python -m capexp.{command} " in entry["command"] for entry in project["entry_points"].values())
+
+
+UNSENT = """
+import pickle
+from capexp import cli
+from capexp.errors import Unsent
+
+def end():
+    raise pickle.loads(pickle.dumps(Unsent("0123", "no server")))
+
+cli.main("tune", end)
+"""
+
+
+def test_a_run_that_was_not_all_sent_is_told_with_the_remedy_from_a_worker_too() -> None:
+    printed = subprocess.run([sys.executable, "-c", UNSENT], cwd=ROOT, capture_output=True, text=True)
+    assert printed.returncode == 3
+    assert printed.stderr.count("\n") == 1 and printed.stderr.startswith("capexp.tune: run 0123 ")
+    assert "(no server)" in printed.stderr and printed.stderr.endswith("python -m capexp.sync 0123\n")

@@ -1,0 +1,46 @@
+"""Laws of training by several processes: what they come to is what one comes to, and the same in each."""
+
+import json
+import os
+import subprocess
+import sys
+from pathlib import Path
+from typing import Any
+
+import numpy as np
+import pytest
+from test_fit import losses
+from train_together import CONFIG, KINDS, task
+
+from capexp.distributed import ALONE, Ranks, place
+
+ROOT = Path(__file__).parents[1]
+
+
+def test_torchruns_environment_tells_the_place_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
+    for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
+        assert place() == ALONE
+        monkeypatch.setenv(name, "3")
+    assert place() == Ranks(3, 3)
+
+
+@pytest.mark.slow
+@pytest.mark.parametrize("count", [2, 3])
+def test_several_processes_come_to_what_one_comes_to(tmp_path: Path, count: int) -> None:
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(Path(__file__).parent / "training")]
+    command[-1] += "/train_together.py"
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    subprocess.run([sys.executable, *command, str(tmp_path)], check=True, env=environment, timeout=600)
+    told: list[dict[str, Any]] = [
+        json.loads((tmp_path / f"rank{rank}" / "told.json").read_text()) for rank in range(count)
+    ]
+    assert all(one == told[0] for one in told), "each process holds the same weights, bit for bit"
+    for kind in KINDS:
+        alone = losses(task(tmp_path / kind[0], kind).epochs(CONFIG))
+        np.testing.assert_allclose(told[0][kind[0]], alone, rtol=2e-5)
+    with_dropout = losses(task(tmp_path / "dropout", KINDS[0], dropout=0.2).epochs(CONFIG))
+    assert with_dropout[-1][1] == pytest.approx(told[0]["dropout"][-1][1], rel=0.1)
+    rewards = told[0]["rewards"]
+    assert rewards[-1] > rewards[0]
+    assert told[0]["threads"] == [], "none is left to meet the interpreter's end"
+    assert not [path for path in (tmp_path / "rank1").rglob("*") if path.suffix in (".pt", ".safetensors")]
