@@ -16,14 +16,14 @@ def app(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=_port, default=7860)
     arguments, settings = parser.parse(argv)
-    cli.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
+    cli.refuse_unused(parser, settings, ("features.weights", "decoding.", "training.device"))
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
-    from capexp import experiment as experiments
     from capexp.captioning.captioner import Captioner
+    from capexp.distributed import choose_device
     from capexp.errors import InputError
+    from capexp.experiment import override_decoding
     from capexp.tracking.models import find_bundle
-    from capexp.training.config import choose_device
 
     try:
         from capexp.report import page
@@ -33,7 +33,7 @@ def app(argv: list[str] | None = None) -> int:
         raise InputError("the page needs Streamlit; in the checkout: pip install -e '.[app]'") from None
     _refuse_taken(arguments.host, arguments.port)
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
-    decoding = experiments.override_decoding(captioner.decoding, settings)
+    decoding = override_decoding(captioner.decoding, settings)
     captioner.use_encoder(weights)
     print(f"a page to try {arguments.model}: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
     page.serve(page.Shown(captioner, arguments.model, decoding), arguments.host, arguments.port)

@@ -20,19 +20,19 @@ def caption(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", help="files, folders, or patterns in quotes")
     arguments, settings = parser.parse(argv)
-    cli.refuse_idle(parser, settings, ("features.weights", "decoding.", "training.device"))
+    cli.refuse_unused(parser, settings, ("features.weights", "decoding.", "training.device"))
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
-    from capexp import experiment as experiments
     from capexp.captioning.captioner import Caption, Captioner
     from capexp.data.photos import find_photos
+    from capexp.distributed import choose_device
+    from capexp.experiment import override_decoding
     from capexp.report import attention_maps as maps
     from capexp.tracking.models import find_bundle
-    from capexp.training.config import choose_device
 
     photos = find_photos(arguments.photos)
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
-    decoding = experiments.override_decoding(captioner.decoding, settings)
+    decoding = override_decoding(captioner.decoding, settings)
     if arguments.maps is not None:
         maps.refuse_blind(captioner)
     captioner.use_encoder(weights)

@@ -11,11 +11,18 @@ import warnings
 from collections.abc import Callable
 from pathlib import Path
 from types import FrameType
-from typing import Any, NoReturn
+from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
 
-from capexp.distributed import place
+from capexp.distributed import World
 
+if TYPE_CHECKING:
+    from collections.abc import Generator
+
+    from capexp.training.loop import Epoch, Update
+
+R = TypeVar("R")
 USAGE, UNSENT, INTERRUPTED = 2, 3, 130
+"""Exit statuses."""
 
 
 class Parser(argparse.ArgumentParser):
@@ -34,9 +41,8 @@ class Parser(argparse.ArgumentParser):
 
     def error(self, message: str) -> NoReturn:
         """One line, without the usage above it."""
-        self.exit(
-            USAGE, f"capexp.{self.command}: {' '.join(message.split())}; see --help\n" if place().is_first else None
-        )
+        line = f"capexp.{self.command}: {' '.join(message.split())}; see --help\n"
+        self.exit(USAGE, line if World.from_environment().is_main else None)
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
         """The command's own flags, and the settings among the others by dotted name."""
@@ -116,19 +122,41 @@ def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -
         parser.error(f"{flag} {output}: a folder; name a file in it")
 
 
-def refuse_idle(parser: Parser, settings: dict[str, str], used: tuple[str, ...]) -> None:
+def refuse_unused(parser: Parser, settings: dict[str, str], used: tuple[str, ...]) -> None:
     """Refuses settings that decide nothing in a command; ``used`` are names, or sections with their dot."""
     for name in settings:
         if not any(name == one or (one.endswith(".") and name.startswith(one)) for one in used):
             parser.error(f"--{name} decides nothing here; settings that do: {', '.join(used)}")
 
 
+def drain(updates: "Generator[Update, None, R]") -> R:
+    """Print a run's epochs as they come; return its result."""
+    with contextlib.closing(updates):
+        while True:
+            try:
+                update = next(updates)
+            except StopIteration as stop:
+                result: R = stop.value
+                return result
+            print(_line(update.run, update.epoch), flush=True)
+
+
+def _line(run: str, epoch: "Epoch") -> str:
+    label = f"{run}   " if run else ""
+    second = "" if epoch.reward is None else f"reward {epoch.reward:.4f}   dev CIDEr {epoch.dev_cider:.4f}   "
+    return (
+        f"{label}epoch {epoch.number:3d}   train {epoch.train_loss:.4f}   dev {epoch.dev_loss:.4f}   "
+        f"{second}{epoch.seconds:.1f} s{'  *' if epoch.improved else ''}"
+    )
+
+
 def main(name: str, command: Callable[[], int]) -> NoReturn:
     """Runs a command as a program: its log on stderr, faults of the user's making in one line."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("capexp").setLevel(logging.DEBUG)  # all of it goes to a run's log file
+    world = World.from_environment()
     for handler in logging.getLogger().handlers:
-        handler.addFilter(lambda record: record.levelno >= (logging.INFO if place().is_first else logging.WARNING))
+        handler.addFilter(lambda record: record.levelno >= (logging.INFO if world.is_main else logging.WARNING))
     # MLflow's hints, migrations and progress bars would bury what the command itself has to say.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
@@ -144,7 +172,7 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     # Names of files that are not UTF-8 are printed as the bytes they are.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
-    if place().is_first:
+    if world.is_main:
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
     else:  # of torchrun's processes the first tells and brings the run to its end
@@ -152,7 +180,7 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
         os.environ["TQDM_DISABLE"] = "1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
     try:
-        status = _refuse_ranks(name) or command()
+        status = _refuse_torchrun(name) or command()
         sys.stdout.flush()
     except KeyboardInterrupt:
         status = _say(name, "interrupted", INTERRUPTED)
@@ -175,17 +203,19 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     sys.exit(status)
 
 
-def _refuse_ranks(name: str) -> int:
+def _refuse_torchrun(name: str) -> int:
     """Status 2 where torchrun starts what gains nothing by it."""
-    if place().count == 1 or name in ("train", "extract"):
+    world = World.from_environment()
+    if world.size == 1 or name in ("train", "extract"):
         return 0
-    if place().is_first:
+    if world.is_main:
         _say(name, "torchrun starts capexp.train and capexp.extract only; start this one by itself", USAGE)
     return USAGE
 
 
 def _say(name: str, message: str, status: int) -> int:
-    where = "" if place().is_first else f"rank {place().rank}: "
+    world = World.from_environment()
+    where = "" if world.is_main else f"rank {world.rank}: "
     print(f"capexp.{name}: {where}{' '.join(message.split())}", file=sys.stderr)
     return status
 

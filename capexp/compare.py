@@ -16,21 +16,22 @@ def compare(argv: list[str] | None = None) -> int:
     arguments, settings = parser.parse(argv)
     cli.refuse_output(parser, arguments.output)
 
-    from capexp import experiment as experiments, measurement
+    from capexp.captioning import evaluation
     from capexp.captioning.captioner import Captioner
+    from capexp.distributed import choose_device
+    from capexp.experiment import find_experiment, load_experiment, override_decoding
     from capexp.files import write_whole
     from capexp.tracking.models import find_bundle
-    from capexp.training.config import choose_device
 
-    cli.refuse_idle(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
-    experiment = experiments.load(experiments.find(cli.experiment_of(arguments)), settings)
+    cli.refuse_unused(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
+    experiment = load_experiment(find_experiment(cli.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     first, second = [Captioner.load(find_bundle(model), device) for model in arguments.models]
     for captioner in (first, second):
-        captioner.decoding = experiments.override_decoding(captioner.decoding, settings)
+        captioner.decoding = override_decoding(captioner.decoding, settings)
         if arguments.experiment is None:
-            measurement.refuse_other_data(experiment, captioner)
-    compared = measurement.compare(experiment, (first, second), arguments.split)
+            evaluation.require_trained_on(experiment, captioner)
+    compared = evaluation.compare(experiment, (first, second), arguments.split)
     print(f"A  {arguments.models[0]}\nB  {arguments.models[1]}\n{compared.photos:,} photos of {arguments.split}\n")
     print(f"{'':12}{'A':>8}{'B':>8}{'B - A':>9}   95% interval        p")
     for name, difference in compared.differences.items():

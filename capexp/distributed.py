@@ -1,12 +1,12 @@
-"""The processes that torchrun starts to train one captioner together.
+"""This process among those that torchrun starts to train one captioner together, and the device it computes on.
 
-Each takes its share of every batch, and the sum of their gradients is that of the whole batch, so that all take the
-same step. The first (rank 0) alone tracks, saves and tells.
+Each rank takes its shard of every batch and gradients are summed over all ranks, so that all take the same step.
+Rank 0 alone tracks, saves and prints.
 """
 
 import atexit
-import io
 import os
+import re
 import signal
 import time
 from collections.abc import Callable, Iterator
@@ -15,138 +15,169 @@ from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
-from capexp.errors import Outage
+from capexp.errors import InputError, Outage
+from capexp.settings import Precision
 
-if TYPE_CHECKING:  # a command asks which process it is before it has read its flags
+if TYPE_CHECKING:  # a command asks which rank it is before it has read its flags, and must not wait for torch
+    import torch
     from torch import Tensor, nn
 
 T = TypeVar("T")
-_PATIENCE = timedelta(hours=6)  # the first one measures, or hashes photos, while the others wait
-_GRACE = 10.0  # seconds; torchrun ends the others long before
+_TIMEOUT = timedelta(hours=6)  # rank 0 evaluates, or hashes photos, while the others wait
+_GRACE = 10.0  # seconds; torchrun ends the other ranks long before
 
 
 @dataclass(frozen=True)
-class Ranks:
-    """This process and how many there are; alone, nothing is sent or waited for."""
+class World:
+    """The rank of this process and the number of ranks; of size 1 nothing is sent or waited for."""
 
     rank: int = 0
-    count: int = 1
+    size: int = 1
+
+    @classmethod
+    def from_environment(cls) -> "World":
+        """Return this process's place among torchrun's, or a world of one; the ranks are not connected yet."""
+        if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
+            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+        return cls()
 
     @property
-    def is_first(self) -> bool:
-        """Whether this one tracks, saves and tells."""
+    def is_main(self) -> bool:
+        """Whether this is rank 0, which tracks, saves and prints."""
         return self.rank == 0
 
-    def join(self) -> None:
-        """Waits until all processes are here."""
-        if self.count == 1:
+    def start(self) -> None:
+        """Connect the ranks; returns when all are there."""
+        if self.size == 1:
             return
         import torch
         import torch.distributed
-        import torch.distributed.nn.functional  # once there is a group, its functions would hold it for good
+        import torch.distributed.nn.functional  # imported later, its functions would hold the process group for good
 
         backend = "gloo"
         if torch.cuda.is_available():
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
-        with _together(self.rank):
-            torch.distributed.init_process_group(backend, timeout=_PATIENCE)
-        atexit.register(self.leave)
+        with self._collective():
+            torch.distributed.init_process_group(backend, timeout=_TIMEOUT)
+        atexit.register(self.stop)
 
-    def add_gradients(self, decoder: "nn.Module", loss: "Tensor") -> "Tensor":
-        """Makes each gradient the sum of all processes', and returns the sum of their losses."""
-        if self.count == 1:
-            return loss
-        import torch
+    def stop(self) -> None:
+        """Disconnect the ranks and end the threads that sent and received.
 
-        gradients = [value.grad for value in decoder.parameters() if value.grad is not None]
-        flat = torch.cat([loss.detach().reshape(1), *[gradient.flatten() for gradient in gradients]])
-        self._reduce(flat)
-        parts = torch.split(flat[1:], [gradient.numel() for gradient in gradients])
-        torch._foreach_copy_(
-            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
-        )
-        return flat[0]
-
-    def add(self, *values: float) -> list[float]:
-        """The sum over all processes of each value."""
-        if self.count == 1:
-            return list(values)
-        import torch
-
-        sums = torch.tensor(values, dtype=torch.float64)
-        self._reduce(sums)
-        return [float(value) for value in sums]
-
-    def from_first(self, make: Callable[[], T]) -> T:
-        """What the first process makes of plain values and tensors, in all of them."""
-        if self.count == 1:
-            return make()
-        import torch
-        import torch.distributed
-
-        content = io.BytesIO()
-        made = make() if self.is_first else None
-        torch.save(made, content)
-        size = torch.tensor([content.tell()])
-        with _together(self.rank):
-            torch.distributed.broadcast(size, 0)
-            sent = torch.empty(int(size), dtype=torch.uint8)
-            if self.is_first:
-                sent = torch.frombuffer(content.getbuffer(), dtype=torch.uint8)
-            torch.distributed.broadcast(sent, 0)
-        if self.is_first:
-            return made  # type: ignore[return-value]
-        return torch.load(io.BytesIO(sent.numpy().tobytes()), weights_only=True)  # type: ignore[no-any-return]
-
-    def wait(self) -> None:
-        """Until all have come here."""
-        self.add(0.0)
-
-    def leave(self) -> None:
-        """The work together is done: the threads that sent and received have ended.
-
-        One that outlived it would let go of its last tensor while the interpreter ends, which ends the process by
-        SIGABRT, and torchrun then takes its work for failed.
+        A thread that outlived this would free its last tensor while the interpreter exits, which ends the process by
+        SIGABRT, and torchrun then counts the work as failed.
         """
-        if self.count == 1:
+        if self.size == 1:
             return
         import torch.distributed
 
         if torch.distributed.is_initialized():
             torch.distributed.destroy_process_group()
 
-    def _reduce(self, values: "Tensor") -> None:
+    def shard(self, items: T) -> T:
+        """Return every ``size``-th item of a list or array, from ``rank`` on."""
+        shard: T = items[self.rank :: self.size]  # type: ignore[index]
+        return shard
+
+    def barrier(self) -> None:
+        """Wait until all ranks are here."""
+        self.sum(0.0)
+
+    def sum(self, *values: float) -> list[float]:
+        """Return each value's sum over all ranks (all-reduce)."""
+        if self.size == 1:
+            return list(values)
+        import torch
+
+        sums = torch.tensor(values, dtype=torch.float64)
+        self._all_reduce(sums)
+        return [float(value) for value in sums]
+
+    def sum_gradients(self, module: "nn.Module", loss: "Tensor") -> "Tensor":
+        """Replace each gradient by its sum over all ranks, and return the sum of their losses."""
+        if self.size == 1:
+            return loss
+        import torch
+
+        gradients = [value.grad for value in module.parameters() if value.grad is not None]
+        flat = torch.cat([loss.detach().reshape(1), *[gradient.flatten() for gradient in gradients]])
+        self._all_reduce(flat)
+        parts = torch.split(flat[1:], [gradient.numel() for gradient in gradients])
+        torch._foreach_copy_(
+            gradients, [part.view_as(gradient) for part, gradient in zip(parts, gradients, strict=True)]
+        )
+        return flat[0]
+
+    def broadcast(self, make: Callable[[], T]) -> T:
+        """Run ``make`` on rank 0 and broadcast its result: tensors and plain values, no pickled code."""
+        if self.size == 1:
+            return make()
+        import torch
         import torch.distributed
 
-        with _together(self.rank):
+        results = [make() if self.is_main else None]
+        with self._collective():
+            # Without weights_only anything could be unpickled.
+            torch.distributed.broadcast_object_list(results, 0, device=torch.device("cpu"), weights_only=True)
+        return results[0]  # type: ignore[return-value]
+
+    def _all_reduce(self, values: "Tensor") -> None:
+        import torch.distributed
+
+        with self._collective():
             torch.distributed.all_reduce(values)
 
+    @contextmanager
+    def _collective(self) -> Iterator[None]:
+        """End this process where another rank is gone: rank 0 with an :class:`Outage`, the others silently.
 
-ALONE = Ranks()
+        torchrun reports the exit status of the rank that ends first, so the others leave that to the one that failed.
+        """
+        try:
+            yield
+        except RuntimeError as error:
+            if not self.is_main:
+                time.sleep(_GRACE)
+                raise SystemExit(1) from error
+            # torchrun ends the other ranks when one is gone; this one brings the run to its end meanwhile.
+            signal.signal(signal.SIGTERM, lambda number, frame: None)
+            raise Outage(
+                "another of torchrun's processes has gone; see what it or torchrun told, then go on with --resume"
+            ) from error
 
 
-def place() -> Ranks:
-    """Which of torchrun's processes this is, by the environment; they are not in touch yet."""
-    if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-        return Ranks(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
-    return ALONE
+ALONE = World()
 
 
-@contextmanager
-def _together(rank: int) -> Iterator[None]:
-    """Ends this process where another has gone: the first one in order, the others without a word.
+def choose_device(name: str) -> "torch.device":
+    """Return the device that ``training.device`` names; ``auto`` is CUDA where it is.
 
-    They give way to the one that has gone, as torchrun tells the status of the one that ends first.
+    Of torchrun's processes on a machine, each has a GPU of its own.
     """
-    try:
-        yield
-    except RuntimeError as error:
-        if rank > 0:
-            time.sleep(_GRACE)
-            raise SystemExit(1) from error
-        # torchrun ends the others when one has gone; the run is brought to its end meanwhile.
-        signal.signal(signal.SIGTERM, lambda number, frame: None)
-        raise Outage(
-            "another of torchrun's processes has gone; see what it or torchrun told, then go on with --resume"
-        ) from error
+    import torch
+
+    if name == "auto":
+        name = "cuda" if torch.cuda.is_available() else "cpu"
+    if World.from_environment().size > 1 and name.startswith("cuda"):
+        if name != "cuda":
+            raise InputError(f"training.device = '{name}': torchrun gives each process a GPU of its own; use 'cuda'")
+        name = f"cuda:{os.environ['LOCAL_RANK']}"
+    if not re.fullmatch(r"cpu|cuda(:\d{1,3})?", name):
+        raise InputError(f"training.device = '{name}': use 'auto', 'cpu', 'cuda' or 'cuda:0'")
+    device = torch.device(name)
+    count = torch.cuda.device_count()
+    if device.type == "cuda" and (device.index or 0) >= count:
+        raise InputError(f"training.device = '{name}': {count} CUDA devices are here; use 'auto' or 'cpu'")
+    return device
+
+
+def use_bfloat16(device: "torch.device", precision: Precision) -> bool:
+    """Return whether to compute in bfloat16; ``auto`` does where the device has instructions for it."""
+    import torch
+
+    if precision != "auto":
+        return precision == "bfloat16"
+    if device.type == "cuda":
+        return torch.cuda.get_device_capability(device) >= (8, 0)
+    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())

@@ -1,8 +1,7 @@
 """Brings Flickr8k, photos and captions, into a folder, checked and ready to train on."""
 
-import os
 import shlex
-from dataclasses import dataclass
+from functools import partial
 from pathlib import Path
 
 from capexp import cli
@@ -10,126 +9,6 @@ from capexp import cli
 OUTPUT = Path(__file__).parents[1] / "cache" / "flickr8k"
 """Where the experiments on Flickr8k look for it."""
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
-PHOTOS, CAPTIONS = "Flicker8k_Dataset", "Flickr8k.token.txt"
-NOTICE = """\
-Flickr8k: the photos belong to those who put them on Flickr, and may be used for research and education only; do not
-pass them on. Whoever publishes results with it cites M. Hodosh, P. Young, J. Hockenmaier: "Framing Image Description
-as a Ranking Task: Data, Models and Evaluation Metrics", Journal of Artificial Intelligence Research 47, 2013."""
-
-
-@dataclass(frozen=True)
-class Contents:
-    """How much there is to be: photos, lines of captions, and photos a list names (0: there is no such list)."""
-
-    photos: int = 8091
-    captions: int = 40_460
-    train: int = 6000
-    dev: int = 1000
-    test: int = 1000
-
-    def lists(self) -> dict[str, int]:
-        """The lists there are, with the photos each names."""
-        counts = {"train": self.train, "dev": self.dev, "test": self.test}
-        return {f"Flickr_8k.{split}Images.txt": count for split, count in counts.items() if count}
-
-    def archives(self) -> dict[str, tuple[str, ...]]:
-        """The archives, with what each must hold."""
-        return {"Flickr8k_text.zip": (CAPTIONS, *self.lists()), "Flickr8k_Dataset.zip": (PHOTOS,)}
-
-
-def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool = False) -> None:
-    """Fetches, unpacks and checks what is not in ``output`` yet.
-
-    Raises:
-        InputError: a fault of the source, the network, the folder or an archive, or other contents than expected.
-    """
-    from filelock import FileLock, Timeout
-
-    from capexp.data.archives import ArchiveError, fetch, unpack
-    from capexp.errors import InputError
-
-    if "://" in source and not _is_url(source):
-        raise InputError(f"--source {source}: neither a folder nor an http or https URL")
-    archives = contents.archives()
-    try:
-        output.mkdir(parents=True, exist_ok=True)
-        with FileLock(output / "download.lock", timeout=0):
-            lacking = [name for name, needed in archives.items() if not all((output / one).exists() for one in needed)]
-            print(NOTICE if lacking else f"{output}: complete already, nothing is fetched", flush=True)
-            for name in lacking:
-                archive = _find(name, source, output)
-                if not archive.is_file():
-                    fetch(f"{source.rstrip('/')}/{name}", archive)
-                try:
-                    unpack(archive, output, archives[name])
-                except ArchiveError as error:
-                    if not _is_url(source):
-                        raise InputError(f"{error}; put another copy in its place") from None
-                    archive.unlink()
-                    raise InputError(f"{error}; it is deleted, and the same command fetches it anew") from None
-            print(check(output, contents))
-            if lacking and not keep and _is_url(source):
-                for name in archives:
-                    (output / name).unlink(missing_ok=True)
-    except Timeout:
-        raise InputError(f"{output}: another download into this folder is under way; wait for it") from None
-    except OSError as error:
-        raise InputError(f"{error.filename or output}: {error.strerror or error}; choose another --output") from None
-
-
-def _is_url(source: str) -> bool:
-    return source.startswith(("http://", "https://"))
-
-
-def _find(name: str, source: str, output: Path) -> Path:
-    """Where an archive lies, or is to be fetched to."""
-    from capexp.errors import InputError
-
-    archive = (output if _is_url(source) else Path(source)) / name
-    if not archive.is_file():
-        if not _is_url(source):
-            raise InputError(f"{archive}: no such archive; --source names the folder that holds it, or an http(s) URL")
-        if os.environ.get("CAPEXP_OFFLINE"):
-            raise InputError(f"{archive}: not here, and CAPEXP_OFFLINE forbids fetching; name a folder with --source")
-    return archive
-
-
-def check(folder: Path, contents: Contents = Contents()) -> str:
-    """Whether what arrived is whole: its counts, in a line.
-
-    Raises:
-        InputError: a wrong count, or photos that a list names without file or captions.
-    """
-    from capexp.data.captions import SPLITS, CaptionsConfig, read_splits
-    from capexp.errors import InputError, listed
-
-    remedy = f"delete what is in {folder}, then give the same command again, or with another --source"
-    photos = {path.name for path in (folder / PHOTOS).glob("*.jpg")}
-    texts = (folder / CAPTIONS).read_text(encoding="utf-8", errors="replace")
-    lines = [line for line in texts.split("\n") if line.strip()]
-    counted = [(PHOTOS, "photos", len(photos), contents.photos), (CAPTIONS, "captions", len(lines), contents.captions)]
-    listed_photos: set[str] = set()
-    for name, count in contents.lists().items():
-        names = (folder / name).read_text(encoding="utf-8", errors="replace").split()
-        listed_photos.update(names)
-        counted.append((name, "photos", len(names), count))
-    for name, what, count, expected in counted:
-        if count != expected:
-            raise InputError(f"{folder / name}: {count:,} {what}, not {expected:,}; {remedy}")
-    wanted = tuple(split for split in SPLITS if getattr(contents, split))
-    try:
-        read_splits(CaptionsConfig(root=folder), wanted)
-    except InputError as error:
-        raise InputError(f"{error}; {remedy}") from None
-    # Flickr8k's captions name two photos that are not there, one by the odd key 2258277193_586949ec62.jpg.1#0.
-    absent = {line.partition("\t")[0].rpartition("#")[0] for line in lines} - photos
-    assert not absent & listed_photos
-    lists = " + ".join(f"{count:,} {split}" for split, count in zip(wanted, contents.lists().values(), strict=True))
-    told = f"{folder}: {len(photos):,} photos, {len(lines):,} captions, lists of {lists} photos"
-    if absent:
-        told += f"; captions of {len(absent)} photos that are not there and in no list are left out: "
-        told += listed(sorted(absent))
-    return told
 
 
 def download(argv: list[str] | None = None) -> int:
@@ -144,7 +23,9 @@ def download(argv: list[str] | None = None) -> int:
     arguments, settings = parser.parse(argv)
     for name in settings:
         parser.error(f"--{name} decides nothing here; an experiment's settings are for the other commands")
-    bring(arguments.output, arguments.source, keep=arguments.keep_archives)
+    from capexp.data.flickr8k import bring
+
+    bring(arguments.output, arguments.source, keep=arguments.keep_archives, say=partial(print, flush=True))
     elsewhere = arguments.output.resolve() != OUTPUT.resolve()
     root = f" --captions.root {shlex.quote(str(arguments.output))}" if elsewhere else ""
     print(f"next: python -m capexp.train --experiment flickr8k-merge-conv{root}")

@@ -14,22 +14,23 @@ def evaluate(argv: list[str] | None = None) -> int:
     arguments, settings = parser.parse(argv)
     cli.refuse_output(parser, arguments.output)
 
-    from capexp import experiment as experiments, measurement
+    from capexp.captioning import evaluation
     from capexp.captioning.captioner import Captioner
+    from capexp.distributed import choose_device
+    from capexp.experiment import find_experiment, load_experiment, override_decoding
     from capexp.files import write_whole
     from capexp.tracking.models import find_bundle
-    from capexp.training.config import choose_device
 
-    cli.refuse_idle(
+    cli.refuse_unused(
         parser, settings, ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")
     )
-    experiment = experiments.load(experiments.find(cli.experiment_of(arguments)), settings)
+    experiment = load_experiment(find_experiment(cli.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     captioner = Captioner.load(find_bundle(arguments.model), device)
-    captioner.decoding = experiments.override_decoding(captioner.decoding, settings)
+    captioner.decoding = override_decoding(captioner.decoding, settings)
     if arguments.experiment is None:
-        measurement.refuse_other_data(experiment, captioner)
-    scores = measurement.evaluate(experiment, captioner, arguments.split, arguments.java) | {"model": arguments.model}
+        evaluation.require_trained_on(experiment, captioner)
+    scores = evaluation.evaluate(experiment, captioner, arguments.split, arguments.java) | {"model": arguments.model}
     text = json.dumps(scores, indent=2)
     print(text)
     if arguments.output is not None:

@@ -1,8 +1,4 @@
-"""One experiment, frozen: the configs of all parts, from a TOML file and flags.
-
-A setting has one name everywhere: ``training.learning_rate`` is the key in the file, the flag on the command
-line, the param in MLflow and the parameter of a study.
-"""
+"""Read an experiment from a TOML file and flags: every setting by its dotted name, every fault in one line."""
 
 import datetime
 import difflib
@@ -14,111 +10,28 @@ from pathlib import Path
 from typing import Annotated, Any
 
 import tomli_w
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError, model_validator
+from pydantic import BaseModel, TypeAdapter, ValidationError
 
-from capexp.captioning.decoder import ModelConfig
-from capexp.captioning.decoding import DecodingConfig
-from capexp.captioning.ensemble import EnsembleConfig
-from capexp.data.captions import CaptionsConfig
-from capexp.data.vgg16 import FeaturesConfig
-from capexp.data.vgg16_weights import NETS
-from capexp.data.vocabulary import VocabularyConfig
 from capexp.errors import InputError
-from capexp.search.space import Choices, TuneConfig
-from capexp.tracking.score import Metric
-from capexp.training.config import TrainingConfig
+from capexp.settings import WEIGHTS, Choices, DecodingConfig, Experiment, flatten
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-SECTIONS = ("captions", "vocabulary", "features", "model", "training", "ensemble", "decoding", "registry", "tune")
+"""Where experiments are found by their names."""
 
 Settings = dict[str, Any]
-NAME = r"^\w[\w .-]{0,99}$"  # of experiments, models and studies: no separator of paths, URIs or lines
 
-_OF_ENSEMBLES = ("training.batch_size", "training.order", "training.device")
 _DEPTH = 20  # of tables and lists in a file
 _UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last: of file names that are not UTF-8
+# Of an ensemble's settings: those that its members must share, and those that it decides for them.
+_SHARED = (
+    *("vocabulary.cleaning", "vocabulary.minimum_count", "vocabulary.unknown"),
+    *("features.layer", "features.pool", "features.size", "features.mirror"),
+)
+_DECIDED = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
 
 
-class RegistryConfig(BaseModel):
-    """Under which name the best model is registered, and what makes it a champion."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    model: str = Field(pattern=NAME)
-    """One name a data set, so that versions under it compare."""
-    metric: Metric = "dev_loss"
-    """``dev_loss``: lower is better, of captioners with the same vocabulary; ``dev_cider``: higher is better, of
-    captions decoded as each captioner decodes."""
-
-
-class Experiment(BaseModel):
-    """Everything that decides what a run does."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    name: str = Field(pattern=NAME)
-    seed: int = Field(default=1, ge=0, lt=2**31)
-    captions: CaptionsConfig
-    vocabulary: VocabularyConfig = VocabularyConfig()
-    features: FeaturesConfig = Field(default_factory=FeaturesConfig)
-    model: ModelConfig = ModelConfig()
-    training: TrainingConfig = TrainingConfig()
-    ensemble: EnsembleConfig = EnsembleConfig()
-    decoding: DecodingConfig = DecodingConfig()
-    registry: RegistryConfig
-    tune: TuneConfig = TuneConfig()
-
-    @model_validator(mode="after")
-    def _ensemble_trains_nothing(self) -> "Experiment":
-        if self.is_ensemble:
-            own = dict(flatten(self.model_dump(include={"model", "training"})))
-            usual = dict(flatten({"model": ModelConfig().model_dump(), "training": TrainingConfig().model_dump()}))
-            for name, value in own.items():
-                if value != usual[name] and name not in _OF_ENSEMBLES:
-                    raise ValueError(
-                        f"{name} = {value!r} decides nothing in an ensemble, whose members are trained by themselves; "
-                        "set it in their experiments, or in settings of ensemble.members"
-                    )
-        return self
-
-    @property
-    def is_ensemble(self) -> bool:
-        """Whether it decodes captioners of other experiments together, instead of training one."""
-        return bool(self.ensemble.members)
-
-    def flat(self) -> dict[str, str]:
-        """Every setting that decides something by its dotted name, as text; the study's own settings left out."""
-        settings = dict(flatten(self.model_dump(mode="json", exclude={"tune"})))
-        if self.is_ensemble:
-            idle = {name for name in settings if name.startswith(("model.", "training."))} - set(_OF_ENSEMBLES)
-        else:
-            idle = {"ensemble.members"}
-        return {name: str(value) for name, value in settings.items() if name not in idle}
-
-    def to_toml(self) -> str:
-        """The experiment as a TOML file with absolute paths, which loads to an equal experiment."""
-        record = self.model_dump(mode="json", exclude_none=True, exclude=None if self.is_ensemble else {"ensemble"})
-        for path in (("captions", "root"), ("features", "cache")):
-            record[path[0]][path[1]] = str(Path(record[path[0]][path[1]]).absolute())
-        if self.features.weights not in NETS:
-            record["features"]["weights"] = str(Path(self.features.weights).absolute())
-        for member in record["ensemble"]["members"] if self.is_ensemble else ():
-            if is_path(member["experiment"]):
-                member["experiment"] = str(Path(member["experiment"]).absolute())
-        return tomli_w.dumps(record)
-
-
-def is_path(name: str) -> bool:
-    """Whether an experiment is named by its file's path."""
-    return name.endswith(".toml")
-
-
-def find(name: str) -> Path:
-    """The file of an experiment, by path or by its name under ``experiments/``.
-
-    Raises:
-        InputError: there is none.
-    """
+def find_experiment(name: str) -> Path:
+    """Return the file of an experiment, by path or by its name under ``experiments/``."""
     for path in (Path(name), FOLDER / f"{name}.toml"):
         if path.is_file():
             return path
@@ -126,50 +39,31 @@ def find(name: str) -> Path:
     raise InputError(f"--experiment {name}: neither a file nor one of {', '.join(known)}")
 
 
-def load(path: Path, overrides: Mapping[str, object]) -> Experiment:
-    """Reads an experiment file, and puts overrides by dotted name over it.
+def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
+    """Read an experiment file; ``overrides`` by dotted name take the place of its settings.
 
     Paths in the file are relative to the file, paths among the overrides to the working directory. An
     override may be text, as it comes from a command line, or a value.
-
-    Raises:
-        InputError: not TOML, an unknown setting, a wrong type, a value out of range; the message names it.
     """
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
-        _refuse_odd(settings, 0)
+        _check_values(settings)
     except (ValueError, RecursionError) as error:  # of TOML, UTF-8, numbers of thousands of digits, depth
         raise InputError(f"{path}: not TOML ({error}); mend it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
-    _anchor(settings, path.parent)
+    for table, key, name in _paths(settings):
+        try:
+            table[key] = str(path.parent / Path(table[key]).expanduser())
+        except RuntimeError:
+            raise InputError(f"{name} = {table[key]!r}: there is no such user; write the path out") from None
     for name, value in overrides.items():
         _set(settings, name, value)
     return _validate(settings, str(path))
 
 
-def _refuse_odd(value: object, depth: int, name: str = "") -> None:
-    """Refuses what TOML allows and no setting is, so that nothing after it stumbles."""
-    if depth > _DEPTH:
-        raise ValueError("tables or lists too deep")
-    if isinstance(value, Mapping):
-        for key, inner in value.items():
-            _refuse_odd(inner, depth + 1, f"{name}.{key}".lstrip("."))
-    elif isinstance(value, list):
-        for inner in value:
-            _refuse_odd(inner, depth + 1, name)
-    elif isinstance(value, datetime.date | datetime.time):
-        raise ValueError(f"{name} = {value} is a date or time, which no setting is")
-    elif isinstance(value, int) and abs(value) >= 2**63:
-        raise ValueError(f"{name} is a number of more than 64 bits")
-
-
-def replace(experiment: Experiment, overrides: Mapping[str, object]) -> Experiment:
-    """The experiment with other settings, by dotted name.
-
-    Raises:
-        InputError: as :func:`load`.
-    """
+def replace_settings(experiment: Experiment, overrides: Mapping[str, object]) -> Experiment:
+    """Return the experiment with other settings, by dotted name; errors are those of :func:`load_experiment`."""
     settings = experiment.model_dump(mode="json")
     for name, value in overrides.items():
         _set(settings, name, value)
@@ -177,11 +71,7 @@ def replace(experiment: Experiment, overrides: Mapping[str, object]) -> Experime
 
 
 def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object]) -> DecodingConfig:
-    """A captioner's own way of decoding, but for the settings ``decoding.*`` among the overrides.
-
-    Raises:
-        InputError: as :func:`load`.
-    """
+    """Return a captioner's own decoding settings with those of the overrides that start with ``decoding.``."""
     settings: Settings = {"decoding": decoding.model_dump(mode="json")}
     for name, value in overrides.items():
         if name.startswith("decoding."):
@@ -192,33 +82,62 @@ def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object])
         raise InputError(f"decoding: {_explain(error)}") from None
 
 
-def setting_type(name: str) -> Any:
-    """The type of a setting, with its bounds.
+def to_toml(experiment: Experiment) -> str:
+    """Return the experiment as a TOML file with absolute paths, which loads to an equal experiment."""
+    unused = None if experiment.is_ensemble else {"ensemble"}
+    settings = experiment.model_dump(mode="json", exclude_none=True, exclude=unused)
+    for table, key, _ in _paths(settings):
+        table[key] = str(Path(table[key]).absolute())
+    return tomli_w.dumps(settings)
 
-    Raises:
-        InputError: no setting has that name.
+
+def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
+    """Return the experiments that an ensemble's members are trained by, one a seed.
+
+    The ensemble decides for all of them which the data is, where it and the features lie, and on which device they are
+    trained; everything else is their own.
     """
-    model: Any = Experiment
-    *sections, last = name.split(".")
-    for section in sections:
-        field = model.model_fields.get(section)
-        model = field.annotation if field is not None else None
-        if not (isinstance(model, type) and issubclass(model, BaseModel)):
-            raise _unknown(name)
-    if last not in model.model_fields:
-        raise _unknown(name)
-    field = model.model_fields[last]
-    if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
-        raise InputError(f"--{name}: a section, not a setting; give --{name}.SETTING")
-    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
+    ours = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
+    taken = {name: value for name, value in ours.items() if name.startswith("captions.") or name in _DECIDED}
+    members: list[Experiment] = []
+    for member in experiment.ensemble.members:
+        for seed in member.seeds:
+            try:
+                path = find_experiment(member.experiment)
+            except InputError as error:
+                raise InputError(f"ensemble.members: {str(error).removeprefix('--experiment ')}") from None
+            own = load_experiment(path, {**member.settings, "seed": seed, **taken})
+            _check_member(own, ours, experiment.name)
+            if any(one.name == own.name and one.flat() == own.flat() for one in members):
+                raise InputError(f"ensemble.members: {member_name(own)} is there twice; leave one out")
+            members.append(own)
+    if len(members) < 2:
+        raise InputError(f"ensemble.members: {len(members)} is no ensemble; name two captioners or more")
+    return tuple(members)
+
+
+def member_name(member: Experiment) -> str:
+    """Return a member's experiment and seed in words."""
+    return f"{member.name}, seed {member.seed}"
+
+
+def _check_member(member: Experiment, ours: Mapping[str, object], name: str) -> None:
+    if member.is_ensemble:
+        raise InputError(f"ensemble.members: {member.name} is an ensemble itself; name its members in its place")
+    theirs = flatten(member.model_dump(mode="json"))
+    for setting in _SHARED:
+        if theirs[setting] != ours[setting]:
+            raise InputError(
+                f"ensemble.members: {member.name} has {setting} = {theirs[setting]}, {name} has {ours[setting]}; "
+                "members share words and features: make them the same"
+            )
 
 
 def check_search_space(experiment: Experiment) -> None:
-    """Refuses a search that no study can make, before its first trial.
+    """Refuse a search space that no study can use, before its first trial.
 
-    Raises:
-        InputError: a name that is no setting, a value the setting does not allow, or a setting whose trials
-            would have losses that do not compare or that need other features; an ensemble, which trains nothing.
+    Refused are names that are no setting, values that a setting does not allow, settings whose trials would have
+    losses that do not compare or that need other features, and an ensemble, which trains nothing.
     """
     if experiment.is_ensemble:
         raise InputError(
@@ -235,16 +154,32 @@ def check_search_space(experiment: Experiment) -> None:
             try:
                 kind.validate_json(json.dumps(value), strict=True)
             except ValidationError as error:
-                message = error.errors()[0]["msg"]
-                raise InputError(f"tune.search: {name} = {value!r}: {message[0].lower()}{message[1:]}") from None
+                raise InputError(f"tune.search: {name} = {value!r}: {_lower(error.errors()[0]['msg'])}") from None
+
+
+def setting_type(name: str) -> Any:
+    """Return the type of a setting, with its bounds."""
+    model: Any = Experiment
+    *sections, last = name.split(".")
+    for section in sections:
+        field = model.model_fields.get(section)
+        model = field.annotation if field is not None else None
+        if not _is_section(model):
+            raise _unknown(name)
+    if last not in model.model_fields:
+        raise _unknown(name)
+    field = model.model_fields[last]
+    if _is_section(field.annotation):
+        raise InputError(f"--{name}: a section, not a setting; give --{name}.SETTING")
+    return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
 def setting_names() -> list[str]:
-    """All settings by dotted name."""
+    """Return all settings by dotted name."""
 
     def names(model: Any, prefix: str) -> Iterator[str]:
         for name, field in model.model_fields.items():
-            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+            if _is_section(field.annotation):
                 yield from names(field.annotation, f"{prefix}{name}.")
             else:
                 yield f"{prefix}{name}"
@@ -252,17 +187,60 @@ def setting_names() -> list[str]:
     return list(names(Experiment, ""))
 
 
-def flatten(settings: Mapping[str, Any], prefix: str = "") -> Iterator[tuple[str, Any]]:
-    """Nested settings as pairs of dotted name and value."""
-    for name, value in settings.items():
-        if isinstance(value, Mapping):
-            yield from flatten(value, f"{prefix}{name}.")
-        else:
-            yield f"{prefix}{name}", value
+def _is_section(kind: Any) -> bool:
+    return isinstance(kind, type) and issubclass(kind, BaseModel)
+
+
+def _paths(settings: Settings) -> Iterator[tuple[Settings, str, str]]:
+    """Yield every path among nested settings that stands for itself: its table, its key, its dotted name."""
+    for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
+        table = settings.get(section)
+        if isinstance(table, dict) and isinstance(table.get(key), str) and table[key] not in WEIGHTS:
+            yield table, key, f"{section}.{key}"
+    ensemble = settings.get("ensemble")
+    members = ensemble.get("members") if isinstance(ensemble, dict) else None
+    for member in members if isinstance(members, list) else ():
+        # An experiment is named by its file's path, or by its name under ``experiments/``.
+        if isinstance(member, dict) and str(member.get("experiment")).endswith(".toml"):
+            yield member, "experiment", "ensemble.members"
+
+
+def _check_values(value: object, depth: int = 0, name: str = "") -> None:
+    """Refuse what TOML allows and no setting is: dates, numbers of more than 64 bits, deep nesting."""
+    if depth > _DEPTH:
+        raise ValueError("tables or lists too deep")
+    if isinstance(value, Mapping):
+        for key, inner in value.items():
+            _check_values(inner, depth + 1, f"{name}.{key}".lstrip("."))
+    elif isinstance(value, list):
+        for inner in value:
+            _check_values(inner, depth + 1, name)
+    elif isinstance(value, datetime.date | datetime.time):
+        raise ValueError(f"{name} = {value} is a date or time, which no setting is")
+    elif isinstance(value, int) and abs(value) >= 2**63:
+        raise ValueError(f"{name} is a number of more than 64 bits")
+
+
+def _set(settings: Settings, name: str, value: object) -> None:
+    """Put one override into nested settings."""
+    kind = TypeAdapter(setting_type(name))
+    if isinstance(value, str):
+        try:
+            # A table or a list, such as a search space, is given as JSON.
+            read = kind.validate_json if value.startswith(("{", "[")) else kind.validate_python
+            value = kind.dump_python(read(value), mode="json")
+        except ValidationError as error:
+            raise InputError(f"--{name} {value}: {_explain(error, flag=True)}") from None
+    *sections, last = name.split(".")
+    for section in sections:
+        settings = settings.setdefault(section, {})
+        if not isinstance(settings, dict):
+            raise InputError(f"{section}: should be a section with settings, not a value")
+    settings[last] = value
 
 
 def _validate(settings: Settings, source: str) -> Experiment:
-    for name, value in flatten(settings):
+    for name, value in flatten(settings).items():
         if isinstance(value, str) and _UNFIT.search(value):
             raise InputError(f"{source}: {name} = {value[:60]!r}: no setting holds control characters; take them out")
     try:
@@ -273,80 +251,35 @@ def _validate(settings: Settings, source: str) -> Experiment:
         raise InputError(f"{source}: {_explain(error)}") from None
 
 
-def _explain(error: ValidationError) -> str:
-    """The first fault in one line: which setting, what value, what is allowed."""
+def _explain(error: ValidationError, flag: bool = False) -> str:
+    """Return the first fault in one line: which setting, what value, what is allowed.
+
+    Of a ``flag`` the line names setting and value already; what is told is where in a table the fault is.
+    """
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"] if part not in ("Range", "Choices"))  # of tune.search
+    if first["type"] == "value_error":  # raised by a section's own check, whose message names the settings
+        return str(first["ctx"]["error"])
+    if first["type"] == "missing" and name:
+        return f"{name} is not set" + ("" if flag else "; add it")
+    if flag:
+        return (f"{name}: " if name else "") + _lower(first["msg"])
     if first["type"] == "extra_forbidden":
         return str(_unknown(name))
-    if first["type"] == "missing":
-        return f"{name} is not set; add it"
-    if first["type"] == "value_error":  # raised by a config's own check, whose message names the settings
-        return str(first["ctx"]["error"])
-    return f"{name} = {first['input']!r}: {first['msg'][0].lower()}{first['msg'][1:]}"
+    return f"{name} = {first['input']!r}: {_lower(first['msg'])}"
 
 
-def _explain_flag(error: ValidationError) -> str:
-    """The first fault of a flag's value; within a table, where."""
-    first = error.errors()[0]
-    if first["type"] == "value_error":
-        return str(first["ctx"]["error"])
-    inside = [str(part) for part in first["loc"] if part not in ("Range", "Choices")]
-    if inside and first["type"] == "missing":
-        return f"{'.'.join(inside)} is not set"
-    return (f"{'.'.join(inside)}: " if inside else "") + first["msg"][0].lower() + first["msg"][1:]
+def _lower(message: str) -> str:
+    return message[0].lower() + message[1:]
 
 
 def _unknown(name: str) -> InputError:
     names = setting_names()
-    close = difflib.get_close_matches(name, [*names, *SECTIONS], n=1, cutoff=0.75)
+    sections = [section for section, field in Experiment.model_fields.items() if _is_section(field.annotation)]
+    close = difflib.get_close_matches(name, [*names, *sections], n=1, cutoff=0.75)
     above = name.rpartition(".")[0]
     beside = [known for known in names if known.rpartition(".")[0] == above]
     if not above:
-        beside += [f"{section}.*" for section in SECTIONS]
+        beside += [f"{section}.*" for section in sections]
     remedy = f"did you mean {close[0]}?" if close else f"settings are {', '.join(beside or names)}"
     return InputError(f"unknown setting {name!r}; {remedy}")
-
-
-def _set(settings: Settings, name: str, value: object) -> None:
-    """Puts one override into nested settings."""
-    kind = TypeAdapter(setting_type(name))
-    if isinstance(value, str):
-        try:
-            value = kind.dump_python(_read_flag(kind, value), mode="json")
-        except ValidationError as error:
-            raise InputError(f"--{name} {value}: {_explain_flag(error)}") from None
-    *sections, last = name.split(".")
-    for section in sections:
-        settings = settings.setdefault(section, {})
-        if not isinstance(settings, dict):
-            raise InputError(f"{section}: should be a section with settings, not a value")
-    settings[last] = value
-
-
-def _read_flag(kind: TypeAdapter[Any], text: str) -> Any:
-    """A flag's text as a value; a table or a list, such as a search space, is given as JSON."""
-    return kind.validate_json(text) if text.startswith(("{", "[")) else kind.validate_python(text)
-
-
-def _anchor(settings: Settings, folder: Path) -> None:
-    """Makes the paths of a file relative to the working directory instead of to the file."""
-    for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
-        table = settings.get(section)
-        if isinstance(table, dict) and not (key == "weights" and str(table.get(key)) in NETS):
-            _anchor_one(table, key, f"{section}.{key}", folder)
-    ensemble = settings.get("ensemble")
-    members = ensemble.get("members") if isinstance(ensemble, dict) else None
-    for member in members if isinstance(members, list) else ():
-        if isinstance(member, dict) and is_path(str(member.get("experiment"))):
-            _anchor_one(member, "experiment", "ensemble.members", folder)
-
-
-def _anchor_one(table: Settings, key: str, name: str, folder: Path) -> None:
-    value = table.get(key)
-    if not isinstance(value, str):
-        return
-    try:
-        table[key] = str(folder / Path(value).expanduser())
-    except RuntimeError:
-        raise InputError(f"{name} = {value!r}: there is no such user; write the path out") from None

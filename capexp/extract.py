@@ -16,35 +16,34 @@ def extract(argv: list[str] | None = None) -> int:
     parser.add_argument("--clear", action="store_true", help="compute what is cached of these photos anew")
     arguments, settings = parser.parse(argv)
 
-    from capexp import experiment as experiments
     from capexp.data.cache import FeatureCache
     from capexp.data.captions import read_splits
+    from capexp.data.dataset import compute_split_features, encoder_passes
     from capexp.data.vgg16 import identify
-    from capexp.distributed import place
-    from capexp.preparation import passes, read_features
+    from capexp.distributed import World
+    from capexp.experiment import find_experiment, load_experiment
 
-    cli.refuse_idle(parser, settings, ("captions.", "features.", "training.device"))
-    ranks = place()
-    if arguments.clear and ranks.count > 1:
+    cli.refuse_unused(parser, settings, ("captions.", "features.", "training.device"))
+    world = World.from_environment()
+    if arguments.clear and world.size > 1:
         parser.error("--clear: not under torchrun; give it to one process alone")
-    if not ranks.is_first:
-        ranks.join()  # what is wrong for all, the first tells
-    experiment = experiments.load(experiments.find(arguments.experiment), settings)
+    if not world.is_main:
+        world.start()  # what is wrong for all, the first tells
+    experiment = load_experiment(find_experiment(arguments.experiment), settings)
     splits = list(read_splits(experiment.captions, arguments.split).values())
     identity = identify(experiment.features)
-    if ranks.is_first:
-        ranks.join()
+    if world.is_main:
+        world.start()
     start = time.perf_counter()
-    mirror = experiment.features.mirror
-    features = read_features(experiment, splits, identity, mirror=mirror, anew=arguments.clear, ranks=ranks)
-    ranks.leave()
+    features = compute_split_features(experiment, splits, identity, recompute=arguments.clear, world=world)
+    world.stop()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = 0
-    for some, encoder in passes(splits, identity, mirror):
+    for group, encoder in encoder_passes(splits, identity, experiment.features.mirror):
         cache = FeatureCache(experiment.features.cache, encoder)
         size += cache.path.stat().st_size
-        count, names = sum(len(features[split.name]) for split in some), ", ".join(split.name for split in some)
+        count, names = sum(len(features[split.name]) for split in group), ", ".join(split.name for split in group)
         print(f"{cache.path}: {count:,} photos of {names}, {encoder}")
     print(f"{size / 2**20:.1f} MiB; {seconds:.1f} s, peak memory {peak:.2f} GiB")
     return 0

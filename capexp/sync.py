@@ -1,7 +1,5 @@
 """Sends what a run's journal holds and MLflow's server has not taken: metrics, files, the model, how the run ended."""
 
-from pathlib import Path
-
 from capexp import cli
 
 
@@ -13,18 +11,18 @@ def sync(argv: list[str] | None = None) -> int:
     for name in settings:
         parser.error(f"--{name} decides nothing here; the run's own settings do")
 
-    from capexp.runs import folder as run_folder
-    from capexp.runs.registration import Claim, carry_out, clear
+    from capexp.runs.folder import RunFolder
+    from capexp.runs.registration import Registration, carry_out, delete_bundle
     from capexp.tracking.run import TrackedRun, run_status
     from capexp.tracking.store import check_store, is_local, no_retries, store_faults
 
-    folder = _find(arguments.run_id)
+    folder = RunFolder.with_journal(arguments.run_id)
     check_store()
     run_status(arguments.run_id)  # refuses one that the store does not know
-    with run_folder.alone(folder), store_faults(), no_retries():
-        tracked = TrackedRun(arguments.run_id, folder, in_background=not is_local())
-        sent, version, state = tracked.send_rest(lambda claim: carry_out(tracked, Claim(**claim)))
-        clear(folder)
+    with folder.lock(), store_faults(), no_retries():
+        tracked = TrackedRun(arguments.run_id, folder.path, in_background=not is_local())
+        sent, version, state = tracked.send_rest(lambda content: carry_out(tracked, Registration(**content)))
+        delete_bundle(folder.path)
     print(f"run         {arguments.run_id}: {sent or 'no'} entries of its journal had waited, all are sent now")
     if version is not None:
         print(f"registered  {version.describe()}")
@@ -33,26 +31,6 @@ def sync(argv: list[str] | None = None) -> int:
     else:
         print(f"ended       {state}")
     return 0
-
-
-def _find(run_id: str) -> Path:
-    """The folder of a run, which may be one of several seeds or a trial of a study.
-
-    Raises:
-        InputError: there is none here.
-    """
-    from capexp.errors import InputError
-    from capexp.runs.folder import CHECKPOINTS
-    from capexp.runs.workers import STUDIES
-    from capexp.tracking.journal import JOURNAL
-
-    for pattern in (CHECKPOINTS / "*", CHECKPOINTS / "*/*", STUDIES / "*/*"):
-        for path in Path().glob(str(pattern / JOURNAL)):
-            if path.parent.name == run_id:
-                return path.parent
-    raise InputError(
-        f"run {run_id}: has no {JOURNAL} under {CHECKPOINTS} or {STUDIES} here; start where it was trained"
-    )
 
 
 if __name__ == "__main__":

@@ -5,16 +5,17 @@ import re
 import sys
 import time
 from contextlib import closing
+from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING
 
 from capexp import cli
 
 if TYPE_CHECKING:
+    from capexp.runs.run import OpenRun
     from capexp.runs.study import Trials
     from capexp.search.study import Study
-    from capexp.search.trial import Progress
-    from capexp.tracking.run import TrackedRun
+    from capexp.search.trial import StudyProgress
 
 
 def tune(argv: list[str] | None = None) -> int:
@@ -43,12 +44,13 @@ def tune(argv: list[str] | None = None) -> int:
     if arguments.timeout is not None and not 0 < arguments.timeout < math.inf:
         parser.error(f"--timeout {arguments.timeout:g}: a number of seconds")
 
-    from capexp import experiment as experiments
+    from capexp.experiment import check_search_space, find_experiment, load_experiment
+    from capexp.settings import NAME
 
-    if not re.fullmatch(experiments.NAME, arguments.study or "study"):
+    if not re.fullmatch(NAME, arguments.study or "study"):
         parser.error(f"--study {arguments.study!r}: letters, digits, blanks and . _ - only")
-    experiment = experiments.load(experiments.find(arguments.experiment), settings)
-    experiments.check_search_space(experiment)
+    experiment = load_experiment(find_experiment(arguments.experiment), settings)
+    check_search_space(experiment)
     name = arguments.study or experiment.name
     best_file: Path | None = arguments.write_best
     if best_file == Path():
@@ -56,48 +58,53 @@ def tune(argv: list[str] | None = None) -> int:
     else:
         cli.refuse_output(parser, best_file, "--write-best")
 
-    from capexp.preparation import comparable, prepare, read
-    from capexp.runs.study import Trials, study_run
-    from capexp.runs.workers import STUDIES, Task, work, work_together
+    from capexp.data.dataset import Dataset
+    from capexp.runs.folder import STUDIES
+    from capexp.runs.run import check_fits
+    from capexp.runs.study import Trials, comparable_settings, study_plan, study_run
+    from capexp.runs.workers import Program, Task, work, work_together
     from capexp.search.storage import find_storage
     from capexp.search.study import refuse_other
     from capexp.tracking.store import check_store
 
     storage = find_storage(arguments.storage, STUDIES, name, experiment.tune.heartbeat)
     check_store()
-    data = read(experiment)
-    known = comparable(experiment, data)
+    data = Dataset.read(experiment)
+    check_fits(experiment, data)
+    known = comparable_settings(experiment, data)
     refuse_other(storage, name, known)
-    prepared = prepare(experiment, data)
+    data = data.with_features(experiment)
     deadline = None if arguments.timeout is None else time.time() + arguments.timeout
     task = Task(experiment, name, arguments.storage, deadline)
     study = task.open(known)
-    trials = Trials(experiment, prepared, study, STUDIES / name)
-    counted = study.progress().counted
+    trials = Trials(experiment, data, study, name)
     print(
-        f"study {name} in {storage.shown}: {counted} of {experiment.tune.trials} trials done, "
+        f"study {name} in {storage.shown}: {study.progress().counted} of {experiment.tune.trials} trials done, "
         f"searching {', '.join(experiment.tune.search)}",
         flush=True,
     )
-    with study_run(experiment, prepared, study, name) as tracked:
+    with study_run(study_plan(experiment, data, name, arguments.promote), study) as run:
         trials.end_lost()
-        lines = work(task, trials) if arguments.workers == 1 else work_together(task, arguments.workers)
+        if arguments.workers == 1:
+            lines = work(task, trials)
+        else:
+            lines = work_together(task, arguments.workers, Program(partial(cli.main, "tune"), cli.INTERRUPTED))
         with closing(lines), closing(_Display(study)) as display:
             for line in lines:
                 display.show(line)
         trials.end_lost()
-        trials.tidy()
+        trials.delete_ended()
         if not study.is_complete():
             print(f"{study.progress().counted} of {experiment.tune.trials} trials are done; the same command goes on")
             if study.at_work():
                 print("others are at work on the study: the last of them registers the best")
                 return 0
         with study.alone():  # of two that end at once, the second finds what the first has registered
-            return _finish(trials, tracked, name, arguments.promote, best_file)
+            return _finish(trials, run, best_file)
 
 
-def _finish(trials: "Trials", tracked: "TrackedRun", name: str, promote: bool, best_file: Path | None) -> int:
-    """Draws the study, registers its best, tells of it; returns the command's exit status."""
+def _finish(trials: "Trials", run: "OpenRun", best_file: Path | None) -> int:
+    """Draw the study, register its best, print both; return the command's exit status."""
     from capexp.files import write_whole, writing
     from capexp.search.charts import draw_charts, importances
 
@@ -105,16 +112,16 @@ def _finish(trials: "Trials", tracked: "TrackedRun", name: str, promote: bool, b
     if best is None:
         print("no trial has finished: nothing to register")
         return 1
-    for chart in draw_charts(trials.study.optuna, f"study {name}", tracked.folder):
-        tracked.log_artifact(chart)
-    version = trials.register_best(tracked, best, promote)
+    for chart in draw_charts(trials.study.optuna, f"study {trials.name}", run.folder.path):
+        run.tracked.log_artifact(chart)
+    version = trials.register_best(run, best)
     print(f"\nbest        trial {best.number}, run {best.run_id}: dev loss {best.dev_loss:.4f} nats per token")
     for setting, value in best.values.items():
         print(f"            {setting} = {value}")
     for setting, share in importances(trials.study.optuna).items():
         print(f"importance  {share:.2f} {setting}")
     print(f"registered  {version.describe()}")
-    print(f"charts      study.html and pictures, among the artifacts of run {tracked.run_id}")
+    print(f"charts      study.html and pictures, among the artifacts of run {run.run_id}")
     if best_file is not None:
         with writing(best_file):
             best_file.parent.mkdir(parents=True, exist_ok=True)
@@ -150,7 +157,7 @@ class _Display:
         self._bar.close()
 
 
-def _told(progress: "Progress") -> str:
+def _told(progress: "StudyProgress") -> str:
     parts = [f"{progress.counted} of {progress.wanted} trials done ({progress.pruned} pruned)"]
     if progress.failed:
         parts.append(f"{progress.failed} failed")

@@ -21,14 +21,15 @@ from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
 
-from capexp import experiment as experiments
 from capexp.app import app
 from capexp.captioning.captioner import Captioner
 from capexp.data.captions import read_splits
 from capexp.data.photos import MAXIMUM_UPLOAD
-from capexp.data.vgg16 import FeaturesConfig, load_encoder
+from capexp.data.vgg16 import load_encoder
 from capexp.data.vocabulary import build_vocabulary
 from capexp.errors import InputError
+from capexp.experiment import find_experiment, load_experiment
+from capexp.settings import FeaturesConfig
 
 ROOT = Path(__file__).parents[1]
 GOLDEN = ROOT / "tests/captioning/golden-1/bundle"
@@ -176,7 +177,7 @@ def test_of_an_attention_captioner_the_page_shows_where_it_looked_at_each_word(
         **{"features.pool": "max2", "features.weights": str(vgg16), "decoding.maximum_length": 6},
         **{"model.decoder": "attention", "model.embedding_size": 32, "model.lstm_units": 32},
     }
-    experiment = experiments.load(experiments.find("scenes"), overrides)
+    experiment = load_experiment(find_experiment("scenes"), overrides)
     train = read_splits(experiment.captions, ("train",))["train"]
     words = build_vocabulary((text for photo in train.references for text in photo), experiment.vocabulary)
     encoder = load_encoder(experiment.features)

@@ -10,11 +10,10 @@ import torchvision
 import yaml
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig
-from capexp.captioning.decoding import DecodingConfig
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
+from capexp.settings import DecodingConfig, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 

@@ -9,26 +9,26 @@ from typing import Any
 
 import numpy as np
 import pytest
-from test_fit import losses
-from train_together import CONFIG, KINDS, task
+from small import checkpoints_in, losses, started
+from train_together import CONFIG, KINDS, training
 
-from capexp.distributed import ALONE, Ranks, place
+from capexp.distributed import ALONE, World
 
 ROOT = Path(__file__).parents[1]
+TOGETHER = Path(__file__).parent / "training/train_together.py"
 
 
 def test_torchruns_environment_tells_the_place_and_nothing_else_does(monkeypatch: pytest.MonkeyPatch) -> None:
     for name in ("RANK", "WORLD_SIZE", "LOCAL_RANK"):
-        assert place() == ALONE
+        assert World.from_environment() == ALONE
         monkeypatch.setenv(name, "3")
-    assert place() == Ranks(3, 3)
+    assert World.from_environment() == World(3, 3)
 
 
 @pytest.mark.slow
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_come_to_what_one_comes_to(tmp_path: Path, count: int) -> None:
-    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(Path(__file__).parent / "training")]
-    command[-1] += "/train_together.py"
+    command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(TOGETHER)]
     environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
     subprocess.run([sys.executable, *command, str(tmp_path)], check=True, env=environment, timeout=600)
     told: list[dict[str, Any]] = [
@@ -36,9 +36,10 @@ def test_several_processes_come_to_what_one_comes_to(tmp_path: Path, count: int)
     ]
     assert all(one == told[0] for one in told), "each process holds the same weights, bit for bit"
     for kind in KINDS:
-        alone = losses(task(tmp_path / kind[0], kind).epochs(CONFIG))
+        alone = losses(list(started(training(kind), checkpoints_in(tmp_path / kind[0]), CONFIG)))
         np.testing.assert_allclose(told[0][kind[0]], alone, rtol=2e-5)
-    with_dropout = losses(task(tmp_path / "dropout", KINDS[0], dropout=0.2).epochs(CONFIG))
+    dropped = training(KINDS[0], dropout=0.2)
+    with_dropout = losses(list(started(dropped, checkpoints_in(tmp_path / "dropout"), CONFIG)))
     assert with_dropout[-1][1] == pytest.approx(told[0]["dropout"][-1][1], rel=0.1)
     rewards = told[0]["rewards"]
     assert rewards[-1] > rewards[0]

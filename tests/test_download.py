@@ -18,10 +18,12 @@ from pathlib import Path
 import pytest
 from PIL import Image
 
-from capexp import experiment as experiments
-from capexp.data.captions import CaptionsConfig, read_splits
-from capexp.download import CAPTIONS, NOTICE, OUTPUT, PHOTOS, Contents, bring, check
+from capexp.data.captions import read_splits
+from capexp.data.flickr8k import CAPTIONS, NOTICE, PHOTOS, Contents, bring, check
+from capexp.download import OUTPUT
 from capexp.errors import InputError
+from capexp.experiment import FOLDER, find_experiment, load_experiment
+from capexp.settings import CaptionsConfig
 
 ROOT = Path(__file__).parents[1]
 ODD = "2258277193_586949ec62.jpg"
@@ -154,9 +156,9 @@ def unpacked(folder: Path) -> set[str]:
 
 
 def test_the_default_folder_is_the_one_the_experiments_name() -> None:
-    assert experiments.FOLDER.parent / "cache" / "flickr8k" == OUTPUT
+    assert FOLDER.parent / "cache" / "flickr8k" == OUTPUT
     for name in ("flickr8k-merge", "flickr8k-merge-conv"):
-        assert experiments.load(experiments.find(name), {}).captions.root.resolve() == OUTPUT.resolve()
+        assert load_experiment(find_experiment(name), {}).captions.root.resolve() == OUTPUT.resolve()
 
 
 def test_a_mirror_becomes_a_data_set(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
@@ -174,16 +176,15 @@ def test_a_mirror_becomes_a_data_set(small: Path, serving: list[Mirror], tmp_pat
     assert spans == [(0, 20_000), (20_000, size)]
 
 
-def test_what_is_complete_is_not_brought_again(
-    small: Path, serving: list[Mirror], tmp_path: Path, capsys: pytest.CaptureFixture[str]
-) -> None:
-    mirror = serve(serving, small)
-    bring(tmp_path / "out", mirror.url, SMALL)
-    assert NOTICE in capsys.readouterr().out
+def test_what_is_complete_is_not_brought_again(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+    mirror, said = serve(serving, small), list[str]()
+    bring(tmp_path / "out", mirror.url, SMALL, say=said.append)
+    assert NOTICE in said
     before = len(mirror.sent)
     for source in (mirror.url, "http://127.0.0.1:9/", str(tmp_path / "nowhere")):
-        bring(tmp_path / "out", source, SMALL)
-        printed = capsys.readouterr().out
+        said.clear()
+        bring(tmp_path / "out", source, SMALL, say=said.append)
+        printed = "\n".join(said)
         assert "complete already, nothing is fetched" in printed and "12 photos, 65 captions" in printed
     assert len(mirror.sent) == before
 
@@ -379,7 +380,7 @@ def test_a_killed_command_goes_on_from_the_byte_where_it_was(
 
 
 @pytest.mark.slow
-def test_real_photos_and_captions_pass(flickr8k: Path, tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+def test_real_photos_and_captions_pass(flickr8k: Path, tmp_path: Path) -> None:
     given = ("train", "dev", "test")
     texts = {
         path.name: path.read_text(encoding="utf-8")
@@ -391,8 +392,9 @@ def test_real_photos_and_captions_pass(flickr8k: Path, tmp_path: Path, capsys: p
     assert (counts["train"], counts["dev"]) == (6000, 1000)
     pack(tmp_path / "mirror", photos, texts)
     contents = Contents(len(photos), len(texts[CAPTIONS].splitlines()), **counts)
-    bring(tmp_path / "out", str(tmp_path / "mirror"), contents)
-    told = capsys.readouterr().out.splitlines()[-1]
+    said: list[str] = []
+    bring(tmp_path / "out", str(tmp_path / "mirror"), contents, say=said.append)
+    told = said[-1]
     print(told)
     absent = re.search(r"captions of (\d+) photos that are not there and in no list are left out", told)
     names = {line.rpartition("#")[0] for line in re.findall(r"^[^\t\n]+", texts[CAPTIONS], re.MULTILINE)}

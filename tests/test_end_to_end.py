@@ -457,7 +457,7 @@ def assert_tells_the_truth(folder: Folder, version: ModelVersion) -> None:
     """The score that a version is compared by is that of the weights it holds."""
     mlflow.set_tracking_uri(f"sqlite:///{folder.path}/mlflow.db")
     local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
-    record = Captioner.load(local / "artifacts/bundle").training
+    record = Captioner.load(local / "artifacts/bundle").record
     assert record is not None
     assert float(version.tags["dev_loss"]) == record.dev_loss
 

@@ -109,7 +109,7 @@ def test_an_interrupt_ends_member_and_ensemble_killed_and_the_same_command_goes_
     assert second_try.data.tags["member_1"] == first.info.run_id
     assert second_try.data.tags["member_2"] == other.info.run_id
     (bundle,) = tmp_path.glob("checkpoints/*/ensemble")
-    assert isinstance(Captioner.load(bundle).model, tuple)
+    assert isinstance(Captioner.load(bundle).models, tuple)
 
 
 @pytest.mark.parametrize(

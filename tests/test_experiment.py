@@ -8,8 +8,16 @@ import pytest
 
 from capexp.data.vgg16_weights import NETS
 from capexp.errors import InputError
-from capexp.experiment import FOLDER, Experiment, find, flatten, load, replace, setting_names, setting_type
-from capexp.search.space import Choices
+from capexp.experiment import (
+    FOLDER,
+    find_experiment,
+    load_experiment,
+    replace_settings,
+    setting_names,
+    setting_type,
+    to_toml,
+)
+from capexp.settings import Choices, Experiment, flatten
 
 FILES = sorted(FOLDER.glob("*.toml"))
 SMALL = 'name = "small"\n[captions]\nroot = "data"\n[registry]\nmodel = "capexp-small"\n'
@@ -24,23 +32,23 @@ def write(folder: Path, more: str = "", base: str = SMALL) -> Path:
 def refusal(path: Path, overrides: dict[str, object] | None = None) -> str:
     """The one line that refuses an experiment."""
     with pytest.raises(InputError) as caught:
-        load(path, overrides or {})
+        load_experiment(path, overrides or {})
     (line,) = str(caught.value).splitlines()
     return line
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_each_experiment_file_loads_under_its_name(path: Path) -> None:
-    assert find(path.stem) == path
-    assert load(path, {}).name == path.stem
+    assert find_experiment(path.stem) == path
+    assert load_experiment(path, {}).name == path.stem
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_toml_round_trip_gives_an_equal_experiment(path: Path, tmp_path: Path) -> None:
-    experiment = load(path, {})
-    (tmp_path / "again.toml").write_text(experiment.to_toml())
-    again = load(tmp_path / "again.toml", {})
-    assert again == experiment and again.to_toml() == experiment.to_toml()
+    experiment = load_experiment(path, {})
+    (tmp_path / "again.toml").write_text(to_toml(experiment))
+    again = load_experiment(tmp_path / "again.toml", {})
+    assert again == experiment and to_toml(again) == to_toml(experiment)
 
 
 def test_toml_round_trip_keeps_settings_that_are_not_the_defaults(tmp_path: Path) -> None:
@@ -49,10 +57,10 @@ def test_toml_round_trip_keeps_settings_that_are_not_the_defaults(tmp_path: Path
         "[training]\nlearning_rate = 1e-5\n[tune]\ntrials = 7\n[tune.search]\nmodel.dropout = {low = 0.1, high = 0.2}\n"
         '"training.batch_size" = {low = 8, high = 16, step = 8}\n'
     )
-    experiment = load(write(tmp_path, more), {"seed": "42"})
+    experiment = load_experiment(write(tmp_path, more), {"seed": "42"})
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "again.toml").write_text(experiment.to_toml())
-    again = load(tmp_path / "sub" / "again.toml", {})
+    (tmp_path / "sub" / "again.toml").write_text(to_toml(experiment))
+    again = load_experiment(tmp_path / "sub" / "again.toml", {})
     assert again == experiment
     assert (again.seed, again.tune.trials, again.training.learning_rate) == (42, 7, 1e-5)
     assert set(again.tune.search) == {"model.dropout", "training.batch_size"}
@@ -60,22 +68,22 @@ def test_toml_round_trip_keeps_settings_that_are_not_the_defaults(tmp_path: Path
 
 def test_search_by_choices_is_read_from_a_file_and_kept(tmp_path: Path) -> None:
     path = write(tmp_path, "[tune.search]\nmodel.lstm_units = {choices = [8, 16]}\n")
-    experiment = load(path, {})
+    experiment = load_experiment(path, {})
     assert experiment.tune.search == {"model.lstm_units": Choices(choices=(8, 16))}
-    path.write_text(experiment.to_toml())
-    assert load(path, {}) == experiment
+    path.write_text(to_toml(experiment))
+    assert load_experiment(path, {}) == experiment
 
 
 def test_toml_of_relative_paths_means_the_same_files_elsewhere(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.chdir(tmp_path)
     write(tmp_path)
-    text = load(Path("small.toml"), {}).to_toml()
+    text = to_toml(load_experiment(Path("small.toml"), {}))
     assert tomllib.loads(text)["captions"]["root"] == str(tmp_path / "data")
 
 
 @pytest.mark.parametrize("path", FILES, ids=lambda path: path.stem)
 def test_flat_names_are_the_dotted_names_of_all_settings_that_decide_something_but_the_studys(path: Path) -> None:
-    experiment = load(path, {})
+    experiment = load_experiment(path, {})
     names = [name for name in setting_names() if not name.startswith("tune.")]
     if experiment.is_ensemble:
         kept = ("training.batch_size", "training.order", "training.device")
@@ -86,18 +94,18 @@ def test_flat_names_are_the_dotted_names_of_all_settings_that_decide_something_b
 
 
 def test_flat_values_are_the_settings_as_text(tmp_path: Path) -> None:
-    flat = load(write(tmp_path), {"training.learning_rate": 0.5, "vocabulary.cleaning": "tutorial"}).flat()
+    flat = load_experiment(write(tmp_path), {"training.learning_rate": 0.5, "vocabulary.cleaning": "tutorial"}).flat()
     assert flat["training.learning_rate"] == "0.5"
     assert flat["vocabulary.cleaning"] == "tutorial"
     assert flat["captions.root"] == str(tmp_path / "data")
 
 
 def test_every_setting_has_one_name_in_file_flag_and_param(tmp_path: Path) -> None:
-    experiment = load(write(tmp_path), {})
+    experiment = load_experiment(write(tmp_path), {})
     named = dict(flatten(json.loads(experiment.model_dump_json(exclude={"tune"}))))
     for name, value in named.items():
         assert setting_type(name) is not None
-        assert replace(experiment, {name: str(value)}) == experiment
+        assert replace_settings(experiment, {name: str(value)}) == experiment
 
 
 @pytest.mark.parametrize(
@@ -185,20 +193,26 @@ def test_fault_in_an_override_is_refused_with_setting_and_value(
     for part in parts:
         assert part in line
     with pytest.raises(InputError):
-        replace(load(path, {}), {name: value})
+        replace_settings(load_experiment(path, {}), {name: value})
 
 
 def test_overrides_as_text_or_as_values_go_over_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "[training]\nepochs = 9\npatience = 4\n")
-    texts = load(path, {"training.epochs": "3", "training.learning_rate": "1e-2", "seed": "5"})
-    values = load(path, {"training.epochs": 3, "training.learning_rate": 0.01, "seed": 5})
-    assert texts == values == replace(load(path, {}), {"training.epochs": 3, "training.learning_rate": 0.01, "seed": 5})
+    texts = load_experiment(path, {"training.epochs": "3", "training.learning_rate": "1e-2", "seed": "5"})
+    values = load_experiment(path, {"training.epochs": 3, "training.learning_rate": 0.01, "seed": 5})
+    assert (
+        texts
+        == values
+        == replace_settings(
+            load_experiment(path, {}), {"training.epochs": 3, "training.learning_rate": 0.01, "seed": 5}
+        )
+    )
     assert (texts.training.epochs, texts.training.patience, texts.training.learning_rate) == (3, 4, 0.01)
 
 
 def test_override_mends_a_fault_in_the_file(tmp_path: Path) -> None:
     path = write(tmp_path, "[training]\nepochs = 0\n")
-    assert load(path, {"training.epochs": "2"}).training.epochs == 2
+    assert load_experiment(path, {"training.epochs": "2"}).training.epochs == 2
 
 
 def paths(experiment: Experiment) -> list[Path]:
@@ -215,28 +229,28 @@ def test_paths_in_a_file_are_relative_to_it_and_overrides_to_the_working_directo
     write(there, '[features]\nlayer = "conv5_3"\nweights = "vgg.pth"\ncache = "../features"\n')
     monkeypatch.chdir(here)
     file = Path("../there/small.toml")
-    assert paths(load(file, {})) == [there / "data", tmp_path / "features", there / "vgg.pth"]
+    assert paths(load_experiment(file, {})) == [there / "data", tmp_path / "features", there / "vgg.pth"]
     overrides = {"captions.root": "data", "features.cache": "features", "features.weights": "other.pth"}
-    assert paths(load(file, overrides)) == [here / "data", here / "features", here / "other.pth"]
-    assert paths(load(file, {"captions.root": "/data"}))[0] == Path("/data")
+    assert paths(load_experiment(file, overrides)) == [here / "data", here / "features", here / "other.pth"]
+    assert paths(load_experiment(file, {"captions.root": "/data"}))[0] == Path("/data")
 
 
 @pytest.mark.parametrize("name", sorted(NETS))
 def test_names_of_weights_are_no_paths(tmp_path: Path, name: str) -> None:
-    experiment = load(write(tmp_path, f'[features]\nlayer = "conv5_3"\nweights = "{name}"\n'), {})
+    experiment = load_experiment(write(tmp_path, f'[features]\nlayer = "conv5_3"\nweights = "{name}"\n'), {})
     assert experiment.features.weights == name
-    assert tomllib.loads(experiment.to_toml())["features"]["weights"] == name
+    assert tomllib.loads(to_toml(experiment))["features"]["weights"] == name
 
 
 def test_home_is_meant_by_its_sign_in_a_file(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setenv("HOME", str(tmp_path / "home"))
     path = write(tmp_path, base=SMALL.replace('"data"', '"~/data"'))
-    assert load(path, {}).captions.root == tmp_path / "home" / "data"
+    assert load_experiment(path, {}).captions.root == tmp_path / "home" / "data"
 
 
 def test_unknown_experiment_is_refused_with_the_known_ones() -> None:
     with pytest.raises(InputError, match=r"^--experiment nothing: [^\n]*$") as caught:
-        find("nothing")
+        find_experiment("nothing")
     assert all(path.stem in str(caught.value) for path in FILES)
 
 
@@ -247,6 +261,6 @@ def test_file_that_cannot_be_read_is_refused_by_name(tmp_path: Path) -> None:
 
 
 def test_experiment_is_frozen(tmp_path: Path) -> None:
-    experiment = load(write(tmp_path), {})
+    experiment = load_experiment(write(tmp_path), {})
     with pytest.raises(ValueError, match="frozen"):
         experiment.training.epochs = 3

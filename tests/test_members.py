@@ -4,11 +4,10 @@ from pathlib import Path
 
 import pytest
 
-from capexp import experiment as experiments
 from capexp.errors import InputError
-from capexp.experiment import Experiment, check_search_space
-from capexp.members import members_of
-from capexp.runs.seeds import check_count
+from capexp.experiment import check_search_space, find_experiment, load_experiment, members_of, to_toml
+from capexp.runs.group import check_count
+from capexp.settings import Experiment
 
 FLICKR8K = """
 [captions]
@@ -31,13 +30,13 @@ TWO = '[[ensemble.members]]\nexperiment = "flickr8k-attention"\nseeds = [1, 2]\n
 def load(folder: Path, members: str, settings: str = FLICKR8K, **overrides: str) -> Experiment:
     path = folder / "together.toml"
     path.write_text(f'name = "together"\n{settings}\n{members}', encoding="utf-8")
-    return experiments.load(path, {name.replace("__", "."): value for name, value in overrides.items()})
+    return load_experiment(path, {name.replace("__", "."): value for name, value in overrides.items()})
 
 
 def test_a_member_is_its_own_experiment_at_its_seed_on_the_ensembles_data(tmp_path: Path) -> None:
     more = 'settings = {training.self_critical.epochs = 6, registry.metric = "dev_cider"}\n'
     together = load(tmp_path, f"{TWO}{more}", features__cache="here", training__device="cpu")
-    own = experiments.load(experiments.find("flickr8k-attention"), {})
+    own = load_experiment(find_experiment("flickr8k-attention"), {})
     members = members_of(together)
     assert [one.seed for one in members] == [1, 2]
     for one in members:
@@ -52,14 +51,14 @@ def test_a_member_is_its_own_experiment_at_its_seed_on_the_ensembles_data(tmp_pa
 
 
 def test_a_file_beside_the_ensembles_is_named_by_its_path(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    mine = experiments.load(experiments.find("flickr8k-attention"), {"name": "mine", "captions.root": str(tmp_path)})
-    (tmp_path / "mine.toml").write_text(mine.to_toml(), encoding="utf-8")
+    mine = load_experiment(find_experiment("flickr8k-attention"), {"name": "mine", "captions.root": str(tmp_path)})
+    (tmp_path / "mine.toml").write_text(to_toml(mine), encoding="utf-8")
     monkeypatch.chdir("/")
     together = load(tmp_path, TWO.replace("flickr8k-attention", "mine.toml"))
     assert [one.name for one in members_of(together)] == ["mine", "mine"]
     (tmp_path / "sub").mkdir()
-    (tmp_path / "sub" / "again.toml").write_text(together.to_toml(), encoding="utf-8")
-    assert members_of(experiments.load(tmp_path / "sub" / "again.toml", {})) == members_of(together)
+    (tmp_path / "sub" / "again.toml").write_text(to_toml(together), encoding="utf-8")
+    assert members_of(load_experiment(tmp_path / "sub" / "again.toml", {})) == members_of(together)
 
 
 def test_a_flag_names_members_as_json(tmp_path: Path) -> None:
@@ -99,8 +98,8 @@ def test_what_is_no_ensemble_is_refused_in_one_line(tmp_path: Path, members: str
 
 
 def test_an_ensemble_of_ensembles_is_refused() -> None:
-    scenes = experiments.load(
-        experiments.find("scenes-ensemble"), {"ensemble.members": '[{"experiment": "scenes-ensemble"}]'}
+    scenes = load_experiment(
+        find_experiment("scenes-ensemble"), {"ensemble.members": '[{"experiment": "scenes-ensemble"}]'}
     )
     with pytest.raises(InputError, match="scenes-ensemble is an ensemble itself"):
         members_of(scenes)

@@ -1,18 +1,19 @@
 """What a run shows of its captioner."""
 
 import re
+from contextlib import nullcontext
 from pathlib import Path
 
 import mlflow
 import numpy as np
 import pytest
 
-from capexp import experiment as experiments
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
+from capexp.data.dataset import Dataset
 from capexp.data.features import Features
-from capexp.preparation import Prepared, read
-from capexp.runs.conclusion import report
+from capexp.experiment import find_experiment, load_experiment
+from capexp.runs.conclusion import conclude
 from capexp.tracking.run import tracked_run
 
 
@@ -31,8 +32,8 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
         "model.photo_norm": "none",
     }
     overrides = {**small, "features.pool": "none", "decoding.maximum_length": 6}
-    experiment = experiments.load(experiments.find("scenes"), overrides)
-    data = read(experiment)
+    experiment = load_experiment(find_experiment("scenes"), overrides)
+    data = Dataset.read(experiment)
     generator = np.random.default_rng(1)
     features = {
         name: Features(
@@ -41,16 +42,16 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
         )
         for name, split in data.splits.items()
     }
-    prepared = Prepared(data.splits, features, data.vocabulary, data.encoder, data.decoder_parameters)
+    prepared = Dataset(data.splits, data.vocabulary, experiment.features, features)
     members = [
         Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, seed) for seed in (1, 2)
     ]
     captioner = Captioner.ensemble(members, experiment.decoding)
-    captioner.training = TrainingRecord(epoch=None, train_loss=None, dev_loss=5.0, dev_digest="d")
-    with tracked_run("report", "report", tmp_path) as tracked:
-        measured, samples = report(tracked, experiment, prepared, captioner, {"dev_loss": 5.0}, tracked.folder)
+    captioner.record = TrainingRecord(epoch=None, train_loss=None, dev_loss=5.0, dev_digest="d")
+    with tracked_run("report", "report", tmp_path, lock=lambda _: nullcontext()) as tracked:
+        evaluation, samples = conclude(experiment, prepared, tracked, captioner, {"dev_loss": 5.0})
         metrics = mlflow.get_run(tracked.run_id).data.metrics
-    assert metrics["dev_loss"] == 5.0 and metrics["dev_loss_blind"] == measured.blind.per_token
+    assert metrics["dev_loss"] == 5.0 and metrics["dev_loss_blind"] == evaluation.blind.per_token
     page = (tracked.folder / "captions.html").read_text(encoding="utf-8")
     cards = re.findall(r'data-looked="([^"]*)".*?<h2[^>]*>([^<]*)</h2>', page, re.DOTALL)
     assert len(cards) == 100

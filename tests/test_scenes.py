@@ -7,14 +7,15 @@ import draw
 import numpy as np
 import pytest
 
-from capexp import experiment as experiments
 from capexp.data.cache import FeatureCache
 from capexp.data.captions import SPLITS, read_splits
 from capexp.data.photos import digest_photos, read_photo, squash
-from capexp.data.vgg16 import FeaturesConfig, identify, load_encoder
+from capexp.data.vgg16 import identify, load_encoder
 from capexp.data.vocabulary import tokenize
+from capexp.experiment import find_experiment, load_experiment
+from capexp.settings import FeaturesConfig
 
-EXPERIMENT = experiments.load(experiments.find("scenes"), {})
+EXPERIMENT = load_experiment(find_experiment("scenes"), {})
 EXAMPLES = list(draw.scenes())
 
 

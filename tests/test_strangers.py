@@ -31,11 +31,12 @@ from user_folder import ROOT
 
 from capexp.captioning.captioner import Captioner
 from capexp.data.cache import FeatureCache
-from capexp.data.captions import CaptionsConfig, read_captions, read_list, read_splits
+from capexp.data.captions import read_captions, read_list, read_splits
 from capexp.data.photos import read_photo
-from capexp.data.vgg16 import FeaturesConfig, load_encoder
+from capexp.data.vgg16 import load_encoder
 from capexp.errors import InputError
-from capexp.experiment import load, setting_names
+from capexp.experiment import load_experiment, setting_names
+from capexp.settings import CaptionsConfig, FeaturesConfig
 
 pytestmark = pytest.mark.slow
 
@@ -104,7 +105,7 @@ def test_experiments(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "experiment.toml"
     path.write_bytes(content)
     with refusable("TOML"):
-        load(path, {})
+        load_experiment(path, {})
 
 
 TOML = st.recursive(
@@ -130,9 +131,9 @@ def test_settings(tmp_path: Path, name: str, value: object) -> None:
     path = tmp_path / "experiment.toml"
     path.write_text(tomli_w.dumps(table), encoding="utf-8", errors="replace")
     with refusable("settings in files"):
-        load(path, {})
+        load_experiment(path, {})
     with refusable("settings as flags"):
-        load(ROOT / "experiments/scenes.toml", {name: str(value)})
+        load_experiment(ROOT / "experiments/scenes.toml", {name: str(value)})
 
 
 @fuzz

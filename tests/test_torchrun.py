@@ -16,7 +16,8 @@ from user_folder import Folder, wait_for
 
 from capexp.data.cache import FeatureCache
 from capexp.data.photos import digest_photos
-from capexp.data.vgg16 import FeaturesConfig, identify
+from capexp.data.vgg16 import identify
+from capexp.settings import FeaturesConfig
 
 pytestmark = pytest.mark.slow
 

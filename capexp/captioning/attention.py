@@ -11,11 +11,12 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State, normalize
+from capexp.captioning.decoder import RecurrentDecoder, State, normalize
 from capexp.captioning.dropout import Dropout
 from capexp.captioning.recurrent_linear import RecurrentLinear
 from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.vocabulary import BOS, PAD
+from capexp.settings import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -12,20 +12,19 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal, TypeVar
+from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
-from capexp.captioning.decoder import ModelConfig
-from capexp.captioning.decoding import DecodingConfig
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vgg16_weights import State
 from capexp.data.vocabulary import Vocabulary
 from capexp.errors import InputError
 from capexp.files import sync, writing
+from capexp.settings import DecodingConfig, ModelConfig
 
 FORMAT_VERSIONS = (1, 2)
 """Of bundles: 1 holds one decoder, and 2, which a capexp that knows no ensembles refuses, those of an ensemble."""
@@ -56,10 +55,16 @@ class Settings(BaseModel):
 
     model_config = ConfigDict(extra="forbid")
 
-    model: ModelConfig | tuple[ModelConfig, ...]
+    model: ModelConfig | Annotated[tuple[ModelConfig, ...], Field(min_length=2)]
+    """Of an ensemble one a member."""
     decoding: DecodingConfig
     encoder: EncoderIdentity
     training: TrainingRecord | None
+
+    @property
+    def models(self) -> tuple[ModelConfig, ...]:
+        """The decoders' settings: one, or one a member of an ensemble."""
+        return self.model if isinstance(self.model, tuple) else (self.model,)
 
 
 class _Manifest(BaseModel):
@@ -109,7 +114,7 @@ def _write(folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: St
     if encoder is not None:
         save_file(_contiguous(encoder), folder / _ENCODER)
     digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
-    manifest = {"format_version": 2 if isinstance(settings.model, tuple) else 1, "sha256": digests}
+    manifest = {"format_version": min(len(settings.models), 2), "sha256": digests}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         sync(path)

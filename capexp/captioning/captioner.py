@@ -12,15 +12,16 @@ from numpy.typing import NDArray
 from torch import nn
 
 from capexp.captioning.bundle import Settings, TrainingRecord, read_bundle, read_tensors, write_bundle
-from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
-from capexp.captioning.decoding import DecodingConfig, decode
+from capexp.captioning.decoder import Decoder, RecurrentDecoder
+from capexp.captioning.decoding import decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
 from capexp.data.photos import read_photo, squash
-from capexp.data.vgg16 import Encoder, EncoderIdentity, FeaturesConfig, load_encoder
+from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
 from capexp.data.vgg16_weights import NETS, State
 from capexp.data.vocabulary import PAD, Vocabulary
 from capexp.errors import InputError
+from capexp.settings import DecodingConfig, FeaturesConfig, ModelConfig
 
 _BATCH = 32  # photos at a time through the encoder
 _DECODED = 256  # photos at a time through the decoder
@@ -42,19 +43,19 @@ class Captioner:
 
     def __init__(
         self,
-        model: ModelConfig | tuple[ModelConfig, ...],
+        models: tuple[ModelConfig, ...],
         decoder: Decoder,
         vocabulary: Vocabulary,
         encoder: EncoderIdentity,
         decoding: DecodingConfig,
-        training: TrainingRecord | None = None,
+        record: TrainingRecord | None = None,
     ) -> None:
-        self.model = model
+        self.models = models
         self.decoder = decoder
         self.vocabulary = vocabulary
         self.encoder_identity = encoder
         self.decoding = decoding
-        self.training = training
+        self.record = record
         self._encoder: Encoder | None = None
         self._bundled_encoder: Path | None = None
 
@@ -71,7 +72,7 @@ class Captioner:
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             decoder = build_decoder(model, encoder.shape, len(vocabulary))
-        return cls(model, decoder, vocabulary, encoder, decoding)
+        return cls((model,), decoder, vocabulary, encoder, decoding)
 
     @classmethod
     def ensemble(cls, members: Sequence["Captioner"], decoding: DecodingConfig) -> "Captioner":
@@ -92,10 +93,11 @@ class Captioner:
                     f"member {number} of the ensemble takes features of {member.encoder_identity}, the first those of "
                     f"{first.encoder_identity}; take members with the same"
                 )
-        models, decoders = [], []
+        models: list[ModelConfig] = []
+        decoders: list[RecurrentDecoder] = []
         for member in members:
-            assert isinstance(member.model, ModelConfig) and isinstance(member.decoder, RecurrentDecoder)
-            models.append(member.model)
+            assert isinstance(member.decoder, RecurrentDecoder)
+            models += member.models
             decoders.append(member.decoder)
         return cls(tuple(models), Ensemble(decoders), first.vocabulary, first.encoder_identity, decoding)
 
@@ -106,9 +108,9 @@ class Captioner:
 
     def describe(self) -> str:
         """Which one of its experiment's it is, in words."""
-        if isinstance(self.model, tuple):
-            return f"the ensemble of {len(self.model)} captioners"
-        return "a fresh captioner" if self.training is None else f"the captioner of epoch {self.training.epoch}"
+        if len(self.models) > 1:
+            return f"the ensemble of {len(self.models)} captioners"
+        return "a fresh captioner" if self.record is None else f"the captioner of epoch {self.record.epoch}"
 
     def digest(self) -> str:
         """Hexadecimal SHA-256 of the decoder's weights and what is needed to read them."""
@@ -204,10 +206,10 @@ class Captioner:
             InputError: the disk is full, or the folder cannot be written.
         """
         settings = Settings(
-            model=self.model,
+            model=self.models if len(self.models) > 1 else self.models[0],
             decoding=self.decoding,
             encoder=self.encoder_identity,
-            training=self.training,
+            training=self.record,
         )
         write_bundle(folder, settings, self.vocabulary, self.decoder.state_dict(), encoder)
         return folder
@@ -221,7 +223,7 @@ class Captioner:
         """
         bundle = read_bundle(folder)
         settings = bundle.settings
-        decoder = outline_decoder(settings.model, settings.encoder.shape, len(bundle.vocabulary))
+        decoder = outline_decoder(settings.models, settings.encoder.shape, len(bundle.vocabulary))
         try:
             decoder.load_state_dict(bundle.decoder, assign=True)
         except RuntimeError as error:
@@ -230,7 +232,7 @@ class Captioner:
             ) from None
         decoder.to(device or torch.device("cpu")).eval()
         captioner = cls(
-            settings.model, decoder, bundle.vocabulary, settings.encoder, settings.decoding, settings.training
+            settings.models, decoder, bundle.vocabulary, settings.encoder, settings.decoding, settings.training
         )
         captioner._bundled_encoder = bundle.encoder_path
         return captioner

@@ -11,31 +11,12 @@ Shapes: N photos, B captions, M words, T steps, V vocabulary, P grid positions, 
 from abc import ABC, abstractmethod
 from collections.abc import Sequence
 from dataclasses import dataclass
-from typing import Literal, Self
+from typing import Self
 
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor, nn
 
 from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.vocabulary import PAD
-
-
-class ModelConfig(BaseModel):
-    """The decoder and its sizes; by default the tutorial's."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    decoder: Literal["merge", "attention"] = "merge"
-    embedding_size: int = Field(default=256, ge=1, le=8192)
-    lstm_units: int = Field(default=256, ge=1, le=8192)
-    attention_size: int = Field(default=256, ge=1, le=8192)
-    """Of the attention decoder: the width in which what it looks for and what is there are compared."""
-    dropout: float = Field(default=0.5, ge=0, lt=1)
-    output_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the vocabulary layer, which the tutorial has none of."""
-    photo_norm: Literal["none", "unit", "standard"] = "none"
-    """``unit`` scales each vector of a photo's features to length 1 before the decoder reads it, ``standard`` to mean
-    0 and variance 1."""
 
 
 class State(ABC):

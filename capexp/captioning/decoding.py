@@ -5,55 +5,19 @@ Shapes: B photos, K hypotheses of each, N = B * K, M of them not ended, V vocabu
 
 import zlib
 from dataclasses import dataclass
-from typing import Literal
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Field
 from torch import Tensor
 
 from capexp.captioning.consensus import agreement
 from capexp.captioning.decoder import Decoder
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.errors import InputError
+from capexp.settings import DecodingConfig
 
 _DRAWN = 2**21
 """Logits of the captions that consensus draws at a time (8 MiB), of which sampling makes ten tables as large."""
-
-
-class DecodingConfig(BaseModel):
-    """How captions are decoded."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    method: Literal["greedy", "beam", "sample", "consensus"] = "greedy"
-    """``consensus``: of beam search's hypotheses the one that they and captions drawn at random agree with most."""
-    beam_width: int = Field(default=3, ge=1, le=10_000)
-    """Hypotheses that beam search keeps of each photo."""
-    samples: int = Field(default=40, ge=0, le=1000)
-    """Captions of each photo that consensus draws beside them."""
-    length_penalty: float = Field(default=0.0, ge=0, le=10)
-    """Beam search ranks by log-probability divided by length to this power: 0 prefers short captions, 1 takes the
-    mean of the words."""
-    temperature: float = Field(default=1.0, ge=1e-4, le=100)
-    """Of sampling: below 1 nearer to the most probable words."""
-    top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sampling draws from the most probable words that hold this much probability together."""
-    seed: int = Field(default=1, ge=0, lt=2**31)
-    """Of sampling: the same photo gets the same caption, in whatever batch."""
-    repeat_trigrams: bool = True
-    """Whether a caption may hold three words in a row twice."""
-    maximum_length: int = Field(default=30, ge=1, le=1000)
-
-    def describe(self) -> str:
-        """The method in words."""
-        words = {
-            "greedy": "greedy decoding",
-            "beam": f"beam search of width {self.beam_width}",
-            "sample": "sampling",
-            "consensus": f"the consensus of a beam of {self.beam_width} and {self.samples} samples",
-        }
-        return words[self.method]
 
 
 @dataclass(frozen=True)

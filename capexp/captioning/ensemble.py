@@ -1,65 +1,16 @@
-"""Several decoders that say a caption together, word by word, and which experiments they come from.
+"""Several decoders that say a caption together, word by word.
 
 Shapes: N photos, B captions, T steps, M marked steps, V vocabulary, P grid positions, F feature.
 """
 
-from collections.abc import Mapping, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import cast
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, field_validator
 from torch import Tensor, nn
 
 from capexp.captioning.decoder import Decoder, RecurrentDecoder, State
-
-
-class MemberConfig(BaseModel):
-    """Captioners of one experiment at some seeds."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    experiment: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")
-    """A name under ``experiments/``, or the path of a TOML file."""
-    seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
-    settings: Mapping[str, str | int | float | bool] = {}
-    """Over those of its file, by dotted name."""
-
-    @field_validator("seeds", mode="before")
-    @classmethod
-    def _listed(cls, seeds: object) -> object:
-        """Strict validation takes a list of JSON for a tuple, but not one that a validator has passed on."""
-        return tuple(seeds) if isinstance(seeds, list) else seeds
-
-    @field_validator("settings", mode="before")
-    @classmethod
-    def _dotted(cls, settings: object) -> object:
-        """TOML reads ``{training.epochs = 3}`` as nested tables: back to dotted names."""
-        if not isinstance(settings, Mapping):
-            return settings
-        flat: dict[str, object] = {}
-        waiting = list(settings.items())
-        while waiting:
-            name, value = waiting.pop(0)
-            if isinstance(value, Mapping):
-                waiting += [(f"{name}.{inner}", deeper) for inner, deeper in value.items()]
-            else:
-                flat[name] = value
-        return flat
-
-
-class EnsembleConfig(BaseModel):
-    """Whose captioners are decoded together; none: the experiment trains one of its own."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    members: tuple[MemberConfig, ...] = ()
-
-    @field_validator("members", mode="before")
-    @classmethod
-    def _listed(cls, members: object) -> object:
-        """As of the seeds."""
-        return tuple(members) if isinstance(members, list) else members
 
 
 @dataclass(frozen=True)

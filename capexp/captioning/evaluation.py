@@ -1,9 +1,13 @@
-"""A captioner on a split: cross-entropy, perplexity, scores of its captions, and the photo-blind baseline.
+"""A captioner on a split: cross-entropy, scores of its captions, the image-blind baseline, and two compared.
+
+Image-blind is a captioner whose photos are shuffled among the captions: what it loses is what the photo is worth.
 
 Shapes: M targets, H hidden.
 """
 
+import logging
 import math
+import time
 from collections.abc import Iterable
 from dataclasses import dataclass
 
@@ -11,11 +15,21 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 
-from capexp.captioning.captioner import Caption
+from capexp.captioning.captioner import Caption, Captioner
 from capexp.captioning.decoder import Decoder
 from capexp.data.batches import Batch, CaptionBatches
-from capexp.data.captions import Split
-from capexp.metrics.scores import PhotoScores, score, tokenize, tutorial_bleu
+from capexp.data.captions import Split, read_splits, read_texts
+from capexp.data.dataset import Dataset
+from capexp.data.features import Features
+from capexp.errors import InputError
+from capexp.experiment import replace_settings
+from capexp.metrics.java import Unavailable, meteor, spice
+from capexp.metrics.scores import Difference, PhotoScores, paired_difference, score, tokenize, tutorial_bleu
+from capexp.settings import Experiment, SplitName
+
+log = logging.getLogger(__name__)
+
+_PART = 512  # photos whose features are in memory at once
 
 
 @dataclass(frozen=True)
@@ -56,12 +70,12 @@ def cross_entropy(decoder: Decoder, batches: Iterable[Batch]) -> Loss:
     return Loss(total, targets)
 
 
-def blind_cross_entropy(decoder: Decoder, batches: CaptionBatches, photos: int, seed: int) -> Loss:
+def blind_cross_entropy(decoder: Decoder, batches: CaptionBatches, seed: int) -> Loss:
     """The loss where each photo's captions are read beside another photo: what the photo is not worth.
 
     The photos are shuffled so that none stays in its place (a cycle in random order).
     """
-    return cross_entropy(decoder, batches.in_order(_shuffled(photos, seed)))
+    return cross_entropy(decoder, batches.in_order(_shuffled(len(batches.split.photos), seed)))
 
 
 SCORE_NAMES = {
@@ -118,3 +132,139 @@ def _shuffled(photos: int, seed: int) -> NDArray[np.int64]:
     shuffled = np.empty_like(order)
     shuffled[order] = np.roll(order, 1)
     return shuffled
+
+
+@dataclass(frozen=True)
+class Evaluation:
+    """A trained captioner on a split, in all that a run reports."""
+
+    blind: Loss
+    """Image-blind."""
+    captions: list[Caption]
+    scores: CaptionScores
+
+    def metrics(self) -> dict[str, float]:
+        """Return the values by the names under which MLflow has those of dev."""
+        return {f"dev_{name}": value for name, value in self.scores.summary.items()} | {
+            "dev_loss_blind": self.blind.per_token
+        }
+
+
+def evaluate_dev(captioner: Captioner, batches: CaptionBatches, train: Iterable[str], seed: int) -> Evaluation:
+    """Evaluate a captioner on dev ``batches``; ``train`` are the train captions, to count what is copied from them."""
+    blind = blind_cross_entropy(captioner.decoder, batches, seed)
+    captions = caption_all(captioner, batches.features)
+    return Evaluation(blind, captions, score_captions(captions, batches.split, seed, train))
+
+
+def caption_all(captioner: Captioner, features: Features) -> list[Caption]:
+    """Caption each photo; the features are read a part at a time."""
+    return [caption for part in features.parts(_PART) for caption in captioner.caption_features(part)]
+
+
+def require_trained_on(experiment: Experiment, captioner: Captioner) -> None:
+    """Refuse a captioner that was trained beside another dev split than that of an experiment nobody named."""
+    digest = read_splits(experiment.captions, ("dev",))["dev"].digest()
+    if captioner.record is None or captioner.record.dev_digest != digest:
+        raise InputError(
+            f"the captioner was not trained on the data of {experiment.name}; name its own with --experiment"
+        )
+
+
+def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, java: bool = False) -> dict[str, object]:
+    """Return the losses of a captioner on a split of an experiment's data, and the scores of its captions.
+
+    With ``java`` METEOR and SPICE too: None where they cannot be had, with the reason in the log.
+    """
+    data = Dataset.read(experiment, (split,), captioner.vocabulary)
+    if data.encoder.key() != captioner.encoder_identity.key():
+        raise InputError(
+            f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
+            f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size and weights"
+        )
+    batches = data.with_features(experiment).batches(split, experiment.training)
+    loss = cross_entropy(captioner.decoder, batches.in_order())
+    blind = blind_cross_entropy(captioner.decoder, batches, experiment.seed)
+    start = time.perf_counter()
+    captions = caption_all(captioner, batches.features)
+    seconds = time.perf_counter() - start
+    scores = score_captions(captions, batches.split, experiment.seed, read_texts(experiment.captions, "train"))
+    return {
+        "experiment": experiment.name,
+        "captions": str(experiment.captions.root.absolute()),
+        "split": split,
+        "split_digest": batches.split.digest(),
+        "vocabulary_digest": captioner.vocabulary.digest(),
+        "photos": len(captions),
+        "targets": loss.targets,
+        "cross_entropy": loss.per_token,
+        "perplexity": loss.perplexity,
+        "cross_entropy_blind": blind.per_token,
+        **scores.summary,
+        **(_java_scores(captions, batches.split) if java else {}),
+        "intervals": scores.photos.intervals(seed=experiment.seed),
+        "decoding": captioner.decoding.model_dump(),
+        "captions_per_second": len(captions) / seconds,
+    }
+
+
+def _java_scores(captions: list[Caption], split: Split) -> dict[str, float | None]:
+    texts = [caption.text for caption in captions]
+    found: dict[str, float | None] = {}
+    for name, metric in (("meteor", meteor), ("spice", spice)):
+        value = metric(texts, split.references)
+        if isinstance(value, Unavailable):
+            log.warning("%s: left out: %s", name, value.reason)
+        found[name] = None if isinstance(value, Unavailable) else value
+    return found
+
+
+@dataclass(frozen=True)
+class PhotoDifference:
+    """A photo of which two captioners say things of different worth."""
+
+    photo: str
+    captions: tuple[str, str]
+    cider: tuple[float, float]
+
+
+@dataclass(frozen=True)
+class Comparison:
+    """Two captioners on the same photos."""
+
+    photos: int
+    scores: tuple[dict[str, float], dict[str, float]]
+    differences: dict[str, Difference]
+    """By score: that of the second minus that of the first, with interval and p."""
+    most: tuple[PhotoDifference, ...]
+    """Photos from the one where the second is most ahead in CIDEr to the one where the first is."""
+
+
+def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:
+    """Compare two captioners on a split of an experiment's data, each decoded by its own settings (paired bootstrap).
+
+    Each gets the features of its own layer, pool and size.
+    """
+    hypotheses = []
+    for captioner in captioners:
+        encoder = captioner.encoder_identity
+        taken = {"features.layer": encoder.layer, "features.pool": encoder.pool, "features.size": encoder.size}
+        own = replace_settings(experiment, taken)
+        data = Dataset.read(own, (split,), captioner.vocabulary)
+        if data.encoder.key() != encoder.key():
+            raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.weights")
+        hypotheses.append(caption_all(captioner, data.with_features(own).features[split]))
+    photos, references = data.splits[split].photos, data.splits[split].references
+    first, second = (score([caption.text for caption in captions], references) for captions in hypotheses)
+    order = np.argsort(first.cider - second.cider, kind="stable")
+    most = tuple(
+        PhotoDifference(
+            photos[photo],
+            (hypotheses[0][photo].text, hypotheses[1][photo].text),
+            (float(first.cider[photo]), float(second.cider[photo])),
+        )
+        for photo in order
+        if hypotheses[0][photo].text != hypotheses[1][photo].text
+    )
+    differences = paired_difference(second, first, seed=experiment.seed)
+    return Comparison(len(photos), (first.corpus(), second.corpus()), differences, most)

@@ -10,11 +10,12 @@ import torch
 from torch import Tensor, nn
 
 from capexp.captioning import lstm
-from capexp.captioning.decoder import ModelConfig, RecurrentDecoder, State, normalize
+from capexp.captioning.decoder import RecurrentDecoder, State, normalize
 from capexp.captioning.dropout import Dropout
 from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.vocabulary import PAD
 from capexp.errors import InputError
+from capexp.settings import ModelConfig
 
 
 @dataclass(frozen=True)

@@ -1,15 +1,16 @@
 """The decoders by the names that ``model.decoder`` gives them."""
 
 from collections.abc import Mapping, Sequence
-from typing import Any, overload
+from typing import Any
 
 import torch
 from torch.overrides import TorchFunctionMode
 
 from capexp.captioning.attention import AttentionDecoder
-from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
+from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.merge import MergeDecoder
+from capexp.settings import ModelConfig
 
 _DECODERS: dict[str, type[MergeDecoder] | type[AttentionDecoder]] = {
     "merge": MergeDecoder,
@@ -17,43 +18,23 @@ _DECODERS: dict[str, type[MergeDecoder] | type[AttentionDecoder]] = {
 }
 
 
-@overload
-def build_decoder(config: ModelConfig, features: tuple[int, int], vocabulary_size: int) -> RecurrentDecoder: ...
-
-
-@overload
-def build_decoder(
-    config: ModelConfig | tuple[ModelConfig, ...], features: tuple[int, int], vocabulary_size: int
-) -> Decoder: ...
-
-
-def build_decoder(
-    config: ModelConfig | tuple[ModelConfig, ...], features: tuple[int, int], vocabulary_size: int
-) -> Decoder:
-    """A decoder with fresh weights, for features ``(P, F)`` of a photo and V words; of several configs, an ensemble.
-
-    Raises:
-        InputError: features that the decoder cannot take.
-    """
-    if isinstance(config, tuple):
-        return Ensemble([build_decoder(one, features, vocabulary_size) for one in config])
+def build_decoder(config: ModelConfig, features: tuple[int, int], vocabulary_size: int) -> RecurrentDecoder:
+    """Return a decoder with fresh weights, for features ``(P, F)`` of a photo and V words."""
     return _DECODERS[config.decoder](config, features, vocabulary_size)
 
 
-def outline_decoder(
-    config: ModelConfig | tuple[ModelConfig, ...], features: tuple[int, int], vocabulary_size: int
-) -> Decoder:
-    """The same decoder without weights, or memory for them: to be counted, or to take those of a file.
+def outline_decoder(models: Sequence[ModelConfig], features: tuple[int, int], vocabulary_size: int) -> Decoder:
+    """Return a decoder, of several models an ensemble, without memory for its weights.
 
-    Raises:
-        InputError: features that the decoder cannot take.
+    It is there to be counted, or to take the weights of a file.
     """
-    with torch.device("meta"), _Undrawn():
-        return build_decoder(config, features, vocabulary_size)
+    with torch.device("meta"), _SkipInit():
+        decoders = [build_decoder(model, features, vocabulary_size) for model in models]
+    return decoders[0] if len(decoders) == 1 else Ensemble(decoders)
 
 
-class _Undrawn(TorchFunctionMode):
-    """Draws no initial values: without memory there are none, and to tell their shapes torch imports its compiler."""
+class _SkipInit(TorchFunctionMode):
+    """Skips initialisation: without memory there are no values, and torch would import its compiler for the shapes."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

@@ -8,7 +8,7 @@ from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Literal, TypeVar
+from typing import TypeVar
 
 import numpy as np
 import torch
@@ -18,8 +18,9 @@ from torch import Tensor
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, Vocabulary
+from capexp.distributed import ALONE, World
+from capexp.settings import Order
 
-Order = Literal["captions", "photos"]
 _AHEAD = 2  # batches that are read before they are asked for
 _READ_AT_ONCE = 1024  # captions of a batch that a GPU does not learn from, at most,
 _READ_BYTES = 2**26  # and bytes of its features
@@ -71,8 +72,9 @@ class CaptionBatches:
         encoded = [vocabulary.encode(caption) for captions in split.references for caption in captions]
         counts = np.array([len(captions) for captions in split.references], dtype=np.int64)
         assert counts.all(), "a photo without a caption"
+        self.split = split
+        self.features = features
         self.order = order
-        self._features = features
         self._lengths = np.array([len(tokens) for tokens in encoded], dtype=np.int64)
         # Each caption with BOS and EOS; its words to read begin where it does, their targets one further.
         self._starts = np.concatenate(([0], np.cumsum(self._lengths + 2)))
@@ -93,10 +95,10 @@ class CaptionBatches:
 
         Batches are then put together there. Tells whether they are held.
         """
-        positions, size = self._features.shape
+        positions, size = self.features.shape
         room = _room(device)
-        if self._held is None and 4 * 2 * len(self._features) * self._features.views * positions * size <= room:
-            parts = [torch.from_numpy(part).to(device) for part in self._features.all_parts(_HELD_AT_ONCE)]
+        if self._held is None and 4 * 2 * len(self.features) * self.features.views * positions * size <= room:
+            parts = [torch.from_numpy(part).to(device) for part in self.features.all_parts(_HELD_AT_ONCE)]
             self._held = torch.cat(parts)
         return self._held is not None and self._held.device.type == device.type
 
@@ -130,7 +132,7 @@ class CaptionBatches:
         nth = np.arange(counts.max())
         captions = self._bounds[units][..., None] + nth
         captions = np.where(there[..., None] & (nth < counts[units][..., None]), captions, len(self._lengths))
-        photos = self._features.seen_in(seed, number)[self._photos[self._bounds[units]]]
+        photos = self.features.seen_in(seed, number)[self._photos[self._bounds[units]]]
         return photos, captions, self._reads[captions]
 
     def __len__(self) -> int:
@@ -147,7 +149,7 @@ class CaptionBatches:
         """Tokens of the longest caption, BOS and EOS counted."""
         return int(self._lengths.max()) + 2
 
-    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, world: World = ALONE, done: int = 0) -> Iterator[Batch]:
         """Every caption but those of batches done, once, in an order that depends on seed and epoch number only.
 
         Of several processes each gets its share of every batch, and there are as many batches as for one. In a batch
@@ -155,22 +157,22 @@ class CaptionBatches:
         """
 
         def make(some: NDArray[np.int64]) -> Batch:
-            units, is_own = _share(some, rank, ranks)
+            units, is_own = _shard(some, world)
             share = float(targets[units].sum() / targets[some].sum()) if is_own else 0.0
             return self._batch(self._captions(units), seen, share)
 
         targets = np.add.reduceat(self._lengths + 1, self._bounds[:-1])  # of each unit
-        seen = self._features.seen_in(seed, number)
+        seen = self.features.seen_in(seed, number)
         return _ahead(make, self._order(seed, number)[done * self._units :], self._units)
 
-    def in_order(self, photos: NDArray[np.int64] | None = None, rank: int = 0, ranks: int = 1) -> Iterator[Batch]:
+    def in_order(self, photos: NDArray[np.int64] | None = None, world: World = ALONE) -> Iterator[Batch]:
         """Every caption once, sorted by length; with ``photos``, caption of photo i sees photo ``photos[i]``.
 
         Of several processes each gets captions of its own.
         """
-        seen = np.arange(len(self._features)) if photos is None else photos
+        seen = np.arange(len(self.features)) if photos is None else photos
         longest = np.maximum.reduceat(self._lengths, self._bounds[:-1])
-        units = np.argsort(longest, kind="stable")[rank::ranks]
+        units = world.shard(np.argsort(longest, kind="stable"))
         size = self._units if self._held is None else self._units_read
         return _ahead(lambda some: self._batch(self._captions(some), seen), units, size)
 
@@ -200,7 +202,7 @@ class CaptionBatches:
         if self._held is not None:
             features = self._held[on_device(torch.from_numpy(seen), self._held.device)]
         else:
-            features = torch.from_numpy(self._features.gather(seen))
+            features = torch.from_numpy(self.features.gather(seen))
         return Batch(
             features,
             torch.from_numpy(rows),
@@ -268,7 +270,7 @@ class Rectangles:
 
 
 def photo_batches(
-    features: Features, size: int, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0
+    features: Features, size: int, seed: int, number: int, world: World = ALONE, done: int = 0
 ) -> Iterator[tuple[NDArray[np.int64], Tensor, bool]]:
     """All photos once, so many at a time: where they stand in the split, and their features ``(N, P, F)``.
 
@@ -279,17 +281,17 @@ def photo_batches(
     """
 
     def make(some: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor, bool]:
-        photos, is_own = _share(some, rank, ranks)
+        photos, is_own = _shard(some, world)
         return photos, torch.from_numpy(features.gather(seen[photos]).astype(np.float32)), is_own
 
     seen = features.seen_in(seed, number)
     return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features))[done * size :], size)
 
 
-def _share(some: NDArray[np.int64], rank: int, ranks: int) -> tuple[NDArray[np.int64], bool]:
-    """What one of several processes does of a batch, and whether it counts: some work must be done by each."""
-    own = some[rank::ranks]
-    return (own, True) if len(own) else (some[:1], False)
+def _shard(batch: NDArray[np.int64], world: World) -> tuple[NDArray[np.int64], bool]:
+    """Return what one of several ranks does of a batch, and whether it counts: each rank must do some work."""
+    shard = world.shard(batch)
+    return (shard, True) if len(shard) else (batch[:1], False)
 
 
 def _ahead(make: Callable[[NDArray[np.int64]], T], order: NDArray[np.int64], size: int) -> Iterator[T]:

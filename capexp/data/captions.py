@@ -14,39 +14,15 @@ import json
 from collections.abc import Iterable
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
-from typing import Literal
 
-from pydantic import BaseModel, ConfigDict, ValidationError
+from pydantic import BaseModel, ValidationError
 
 from capexp.errors import InputError, listed
+from capexp.settings import CaptionsConfig, SplitName
 
-SplitName = Literal["train", "dev", "test"]
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
 
 _KARPATHY: dict[str, SplitName] = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
-
-
-class CaptionsConfig(BaseModel):
-    """Where photos and captions lie; the other paths are relative to ``root``."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    root: Path
-    photos: Path = Path("Flicker8k_Dataset")
-    captions: Path = Path("Flickr8k.token.txt")
-    """In Flickr8k's format, or JSON in COCO's or Karpathy's."""
-    splits: Literal["lists", "karpathy"] = "lists"
-    """``karpathy`` takes a photo's split from its ``split`` in the captions file: train and restval, val, test."""
-    train: Path = Path("Flickr_8k.trainImages.txt")
-    dev: Path = Path("Flickr_8k.devImages.txt")
-    test: Path = Path("Flickr_8k.testImages.txt")
-
-    def list_of(self, split: SplitName) -> Path:
-        """The file that tells a split's photos."""
-        if self.splits == "karpathy":
-            return self.root / self.captions
-        lists = {"train": self.train, "dev": self.dev, "test": self.test}
-        return self.root / lists[split]
 
 
 @dataclass(frozen=True)

@@ -9,58 +9,30 @@ Shapes: B batch, P grid positions, F feature.
 
 import hashlib
 import json
-import os
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Annotated, Final, Literal
+from typing import Final, Literal
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
-from pydantic import BaseModel, ConfigDict, Field, model_validator
 from torch import Tensor, nn
 
-from capexp.data.vgg16_weights import NETS, Layer, State, digest_weights, hub_file, network, read_weights
+from capexp.data.vgg16_weights import NETS, State, digest_weights, hub_file, network, read_weights
+from capexp.distributed import use_bfloat16
 from capexp.errors import InputError
-
-Pool = Literal["none", "max2", "max3", "mean"]
-Precision = Literal["auto", "float32", "bfloat16"]
-
-SIZE: Final = 224  # the side of the square that VGG16 was trained on, in pixels
-_CELL = 16  # pixels a position of conv5_3's grid
-Size = Annotated[int, Field(ge=6 * _CELL, le=64 * _CELL, multiple_of=_CELL)]
-
-
-class FeaturesConfig(BaseModel):
-    """Which features of a photo are used, of which weights, and where they are kept."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    layer: Layer = "fc2"
-    pool: Pool = "none"
-    size: Size = SIZE  # pixels, of the square that a photo is squashed to
-    weights: str = "IMAGENET1K_V1"
-    cache: Path = Field(default_factory=lambda: _cache_home() / "features")
-    precision: Precision = "auto"
-    batch_size: int = Field(default=32, ge=1, le=100_000)
-    mirror: bool = False  # train photos are seen mirrored too
-
-    @property
-    def shape(self) -> tuple[int, int]:
-        """(P, F): grid positions and features at each."""
-        return _shape(self.layer, self.pool, self.size)
-
-    @model_validator(mode="after")
-    def _layer_fits(self) -> "FeaturesConfig":
-        net = "IMAGENET1K_FEATURES" if self.weights not in NETS else self.weights
-        if self.layer not in NETS[net].layers:
-            raise ValueError(
-                f"features.layer = '{self.layer}' needs the fully connected layers, which "
-                f"features.weights = '{self.weights}' does not hold; use IMAGENET1K_V1, or layer conv5_3"
-            )
-        _refuse_misfit(self.layer, self.pool, self.size)
-        return self
+from capexp.settings import (
+    PHOTO_SIZE,
+    FeaturesConfig,
+    Layer,
+    PhotoSize,
+    Pool,
+    Precision,
+    check_grid,
+    grid_shape,
+    pooled,
+)
 
 
 @dataclass(frozen=True)
@@ -73,17 +45,17 @@ class EncoderIdentity:
     std: tuple[float, float, float]
     weights_digest: str
     weights: str
-    size: Size = SIZE
+    size: PhotoSize = PHOTO_SIZE
     transform: Literal["squash-bilinear-antialias", "squash-bilinear-antialias-mirror"] = "squash-bilinear-antialias"
 
     def __post_init__(self) -> None:
         """Raises ValueError where no photo of that size has features of that layer and pool."""
-        _refuse_misfit(self.layer, self.pool, self.size)
+        check_grid(self.layer, self.pool, self.size)
 
     @property
     def shape(self) -> tuple[int, int]:
         """(P, F): grid positions and features at each."""
-        return _shape(self.layer, self.pool, self.size)
+        return grid_shape(self.layer, self.pool, self.size)
 
     @property
     def is_mirrored(self) -> bool:
@@ -102,7 +74,7 @@ class EncoderIdentity:
 
     def __str__(self) -> str:
         mirrored = ", mirrored" if self.is_mirrored else ""
-        size = "" if self.size == SIZE else f" at {self.size} pixels"
+        size = "" if self.size == PHOTO_SIZE else f" at {self.size} pixels"
         return f"VGG16 {self.layer}{size}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
 
 
@@ -141,8 +113,8 @@ class Encoder(nn.Module):
         if self.identity.layer == "fc2":
             dense: Tensor = self.dense(x.contiguous().flatten(1))  # (B, 4096)
             return dense.unsqueeze(1).half()
-        if _across(self.identity.pool) > 1:
-            x = nn.functional.max_pool2d(x, _across(self.identity.pool))
+        if pooled(self.identity.pool) > 1:
+            x = nn.functional.max_pool2d(x, pooled(self.identity.pool))
         grid = x.flatten(2).transpose(1, 2)  # (B, P, 512)
         if self.identity.pool == "mean":
             grid = grid.float().mean(1, keepdim=True)
@@ -230,44 +202,7 @@ def encoder_at_hand(config: FeaturesConfig) -> bool:
     return config.weights not in NETS or hub_file(config.weights).is_file()
 
 
-def _shape(layer: Layer, pool: Pool, size: int) -> tuple[int, int]:
-    if layer == "fc2":
-        return 1, 4096
-    return (1 if pool == "mean" else (size // _CELL // _across(pool)) ** 2), 512
-
-
-def _refuse_misfit(layer: Layer, pool: Pool, size: int) -> None:
-    if layer == "fc2" and size != SIZE:
-        raise ValueError(f"features.size = {size}: fc2 takes photos of {SIZE} pixels alone; use layer conv5_3")
-    if layer == "fc2" and pool != "none":
-        raise ValueError(f"features.pool = '{pool}': fc2 has no grid to pool; use 'none', or layer conv5_3")
-    least = _CELL * _across(pool)
-    if size % least:
-        raise ValueError(
-            f"features.pool = '{pool}': would leave out the edge of a photo of features.size = {size} pixels; "
-            f"give a size that {least} divides"
-        )
-
-
-def _across(pool: Pool) -> int:
-    """Of how many positions, to either side, the largest value is taken."""
-    return {"none": 1, "max2": 2, "max3": 3, "mean": 1}[pool]
-
-
 def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:
     net = NETS.get(config.weights, NETS["IMAGENET1K_FEATURES"])
     name = config.weights if config.weights in NETS else Path(config.weights).name
     return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name, config.size)
-
-
-def use_bfloat16(device: torch.device, precision: Precision) -> bool:
-    """Whether to compute in bfloat16; ``auto`` does where the device has instructions for it."""
-    if precision != "auto":
-        return precision == "bfloat16"
-    if device.type == "cuda":
-        return torch.cuda.get_device_capability(device) >= (8, 0)
-    return bool(torch.cpu._is_avx512_bf16_supported() or torch.cpu._is_amx_tile_supported())
-
-
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capexp"

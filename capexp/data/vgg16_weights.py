@@ -6,15 +6,14 @@ import os
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import torch
 from torch import Tensor, nn
 
 from capexp.errors import InputError
+from capexp.settings import Layer
 
-Layer = Literal["fc2", "conv5_3"]
 State = dict[str, Tensor]
 
 _CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions, block by block
@@ -27,18 +26,16 @@ class Net:
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
-    layers: tuple[Layer, ...]
     digests: dict[Layer, str]
 
 
-NETS = {
+NETS: dict[str, Net] = {
     # Trained by torchvision, fully connected layers included.
-    "IMAGENET1K_V1": Net((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), ("fc2", "conv5_3"), {}),
+    "IMAGENET1K_V1": Net((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), {}),
     # The authors' own Caffe net, which Keras ships too; torchvision has its convolutions only.
     "IMAGENET1K_FEATURES": Net(
         (123.68, 116.779, 103.939),
         (1.0, 1.0, 1.0),
-        ("conv5_3",),
         {"conv5_3": "34bcef3d5876c0930c1bd23665d7ba092cd50e92cf9a11d75605bbfeb618ff8f"},
     ),
 }

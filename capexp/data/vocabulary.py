@@ -11,28 +11,13 @@ from collections import Counter
 from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
-from typing import Literal
-
-from pydantic import BaseModel, ConfigDict, Field
 
 from capexp.errors import InputError
-
-Cleaning = Literal["tutorial", "standard"]
-Unknown = Literal["drop", "token"]
+from capexp.settings import Cleaning, Unknown, VocabularyConfig
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
-
-
-class VocabularyConfig(BaseModel):
-    """How captions become tokens, and which tokens get an entry."""
-
-    model_config = ConfigDict(frozen=True, extra="forbid")
-
-    cleaning: Cleaning = "standard"
-    minimum_count: int = Field(default=5, ge=1)
-    unknown: Unknown = "token"
 
 
 def tokenize(caption: str, cleaning: Cleaning) -> list[str]:

@@ -16,9 +16,9 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capexp.data import vocabulary
-from capexp.data.vocabulary import Cleaning
 from capexp.errors import InputError
 from capexp.metrics.cider import ORDERS, CiderReferences, Tokens, ngrams
+from capexp.settings import Cleaning
 
 Scores = dict[str, NDArray[np.float64]]
 

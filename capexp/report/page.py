@@ -8,10 +8,10 @@ from dataclasses import dataclass, field
 import streamlit as st
 
 from capexp.captioning.captioner import Caption, Captioner
-from capexp.captioning.decoding import DecodingConfig
 from capexp.data.photos import MAXIMUM_UPLOAD, read_photo
 from capexp.errors import InputError
 from capexp.report import attention_maps as maps
+from capexp.settings import DecodingConfig
 
 _METHODS = ("greedy", "beam", "consensus", "sample")
 _WIDEST = 10

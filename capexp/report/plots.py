@@ -8,7 +8,7 @@ import numpy as np
 
 from capexp.captioning.evaluation import SCORE_NAMES, CaptionScores
 from capexp.files import writing
-from capexp.training.epoch import Epoch
+from capexp.training.loop import Epoch
 
 if TYPE_CHECKING:
     from matplotlib.axes import Axes

@@ -1,54 +1,54 @@
-"""What a run shows of its captioner: what it is worth on dev, in metrics and pictures, and what it says there."""
+"""The end of a run: its captioner evaluated on dev, in metrics, plots and a gallery."""
 
 import time
-from pathlib import Path
 
 import numpy as np
 
 from capexp.captioning.captioner import Captioner
-from capexp.experiment import Experiment
-from capexp.measurement import Measured, measure
-from capexp.preparation import Prepared
+from capexp.captioning.evaluation import Evaluation, evaluate_dev
+from capexp.data.dataset import Dataset
 from capexp.report.gallery import Card, Heading, choose, make_cards, write_gallery
 from capexp.report.plots import draw_histogram, draw_scores
+from capexp.settings import Experiment
 from capexp.tracking.run import TrackedRun
 
 
-def report(
-    tracked: TrackedRun,
-    experiment: Experiment,
-    prepared: Prepared,
-    captioner: Captioner,
-    metrics: dict[str, float],
-    folder: Path,
-) -> tuple[Measured, tuple[Card, ...]]:
-    """Measures a captioner on dev and shows it: files in a folder and among the run's artifacts.
+def evaluate_on_dev(experiment: Experiment, data: Dataset, captioner: Captioner) -> Evaluation:
+    """Evaluate a captioner on the dev split; the test split is not read."""
+    train = [text for references in data.splits["train"].references for text in references]
+    return evaluate_dev(captioner, data.batches("dev", experiment.training), train, experiment.seed)
 
-    The metrics, of what it was trained to, are logged with those that are measured. Returns what was measured, and
-    photos of the dev split drawn at random.
+
+def conclude(
+    experiment: Experiment, data: Dataset, tracked: TrackedRun, captioner: Captioner, metrics: dict[str, float]
+) -> tuple[Evaluation, tuple[Card, ...]]:
+    """Evaluate a run's captioner on dev; log metrics, plots and gallery.
+
+    ``metrics`` of the training are logged with those of the evaluation. Returns the evaluation, and cards of dev photos
+    drawn at random.
     """
-    training = captioner.training
-    assert training is not None
-    measured = measure(experiment, prepared, captioner)
-    tracked.log_metrics(metrics | measured.metrics(), step=training.epoch or 0, timestamp=time.time_ns() // 1_000_000)
+    record, folder = captioner.record, tracked.folder
+    assert record is not None
+    evaluation = evaluate_on_dev(experiment, data, captioner)
+    tracked.log_metrics(metrics | evaluation.metrics(), step=record.epoch or 0, timestamp=time.time_ns() // 1_000_000)
     name, seed = experiment.name, experiment.seed
-    tracked.log_artifact(draw_scores(measured.scores, seed, name, folder / "scores.png"))
-    tracked.log_artifact(draw_histogram(measured.scores, name, folder / "cider.png"))
-    cards = make_cards(measured.captions, prepared.splits["dev"], measured.scores)
+    tracked.log_artifact(draw_scores(evaluation.scores, seed, name, folder / "scores.png"))
+    tracked.log_artifact(draw_histogram(evaluation.scores, name, folder / "cider.png"))
+    cards = make_cards(evaluation.captions, data.splits["dev"], evaluation.scores)
     choice = choose(cards, seed)
     heading = Heading(
         experiment=name,
         captioner=captioner.describe(),
         split="dev",
         decoding=experiment.decoding.describe(),
-        loss=training.dev_loss,
-        loss_blind=measured.blind.per_token,
-        scores=measured.scores,
+        loss=record.dev_loss,
+        loss_blind=evaluation.blind.per_token,
+        scores=evaluation.scores,
     )
-    looked = {}
+    maps = {}
     if captioner.decoder.looks:
-        features = prepared.features["dev"].gather(np.array(choice.shown))
-        maps = captioner.look_back(features, [cards[place].caption for place in choice.shown])
-        looked = dict(zip(choice.shown, maps, strict=True))
-    tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html", looked))
-    return measured, tuple(cards[place] for place in choice.random)
+        features = data.features["dev"].gather(np.array(choice.shown))
+        of_shown = captioner.look_back(features, [cards[position].caption for position in choice.shown])
+        maps = dict(zip(choice.shown, of_shown, strict=True))
+    tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html", maps))
+    return evaluation, tuple(cards[position] for position in choice.random)

@@ -1,180 +1,168 @@
-"""A run's folder: what it leaves there, whether it may be gone on with, and by which process."""
+"""A run's folder on disk: settings, checkpoints, bundle, and the lock that keeps it to one process."""
 
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from pathlib import Path
 
 from filelock import FileLock, Timeout
 
-from capexp import __version__, experiment as experiments
 from capexp.errors import InputError
-from capexp.experiment import Experiment
-from capexp.files import writing
-from capexp.preparation import Prepared
-from capexp.tracking.run import PARENT, adopted_run, git_commit, run_status, run_tags
+from capexp.experiment import load_experiment, to_toml
+from capexp.files import write_whole, writing
+from capexp.settings import Experiment
+from capexp.tracking.outbox import JOURNAL
+from capexp.tracking.run import PARENT, run_status, run_tags
 from capexp.training.checkpoints import Checkpoints
-from capexp.training.epoch import Epoch
-from capexp.training.fit import is_finished
+from capexp.training.loop import Epoch
+from capexp.training.teacher_forcing import is_done
 
 CHECKPOINTS = Path("checkpoints")
+"""Where runs have their folders, by their MLflow ids."""
+STUDIES = Path("studies")
+"""Where studies have their storage and their trials' folders."""
 SETTINGS = "experiment.toml"
-"""What a run is resumed by, among its checkpoints."""
+"""What a run is resumed by, in its folder."""
+STUDY = "study"
+"""The tag of a study's run: the study's name."""
 _SELF_CRITICAL = "self-critical"  # the folder of the second phase
 _SECOND_PHASE = "training.self_critical."
 _ALWAYS_FREE = ("training.epochs", "training.patience", "training.save_steps", f"{_SECOND_PHASE}epochs")
 
 
-def settings_of(run_id: str) -> Experiment:
-    """The settings of a run of this folder that is to be resumed.
+@dataclass(frozen=True)
+class RunFolder:
+    """The folder that a run leaves on disk, named by its MLflow id."""
 
-    Raises:
-        InputError: the run is unknown, or has left nothing here to go on from.
-    """
-    status = run_status(run_id)
-    path = CHECKPOINTS / run_id / SETTINGS
-    above = run_tags(run_id).get(PARENT)
-    if above is not None:
-        raise InputError(f"--resume {run_id}: it is one of several under run {above}; go on with what started that one")
-    if not path.is_file():
+    path: Path
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id of the run."""
+        return self.path.name
+
+    @classmethod
+    def to_resume(cls, run_id: str) -> "RunFolder":
+        """Return the folder of a run that ``--resume`` names; refuse what is not resumed so."""
+        status, tags, folder = run_status(run_id), run_tags(run_id), cls(CHECKPOINTS / run_id)
+        if PARENT in tags:
+            raise InputError(
+                f"--resume {run_id}: it is one of several under run {tags[PARENT]}; go on with what started that one"
+            )
+        if STUDY in tags:
+            raise InputError(
+                f"--resume {run_id}: it is the run of study {tags[STUDY]}; give the capexp.tune command again"
+            )
+        if not (folder.path / SETTINGS).is_file():
+            raise InputError(
+                f"--resume {run_id}: the run is {status}, but {folder.path / SETTINGS} is missing; resume where it was "
+                "started, or train anew"
+            )
+        return folder
+
+    @classmethod
+    def with_journal(cls, run_id: str) -> "RunFolder":
+        """Return the folder of a run that has a journal here: a run, one of several, or a trial of a study."""
+        for pattern in (CHECKPOINTS / "*", CHECKPOINTS / "*/*", STUDIES / "*/*"):
+            for path in Path().glob(str(pattern / JOURNAL)):
+                if path.parent.name == run_id:
+                    return cls(path.parent)
         raise InputError(
-            f"--resume {run_id}: the run is {status}, but {path} is missing; resume where it was started, or train anew"
+            f"run {run_id}: has no {JOURNAL} under {CHECKPOINTS} or {STUDIES} here; start where it was trained"
         )
-    return experiments.load(path, {})
+
+    @contextmanager
+    def lock(self) -> Iterator[None]:
+        """Hold the folder for this process, or refuse at once; the system releases it however the process ends."""
+        with writing(self.path):
+            self.path.mkdir(parents=True, exist_ok=True)
+        lock = FileLock(self.path / ".lock")
+        try:
+            lock.acquire(blocking=False)
+        except Timeout:
+            raise InputError(f"run {self.run_id}: another process is training it; wait for it or stop it") from None
+        try:
+            yield
+        finally:
+            lock.release()
+
+    def is_locked(self) -> bool:
+        """Return whether a process is at work on the run."""
+        try:
+            with self.lock():
+                return False
+        except InputError:
+            return True
+
+    def experiment(self) -> Experiment:
+        """Return the settings that the run was started or last resumed with."""
+        return load_experiment(self.path / SETTINGS, {})
+
+    def write_experiment(self, experiment: Experiment) -> Path:
+        """Write the settings by which the run is resumed."""
+        return write_whole(self.path / SETTINGS, to_toml(experiment))
+
+    def checkpoints(self, experiment: Experiment) -> Checkpoints:
+        """Return the checkpoints of the first phase, or of all where there is one phase."""
+        return Checkpoints(self.path, experiment.training.keep)
+
+    def second_phase(self, experiment: Experiment, begins_with: int) -> Checkpoints:
+        """Return the checkpoints of the self-critical phase, which begins with the captioner of that epoch."""
+        return Checkpoints(self.path / _SELF_CRITICAL, experiment.training.keep, begins_with)
+
+    def best_bundle(self, experiment: Experiment) -> Path | None:
+        """Return the best captioner of the last phase so far; None where there is none."""
+        last = self.path / _SELF_CRITICAL if experiment.has_second_phase else self.path
+        return Checkpoints(last, experiment.training.keep).best()
+
+    def best_so_far(self, experiment: Experiment) -> Path | None:
+        """Return the best captioner of the latest phase that has one."""
+        return self.best_bundle(experiment) or self.checkpoints(experiment).best()
+
+    def is_complete(self, experiment: Experiment) -> bool:
+        """Return whether a resumed run would find nothing left to do.
+
+        Refused are settings with fewer epochs than are done, and a first phase that would go on after the second one
+        has begun.
+        """
+        training = experiment.training
+        state = self.checkpoints(experiment).latest()
+        if state is None:
+            return False
+        self._refuse_fewer("training.epochs", training.epochs, state.epochs)
+        second = self.second_phase(experiment, state.best_epoch).latest()
+        more = 0 if second is None else second.epochs - state.epochs
+        self._refuse_fewer(f"{_SECOND_PHASE}epochs", training.self_critical.epochs, more)
+        has_ended = is_done([Epoch(**record) for record in state.history], training)
+        if second is not None and not has_ended:
+            raise InputError(
+                f"run {self.run_id}: its self-critical phase has begun after {state.epochs} epochs; leave "
+                f"training.epochs and training.patience as they were, or delete {self.path / _SELF_CRITICAL} to do "
+                "without what it did"
+            )
+        return has_ended and more >= training.self_critical.epochs and run_status(self.run_id) == "FINISHED"
+
+    def refuse_other_settings(self, experiment: Experiment) -> None:
+        """Refuse settings that a resumed run may not change.
+
+        It keeps them, but for how long it trains, and for those of a self-critical phase that it begins only now.
+        """
+        old, new = self.experiment().flat(), experiment.flat()
+        is_begun = any(self.path.glob(f"**/{_SELF_CRITICAL}"))  # of several seeds, by any
+        begins_now = experiment.has_second_phase and not is_begun
+        for name in old | new:
+            before, given = old.get(name, "nothing"), new.get(name, "nothing")
+            if before != given and name not in _ALWAYS_FREE and not (begins_now and may_differ(name)):
+                raise InputError(
+                    f"--{name} {given}: the run was started with {before}; "
+                    f"a resumed run may only change {', '.join(_ALWAYS_FREE)}"
+                )
+
+    def _refuse_fewer(self, setting: str, wanted: int, done: int) -> None:
+        if wanted < done:
+            raise InputError(f"--{setting} {wanted}: run {self.run_id} has done {done} already; give as many or more")
 
 
 def may_differ(name: str) -> bool:
-    """Whether there are resumed runs that may change a setting."""
+    """Return whether some resumed run may change a setting."""
     return name in _ALWAYS_FREE or name.startswith(_SECOND_PHASE) or name == "registry.metric"
-
-
-def refuse_other_settings(run_id: str, before: Experiment, now: Experiment) -> None:
-    """A resumed run keeps its settings, but for how long it trains, and for those of a phase that it begins only now.
-
-    Raises:
-        InputError: naming the first setting that differs.
-    """
-    old, new = before.flat(), now.flat()
-    is_begun = any((CHECKPOINTS / run_id).glob(f"**/{_SELF_CRITICAL}"))  # of several seeds, by any
-    free = {
-        name for name in new if name in _ALWAYS_FREE or (may_differ(name) and has_second_phase(now) and not is_begun)
-    }
-    for name in old | new:
-        held, given = old.get(name, "nothing"), new.get(name, "nothing")
-        if held != given and name not in free:
-            raise InputError(
-                f"--{name} {given}: the run was started with {held}; "
-                f"a resumed run may only change {', '.join(_ALWAYS_FREE)}"
-            )
-
-
-def tags_of(prepared: Prepared) -> dict[str, str]:
-    """What was trained on, and by which code, as tags of a run."""
-    return {
-        "git_commit": git_commit(),
-        "data_digest": prepared.data_digest(),
-        "vocabulary_digest": prepared.vocabulary.digest(),
-        "encoder": str(prepared.encoder),
-        "encoder_key": prepared.encoder.key(),
-        "capexp_version": __version__,
-    }
-
-
-def has_second_phase(experiment: Experiment) -> bool:
-    """Whether self-critical training follows."""
-    return experiment.training.self_critical.epochs > 0
-
-
-def phases(experiment: Experiment) -> int:
-    """How many phases a run has, each with checkpoints of its own."""
-    return 1 + has_second_phase(experiment)
-
-
-def second_phase(first: Checkpoints, experiment: Experiment, begins_with: int) -> Checkpoints:
-    """The checkpoints of the self-critical phase, which leaves those of the first as they are."""
-    folder = first.folder / _SELF_CRITICAL
-    with writing(folder):
-        folder.mkdir(exist_ok=True)
-    second = Checkpoints(folder, experiment.training.keep, begins_with)
-    second.clear_parts()
-    return second
-
-
-def best_bundle(folder: Path, experiment: Experiment) -> Path | None:
-    """The bundle of the best epoch among a finished run's checkpoints, of its last phase; None where there is none."""
-    last = folder / _SELF_CRITICAL if has_second_phase(experiment) else folder
-    return Checkpoints(last, experiment.training.keep).best()
-
-
-@contextmanager
-def alone(folder: Path) -> Iterator[None]:
-    """Holds a run's checkpoints for one process; the system lets go of them however that ends."""
-    with writing(folder):
-        folder.mkdir(parents=True, exist_ok=True)
-    lock = FileLock(folder / ".lock")
-    try:
-        lock.acquire(blocking=False)
-    except Timeout:
-        raise InputError(f"run {folder.name}: another process is training it; wait for it or stop it") from None
-    try:
-        yield
-    finally:
-        lock.release()
-
-
-def is_training(folder: Path) -> bool:
-    """Whether a process is at work on the run with these checkpoints."""
-    try:
-        with alone(folder):
-            return False
-    except InputError:
-        return True
-
-
-def refuse_trained(folder: Path) -> None:
-    """A new run that adopts one by ``MLFLOW_RUN_ID`` must not train over what an earlier process left."""
-    adopted = adopted_run()
-    if adopted is None:
-        return
-    run_status(adopted)  # refuses an unknown one
-    if (folder / adopted).exists():
-        raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
-
-
-def refuse_other_data(run_id: str, prepared: Prepared) -> None:
-    """A resumed run must find the data, the words and the encoder that it was started with."""
-    held, now = run_tags(run_id), tags_of(prepared)
-    for name in ("data_digest", "vocabulary_digest", "encoder_key"):
-        if name in held and held[name] != now[name]:
-            raise InputError(
-                f"--resume {run_id}: {name} is {now[name][:12]}, the run was started with {held[name][:12]}; "
-                "photos, captions, lists or weights have changed: restore them, or start a new run"
-            )
-
-
-def is_complete(run_id: str, experiment: Experiment, folder: Path = CHECKPOINTS) -> bool:
-    """Whether a resumed run would find nothing left to do.
-
-    Raises:
-        InputError: it has done more epochs than the experiment has, or would go on with its first phase after the
-            second has begun.
-    """
-    training = experiment.training
-    state = Checkpoints(folder / run_id, training.keep).latest()
-    if state is None:
-        return False
-    _refuse_fewer("training.epochs", training.epochs, state.epochs, run_id)
-    second = Checkpoints(folder / run_id / _SELF_CRITICAL, training.keep, begins_with=state.best_epoch).latest()
-    more = 0 if second is None else second.epochs - state.epochs
-    _refuse_fewer(f"{_SECOND_PHASE}epochs", training.self_critical.epochs, more, run_id)
-    has_ended = is_finished([Epoch(**record) for record in state.history], training)
-    if second is not None and not has_ended:
-        raise InputError(
-            f"run {run_id}: its self-critical phase has begun after {state.epochs} epochs; leave training.epochs and "
-            f"training.patience as they were, or delete {folder / run_id / _SELF_CRITICAL} to do without what it did"
-        )
-    return has_ended and more >= training.self_critical.epochs and run_status(run_id) == "FINISHED"
-
-
-def _refuse_fewer(setting: str, wanted: int, done: int, run_id: str) -> None:
-    if wanted < done:
-        raise InputError(f"--{setting} {wanted}: run {run_id} has done {done} already; give as many or more")

@@ -1,231 +1,277 @@
-"""One experiment, run and tracked: from photos with captions to a registered captioner."""
+"""One run: opened, trained, concluded. The lifecycle of everything that is tracked."""
 
 import logging
 from collections import deque
-from collections.abc import Generator, Iterator, Mapping, Sequence
-from contextlib import ExitStack, contextmanager
-from dataclasses import dataclass
+from collections.abc import Generator, Iterator, Mapping
+from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner
+from capexp.captioning.decoding import refuse_wide
 from capexp.captioning.evaluation import perplexity
-from capexp.distributed import ALONE, Ranks
-from capexp.errors import Unsent
-from capexp.experiment import Experiment
-from capexp.files import write_whole, writing
-from capexp.preparation import Prepared
+from capexp.captioning.model import outline_decoder
+from capexp.data.dataset import Dataset
+from capexp.distributed import ALONE, World, choose_device
+from capexp.errors import InputError, Unsent
+from capexp.experiment import members_of, to_toml
+from capexp.files import writing
 from capexp.report.gallery import Card
 from capexp.report.plots import draw_losses
-from capexp.runs.conclusion import report
-from capexp.runs.folder import (
-    CHECKPOINTS,
-    SETTINGS,
-    alone,
-    has_second_phase,
-    may_differ,
-    phases,
-    refuse_other_data,
-    refuse_trained,
-    second_phase,
-    tags_of,
-)
-from capexp.runs.registration import encoder_weights, keep, register
+from capexp.runs.conclusion import conclude
+from capexp.runs.folder import CHECKPOINTS, RunFolder, may_differ
+from capexp.runs.registration import encoder_weights, log_interrupted, register
 from capexp.search.trial import Pruned
+from capexp.settings import Experiment, SplitName
 from capexp.tracking.registry import Version
-from capexp.tracking.run import Input, TrackedRun, tracked_run
-from capexp.tracking.store import discreet, prepare_store, store_faults
-from capexp.training.checkpoints import Checkpoints, refuse_cramped
-from capexp.training.config import choose_device
-from capexp.training.epoch import Epoch
-from capexp.training.fit import fit
-from capexp.training.self_critical import refine
+from capexp.tracking.run import Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
+from capexp.tracking.store import await_store, discreet, prepare_store, store_faults
+from capexp.training.checkpoints import check_disk_space
+from capexp.training.loop import Epoch, Training, Update, fit
+from capexp.training.self_critical import SelfCritical
+from capexp.training.teacher_forcing import CrossEntropy
 
 log = logging.getLogger(__name__)
+
+_CONTEXTS: Mapping[SplitName, str] = {"train": "training", "dev": "validation"}  # as MLflow names them
+
+
+@dataclass(frozen=True)
+class Plan:
+    """A run that is to be made: what it trains on, where it leaves its files, its place in the run tree."""
+
+    experiment: Experiment
+    data: Dataset
+    """With features."""
+    name: str = ""
+    """MLflow's name of the run; the experiment's by default."""
+    label: str = ""
+    """What its updates are labelled with, where it is one of several."""
+    tags: Mapping[str, str] = field(default_factory=dict)
+    """The run has them from the beginning."""
+    parent: str | None = None
+    """The id of the run that it is nested under."""
+    folder: Path = CHECKPOINTS
+    """Where its own folder is made."""
+    registers: bool = True
+    """Whether its captioner is logged and registered; otherwise it stays among the checkpoints."""
+    promote: bool = False
+    """Whether the registered version becomes champion whatever it scores."""
+    is_shared: bool = False
+    """Whether other processes may have the same run open: a study's, which is not locked."""
+
+
+@dataclass(frozen=True)
+class OpenRun:
+    """A run that this process has open."""
+
+    plan: Plan
+    tracked: TrackedRun
+    folder: RunFolder
+    device: torch.device
+
+    @property
+    def run_id(self) -> str:
+        """MLflow's id."""
+        return self.tracked.run_id
+
+
+@dataclass(frozen=True)
+class EarlierRun:
+    """A run with the settings of a plan that was begun before."""
+
+    run_id: str
+    folder: Path
+    """Where its own folder is."""
+    bundle: Path | None = None
+    """Its captioner, where it has finished."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """What a run came to."""
+    """A run that has ended."""
 
     run_id: str
-    best: Epoch
-    dev_loss_blind: float | None
-    """None where the run was pruned."""
-    version: Version | None
     bundle: Path
-    samples: tuple[Card, ...]
-    """Photos of the dev split, drawn at random."""
+    """Its best captioner."""
+    best: Epoch | None = None
+    """None where the captioner was found, not trained now, and of an ensemble."""
+    is_pruned: bool = False
+    dev_loss: float | None = None
+    dev_loss_blind: float | None = None
+    """None where it was pruned, or found."""
+    version: Version | None = None
+    samples: tuple[Card, ...] = ()
+    """Captions of some dev photos, drawn at random."""
 
 
-def run(
-    experiment: Experiment,
-    prepared: Prepared,
-    *,
-    resume: str | None = None,
-    parent: str | None = None,
-    name: str | None = None,
-    tags: Mapping[str, str] | None = None,
-    folder: Path = CHECKPOINTS,
-    register_model: bool = True,
-    promote: bool = False,
-    ranks: Ranks = ALONE,
-) -> Generator[Epoch, None, Result]:
-    """Trains, tracks and registers; yields every epoch as it is logged, and returns what came of it.
+def check_fits(experiment: Experiment, data: Dataset) -> int:
+    """Refuse a model or a beam that does not fit the data, and weights that cannot be had, before hours of extraction.
 
-    The run has the experiment's name, or ``name`` and ``tags`` where it is one of several, nested under ``parent``.
-    Its checkpoints go to ``folder``, under the run's id. Thrown ``Pruned``, it ends the run in order, tagged
-    ``pruned``. An interrupt ends it KILLED with the best captioner so far logged, not registered. With
-    ``register_model=False`` (a trial of a study, nested under ``parent`` and tagged with its number) the model is
-    neither logged nor registered; its bundle stays among the checkpoints. Of several processes the first calls
-    this, and the others :func:`follow`.
+    Returns the number of trainable parameters.
     """
-    device = choose_device(experiment.training.device)
-    encoder = encoder_weights(experiment) if register_model else None
-    refuse_cramped(folder, prepared.decoder_parameters, experiment.training.keep, phases(experiment))
+    refuse_wide(experiment.decoding, data.vocabulary)
+    members = members_of(experiment) if experiment.is_ensemble else (experiment,)
+    shape, words = experiment.features.shape, len(data.vocabulary)
+    parameters = outline_decoder([one.model for one in members], shape, words).parameter_count()
+    log.debug("features are those of %s", data.encoder)  # last: weights whose digest is not known are read, or fetched
+    return parameters
+
+
+@contextmanager
+def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
+    """Open a new run, or one that is gone on with; lock its folder, log its beginning, and end it as the block ends.
+
+    An interrupt ends the run KILLED, any other exception FAILED, with its message in the tag ``error``. The lock is
+    taken before MLflow is told of a run that exists, and directly after MLflow has made a new one: a second process
+    leaves a living run untouched.
+    """
+    experiment, device = plan.experiment, choose_device(plan.experiment.training.device)
+
+    def lock(run_id: str) -> AbstractContextManager[None]:
+        return nullcontext() if plan.is_shared else RunFolder(plan.folder / run_id).lock()
+
     prepare_store()
     with ExitStack() as stack:
         stack.enter_context(store_faults())
-        if resume is None:
-            refuse_trained(folder)
-        else:
-            refuse_other_data(resume, prepared)
-            stack.enter_context(alone(folder / resume))  # before the run's state is touched
+        if resume is not None:
+            _require_same_data(resume, plan.data)
+        elif not plan.is_shared:
+            _refuse_trained(plan.folder)
         tracked = stack.enter_context(
-            tracked_run(name or experiment.name, experiment.name, folder, resume=resume, parent=parent, tags=tags)
+            tracked_run(
+                plan.name or experiment.name, experiment.name, plan.folder, lock=lock, resume=resume,
+                parent=plan.parent, tags=plan.tags,
+            )
+        )  # fmt: skip
+        folder = RunFolder(tracked.folder)
+        settings = folder.write_experiment(experiment)
+        stack.enter_context(_log_file(folder.path / "log.txt", tracked))
+        log.debug("capexp %s, %s, %s\n%s", __version__, plan.data.encoder, device, to_toml(experiment))
+        tracked.log_params(experiment.flat())
+        tracked.set_tags(_data_tags(plan.data) | {"device": str(device)})
+        tracked.log_inputs(
+            [
+                Input(f"{experiment.name}-{name}", _CONTEXTS[name], experiment.captions.list_of(name), split.digest())
+                for name, split in plan.data.splits.items()
+            ]
         )
-        checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
-        if resume is None:
-            stack.enter_context(alone(checkpoints.folder))
-        else:
-            checkpoints.clear_parts()
-        settings = write_whole(checkpoints.folder / SETTINGS, experiment.to_toml())  # what a run is resumed by
-        with log_file(checkpoints.folder / "log.txt", tracked):
-            log.debug("capexp %s, %s, %s\n%s", __version__, prepared.encoder, device, experiment.to_toml())
-            log_beginning(tracked, experiment, prepared, str(device), settings)
-            if resume is not None:
-                now = experiment.flat()
-                tracked.set_tags({f"resumed.{name}": now[name] for name in now if may_differ(name)})
-            captioner = _fresh(experiment, prepared)
-            epochs: list[Epoch] = []
-            try:
-                first = _first(captioner, experiment, prepared, device, checkpoints, ranks)
-                yield from _logged(first, tracked, epochs)
-                if has_second_phase(experiment):
-                    captioner = Captioner.load(_bundle(checkpoints), device)
-                    checkpoints = second_phase(checkpoints, experiment, _best(epochs).number)
-                    second = _second(captioner, experiment, prepared, device, checkpoints, epochs, ranks)
-                    yield from _logged(second, tracked, epochs)
-                ranks.leave()
-                best = _best(epochs)
-                tracked.log_artifact(draw_losses(epochs, experiment.name, checkpoints.folder / "loss.png"))
-                came_to = {"best_dev_loss": best.dev_loss, "best_epoch": float(best.number)}
-                captioner = Captioner.load(_bundle(checkpoints), device)
-                measured, samples = report(tracked, experiment, prepared, captioner, came_to, checkpoints.folder)
-            except Pruned:
-                tracked.set_tags({"pruned": "true"})
-                return Result(tracked.run_id, _best(epochs), None, None, _bundle(checkpoints), ())
-            except (KeyboardInterrupt, GeneratorExit):
-                held = checkpoints.best()
-                if register_model and held is not None:
-                    log.info("interrupted: logging the best captioner so far, %s", held.name)
-                    keep(tracked, Captioner.load(held), encoder)
-                raise
-            bundle = _bundle(checkpoints)
-            version = None
-            if register_model:
-                best_captioner = Captioner.load(bundle)
-                version = register(tracked, experiment, prepared, best_captioner, measured, promote, encoder)
-            return Result(tracked.run_id, best, measured.blind.per_token, version, bundle, samples)
+        tracked.log_artifact(settings)
+        if resume is not None:
+            tracked.set_tags(
+                {f"resumed.{name}": value for name, value in experiment.flat().items() if may_differ(name)}
+            )
+        yield OpenRun(plan, tracked, folder, device)
 
 
-def follow(experiment: Experiment, prepared: Prepared, ranks: Ranks) -> None:
-    """What each of several processes but the first does in a run: its share of the training."""
-    device = choose_device(experiment.training.device)
-    nothing = Checkpoints(Path(), experiment.training.keep)  # those of the first one count
-    captioner = _fresh(experiment, prepared)
-    epochs = list(_first(captioner, experiment, prepared, device, nothing, ranks))
-    if has_second_phase(experiment):
-        deque(_second(captioner, experiment, prepared, device, nothing, epochs, ranks), 0)
-    ranks.leave()
+def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Generator[Update, None, Result]:
+    """Train, track and register one captioner; yield every epoch when it is logged.
+
+    Thrown :class:`Pruned`, it ends the run in order, tagged ``pruned``. An interrupt ends it KILLED, with the best
+    captioner so far logged, not registered. Rank 0 calls this, the other ranks :func:`follow`.
+    """
+    experiment = plan.experiment
+    encoder = encoder_weights(experiment) if plan.registers else None
+    parameters = check_fits(experiment, plan.data)
+    check_disk_space(plan.folder, parameters, experiment.training)
+    with opened(plan, resume) as run:
+        run.tracked.log_params({"decoder_parameters": str(parameters)})
+        epochs: list[Epoch] = []
+        try:
+            for epoch in _phases(plan, run.device, run.folder, world):
+                epochs.append(epoch)
+                log.debug("%s", epoch)
+                _log_epoch(run.tracked, epoch)
+                yield Update(plan.label, epoch)
+            world.stop()
+            best = _best(epochs)
+            run.tracked.log_artifact(draw_losses(epochs, experiment.name, run.folder.path / "loss.png"))
+            bundle = _best_bundle(run.folder, experiment)
+            captioner = Captioner.load(bundle, run.device)
+            metrics = {"best_dev_loss": best.dev_loss, "best_epoch": float(best.number)}
+            evaluation, samples = conclude(plan.experiment, plan.data, run.tracked, captioner, metrics)
+        except Pruned:
+            run.tracked.set_tags({"pruned": "true"})
+            return Result(run.run_id, _best_bundle(run.folder, experiment), _best(epochs), is_pruned=True)
+        except (KeyboardInterrupt, GeneratorExit):
+            so_far = run.folder.best_so_far(experiment)
+            if plan.registers and so_far is not None:
+                log.info("interrupted: logging the best captioner so far, %s", so_far.name)
+                log_interrupted(run.tracked, Captioner.load(so_far), encoder)
+            raise
+        version = None
+        if plan.registers:
+            on_cpu = Captioner.load(bundle)
+            version = register(experiment, plan.data, run.tracked, on_cpu, evaluation, encoder, plan.promote)
+        return Result(
+            run.run_id, bundle, best, dev_loss=best.dev_loss, dev_loss_blind=evaluation.blind.per_token,
+            version=version, samples=samples,
+        )  # fmt: skip
 
 
-def _fresh(experiment: Experiment, prepared: Prepared) -> Captioner:
-    return Captioner.fresh(
-        experiment.model, prepared.vocabulary, prepared.encoder, experiment.decoding, experiment.seed
+def follow(plan: Plan, world: World) -> None:
+    """Train as a rank other than 0: compute shards of batches and dev loss, write nothing."""
+    device = choose_device(plan.experiment.training.device)
+    deque(_phases(plan, device, None, world), 0)
+    world.stop()
+
+
+def child(plan: Plan, earlier: EarlierRun | None = None) -> Generator[Update, None, Result]:
+    """Return the result of a run under another: finished earlier, gone on with, or trained now."""
+    await_store()
+    if earlier is None:
+        told = "trained now"
+    else:
+        told = f"{'gone on with' if earlier.bundle is None else 'found'}, run {earlier.run_id}"
+    if plan.label:
+        log.info("%s: %s", plan.label, told)
+    if earlier is None:
+        return (yield from train(plan))
+    if earlier.bundle is not None:
+        return Result(earlier.run_id, earlier.bundle)
+    return (yield from train(replace(plan, folder=earlier.folder), earlier.run_id))
+
+
+def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: World) -> Generator[Epoch, None, None]:
+    """Train with cross-entropy and, where the settings say so, self-critically; ``folder`` is None on other ranks."""
+    experiment, data = plan.experiment, plan.data
+    captioner = Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, experiment.seed)
+    config = experiment.training
+    training = Training(
+        captioner, data.batches("train", config), data.batches("dev", config), config, experiment.seed, device, world
     )
-
-
-def _first(
-    captioner: Captioner,
-    experiment: Experiment,
-    prepared: Prepared,
-    device: torch.device,
-    checkpoints: Checkpoints,
-    ranks: Ranks,
-) -> Generator[Epoch, None, None]:
-    return fit(
-        captioner,
-        prepared.batches("train", experiment.training),
-        prepared.batches("dev", experiment.training),
-        experiment.training,
-        seed=experiment.seed,
-        device=device,
-        dev_digest=prepared.splits["dev"].digest(),
-        checkpoints=checkpoints,
-        ranks=ranks,
-    )
-
-
-def _second(
-    captioner: Captioner,
-    experiment: Experiment,
-    prepared: Prepared,
-    device: torch.device,
-    checkpoints: Checkpoints,
-    before: Sequence[Epoch],
-    ranks: Ranks,
-) -> Generator[Epoch, None, None]:
-    return refine(
-        captioner,
-        (prepared.splits["train"], prepared.features["train"]),
-        (prepared.splits["dev"], prepared.features["dev"]),
-        prepared.batches("train", experiment.training),
-        prepared.batches("dev", experiment.training),
-        experiment.training,
-        before=tuple(before),
-        seed=experiment.seed,
-        device=device,
-        dev_digest=prepared.splits["dev"].digest(),
-        checkpoints=checkpoints,
-        ranks=ranks,
-    )
-
-
-def log_beginning(tracked: TrackedRun, experiment: Experiment, prepared: Prepared, device: str, settings: Path) -> None:
-    """Logs all that decides a run: settings, what it is trained or measured on, by which code and where."""
-    tracked.log_params(experiment.flat() | {"decoder_parameters": str(prepared.decoder_parameters)})
-    tracked.set_tags(tags_of(prepared) | {"device": device})
-    digests = {name: split.digest() for name, split in prepared.splits.items()}
-    lists = experiment.captions
-    tracked.log_inputs(
-        [
-            Input(f"{experiment.name}-train", "training", lists.list_of("train"), digests["train"]),
-            Input(f"{experiment.name}-dev", "validation", lists.list_of("dev"), digests["dev"]),
-        ]
-    )
-    tracked.log_artifact(settings)
-
-
-def _logged(phase: Iterator[Epoch], tracked: TrackedRun, epochs: list[Epoch]) -> Generator[Epoch, None, None]:
-    """The epochs of a phase, each logged and kept."""
-    for epoch in phase:
+    checkpoints = None if folder is None else folder.checkpoints(experiment)
+    if checkpoints is not None:
+        checkpoints.clear_parts()
+    epochs: list[Epoch] = []
+    for epoch in fit(training, CrossEntropy(training), checkpoints):
         epochs.append(epoch)
-        log.debug("%s", epoch)
-        _log_epoch(tracked, epoch)
         yield epoch
+    if not experiment.has_second_phase:
+        return
+    if folder is not None and checkpoints is not None:
+        best = checkpoints.best()
+        assert best is not None, f"{folder.path}: no epoch has improved"
+        training = replace(training, captioner=Captioner.load(best, device))
+        checkpoints = folder.second_phase(experiment, _best(epochs).number)
+        with writing(checkpoints.folder):
+            checkpoints.folder.mkdir(exist_ok=True)
+        checkpoints.clear_parts()
+    yield from fit(training, SelfCritical(training, len(epochs)), checkpoints, epochs)
+
+
+def _best(epochs: list[Epoch]) -> Epoch:
+    """Return the last improvement: by dev loss, or in the self-critical phase by dev CIDEr-D."""
+    return [epoch for epoch in epochs if epoch.improved][-1]
+
+
+def _best_bundle(folder: RunFolder, experiment: Experiment) -> Path:
+    bundle = folder.best_so_far(experiment)
+    assert bundle is not None, f"{folder.path}: no epoch has improved"
+    return bundle
 
 
 def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
@@ -242,18 +288,46 @@ def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
     tracked.log_metrics(metrics, step=epoch.number, timestamp=epoch.ended_at)
 
 
-def _best(epochs: list[Epoch]) -> Epoch:
-    """The last improvement: by dev loss, or in the self-critical phase by dev CIDEr."""
-    return [epoch for epoch in epochs if epoch.improved][-1]
+def _data_tags(data: Dataset) -> dict[str, str]:
+    """Return the tags that tell what a run is trained on, and by which code."""
+    return comparable_tags(data) | {
+        "git_commit": git_commit(),
+        "encoder": str(data.encoder),
+        "capexp_version": __version__,
+    }
 
 
-def _bundle(checkpoints: Checkpoints) -> Path:
-    bundle = checkpoints.best()
-    assert bundle is not None, f"{checkpoints.folder}: no epoch has improved"
-    return bundle
+def comparable_tags(data: Dataset) -> dict[str, str]:
+    """Return the tags that are equal of runs on the same data, words and encoder."""
+    return {
+        "data_digest": data.digest(),
+        "vocabulary_digest": data.vocabulary.digest(),
+        "encoder_key": data.encoder.key(),
+    }
 
 
-class _Discreet(logging.Formatter):
+def _require_same_data(run_id: str, data: Dataset) -> None:
+    """Refuse to resume a run on other data, words or encoder than it was started with."""
+    before, now = run_tags(run_id), comparable_tags(data)
+    for name in now:
+        if name in before and before[name] != now[name]:
+            raise InputError(
+                f"--resume {run_id}: {name} is {now[name][:12]}, the run was started with {before[name][:12]}; "
+                "photos, captions, lists or weights have changed: restore them, or start a new run"
+            )
+
+
+def _refuse_trained(folder: Path) -> None:
+    """Refuse to adopt a run by ``MLFLOW_RUN_ID`` that an earlier process has trained, or still trains."""
+    adopted = adopted_run()
+    if adopted is None:
+        return
+    run_status(adopted)  # refuses an unknown one
+    if (folder / adopted).exists():
+        raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
+
+
+class _WithoutSecrets(logging.Formatter):
     """Keeps the password of a tracking server out of what is logged: its errors quote the address."""
 
     def format(self, record: logging.LogRecord) -> str:
@@ -261,10 +335,10 @@ class _Discreet(logging.Formatter):
 
 
 @contextmanager
-def log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
-    """Copies the project's log to a file beside the checkpoints, and keeps it with the run however it ends."""
+def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
+    """Copy the project's log to a file in the run's folder, and log the file to the run however the block ends."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
-    handler.setFormatter(_Discreet("%(asctime)s %(levelname)s %(name)s: %(message)s"))
+    handler.setFormatter(_WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("capexp")
     root.addHandler(handler)
     try:

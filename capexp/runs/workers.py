@@ -9,30 +9,39 @@ import os
 import signal
 import threading
 import time
-from collections.abc import Generator, Iterator
+from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
-from pathlib import Path
+from typing import NoReturn
 
 import torch
 
-from capexp import cli
+from capexp.data.dataset import Dataset
 from capexp.errors import InputError
-from capexp.experiment import Experiment
-from capexp.preparation import comparable, prepare, read
-from capexp.runs.study import Trials
+from capexp.runs.folder import STUDIES
+from capexp.runs.study import Trials, comparable_settings
 from capexp.search.storage import find_storage
 from capexp.search.study import Study
+from capexp.settings import Experiment
 
-STUDIES = Path("studies")
 _LOOK_AGAIN = 1.0  # seconds
 _DEATHS_IN_A_ROW = 3  # workers that died while no trial ended: the next would too
 _LEAVE_WITHIN = 120.0  # seconds that an interrupted worker has for bringing its trial to an end
 
 Lines = Generator[str | None, None, None]
 """What is to be told of trials, a line each, and None where something may have moved."""
+
+
+@dataclass(frozen=True)
+class Program:
+    """How a process of the command runs: its signals, log and exit statuses."""
+
+    main: Callable[[Callable[[], int]], NoReturn]
+    """Runs a function as the command's process, and exits with what it returns."""
+    interrupted: int
+    """The exit status of an interrupted process."""
 
 
 @dataclass(frozen=True)
@@ -65,11 +74,11 @@ def work(task: Task, trials: Trials) -> Lines:
         if line is None:  # others are at the last ones, and might fail
             time.sleep(_LOOK_AGAIN)
         else:
-            trials.tidy()
+            trials.delete_ended()
         yield line
 
 
-def work_together(task: Task, count: int) -> Lines:
+def work_together(task: Task, count: int, program: Program) -> Lines:
     """Has ``count`` processes work on the study, threads divided among them; one that is killed is replaced.
 
     Closed, it interrupts them and waits until they have brought their trials to an end.
@@ -82,7 +91,7 @@ def work_together(task: Task, count: int) -> Lines:
     threads = max(1, torch.get_num_threads() // count)
     try:
         for _ in range(count):
-            crew.update([_start(task, threads)])
+            crew.update([_start(task, threads, program)])
         while crew:
             wait([*crew.values(), *(process.sentinel for process in crew)], timeout=_LOOK_AGAIN)
             for process, connection in list(crew.items()):
@@ -102,8 +111,8 @@ def work_together(task: Task, count: int) -> Lines:
                                 "is there memory for so many? give a lower --workers"
                             )
                         yield f"a worker was killed ({name}): its trial is run again, and another one takes its place"
-                        crew.update([_start(task, threads)])
-                    elif process.exitcode not in (0, cli.INTERRUPTED):
+                        crew.update([_start(task, threads, program)])
+                    elif process.exitcode not in (0, program.interrupted):
                         raise SystemExit(process.exitcode)  # it has told why
             yield None
     finally:
@@ -131,11 +140,11 @@ def _said(connection: Connection) -> Iterator[str | None]:
         return
 
 
-def _start(task: Task, threads: int) -> tuple[BaseProcess, Connection]:
+def _start(task: Task, threads: int, program: Program) -> tuple[BaseProcess, Connection]:
     """A worker's process, and the pipe by which it tells."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(task, threads, there))
+    process = context.Process(target=_serve, args=(task, threads, there, program))
     with _spawning(threads):
         process.start()
     there.close()
@@ -158,26 +167,26 @@ def _spawning(threads: int) -> Iterator[None]:
         signal.signal(signal.SIGINT, handler)
 
 
-def _serve(task: Task, threads: int, connection: Connection) -> None:
+def _serve(task: Task, threads: int, connection: Connection, program: Program) -> None:
     """The process of a worker."""
 
     def tell() -> int:
         threading.Thread(target=_follow_parent, daemon=True).start()
         torch.set_num_threads(threads)
         try:
-            data = read(task.experiment)
-            study = task.open(comparable(task.experiment, data))
-            trials = Trials(task.experiment, prepare(task.experiment, data), study, STUDIES / task.study)
+            data = Dataset.read(task.experiment)
+            study = task.open(comparable_settings(task.experiment, data))
+            trials = Trials(task.experiment, data.with_features(task.experiment), study, task.study)
             with closing(work(task, trials)) as lines:
                 for line in lines:
                     connection.send(line)
         except KeyboardInterrupt:
-            return cli.INTERRUPTED
+            return program.interrupted
         except InputError as error:
             connection.send(error)
         return 0
 
-    cli.main("tune", tell)
+    program.main(tell)
 
 
 def _follow_parent() -> None:

@@ -16,10 +16,10 @@ import numpy as np
 import torch
 
 from capexp.errors import InputError, Outage
-from capexp.search.space import TuneConfig
 from capexp.search.storage import Storage
-from capexp.search.trial import Attempt, Progress, Pruned, Trial, shown_values
-from capexp.training.epoch import Epoch
+from capexp.search.trial import FinishedTrial, PendingTrial, Pruned, StudyProgress, shown_values
+from capexp.settings import Choices, Space, TuneConfig, Value
+from capexp.training.loop import Update
 
 log = logging.getLogger(__name__)
 
@@ -37,9 +37,9 @@ _EARLIER = "earlier"  # the numbers under which it was run before
 _VANISHED = "vanished"  # how many of these vanished with their workers
 
 
-Objective = Callable[[Attempt], Generator[Epoch, None, Any]]
-"""Runs a trial and yields its epochs; thrown ``Pruned``, it ends in order. What it returns has a ``run_id``, and
-``dev_loss_blind``, which is None where it was pruned."""
+TrainTrial = Callable[[PendingTrial], Generator[Update, None, Any]]
+"""Trains a trial and yields its epochs; thrown ``Pruned``, it ends in order. Its result has ``run_id`` and
+``is_pruned``."""
 
 
 class Study:
@@ -105,7 +105,7 @@ class Study:
                 stack.enter_context(self._storage.alone())
             yield
 
-    def progress(self) -> Progress:
+    def progress(self) -> StudyProgress:
         """How far it is."""
         trials = self._trials()
         running, ended = trials["RUNNING"], trials["COMPLETE"] + trials["PRUNED"]
@@ -117,7 +117,7 @@ class Study:
             to_begin = max(0, self._config.trials - len(ended) - len(running))
             work = to_begin * mean + sum(max(0.0, mean - age) for age in ages)
             left = work / max(1, len(running))
-        return Progress(
+        return StudyProgress(
             self._config.trials,
             len(trials["COMPLETE"]),
             len(trials["PRUNED"]),
@@ -132,13 +132,13 @@ class Study:
         trials = self._trials()
         return len(trials["COMPLETE"]) + len(trials["PRUNED"]) >= self._config.trials
 
-    def best(self) -> Trial | None:
+    def best(self) -> FinishedTrial | None:
         """The finished trial of the lowest dev loss."""
         done = self._trials()["COMPLETE"]
         if not done:
             return None
         best = min(done, key=lambda trial: (trial.value, trial.number))
-        return Trial(best.number, best.user_attrs[_RUN], best.value, dict(best.params))
+        return FinishedTrial(best.number, best.user_attrs[_RUN], best.value, dict(best.params))
 
     def at_work(self) -> set[int]:
         """The numbers of the running trials, and those that they were run under before."""
@@ -150,7 +150,7 @@ class Study:
         trials = self._trials()
         return {trial.user_attrs[_RUN] for trial in trials["COMPLETE"] + trials["PRUNED"]}
 
-    def run_trial(self, objective: Objective) -> Generator[None, None, str | None]:
+    def run_trial(self, train: TrainTrial) -> Generator[None, None, str | None]:
         """Runs one trial; yields after each epoch, and returns what came of it in a line.
 
         Returns None where no trial is to be begun now: enough are done, or will be if those at work end well. A
@@ -170,21 +170,21 @@ class Study:
                 return None
             trial, attempt = begun
             losses: list[float] = []
-            epochs = objective(attempt)
+            updates = train(attempt)
             state, note = TrialState.FAIL, ""
             attributes: dict[str, object] = {}
             try:
                 while True:
-                    epoch = next(epochs)
+                    epoch = next(updates).epoch
                     losses.append(epoch.dev_loss)
                     with self._storage.faults():
                         trial.report(epoch.dev_loss, epoch.number)
                         prune = trial.should_prune()
                     if prune:
-                        epochs.throw(Pruned())
+                        updates.throw(Pruned())
                     yield
             except StopIteration as stop:
-                pruned = stop.value.dev_loss_blind is None
+                pruned = stop.value.is_pruned
                 state = TrialState.PRUNED if pruned else TrialState.COMPLETE
                 note = f"{'pruned, ' if pruned else ''}dev loss {min(losses):.4f}"
                 attributes = {_RUN: stop.value.run_id}
@@ -200,7 +200,7 @@ class Study:
                 attributes = {_STOPPED: True}
                 raise
             finally:
-                epochs.close()
+                updates.close()
                 value = min(losses) if state == TrialState.COMPLETE else None
                 taken = self._end(trial, value, state, attributes)
             if taken:
@@ -218,7 +218,7 @@ class Study:
             warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
             self._study.set_metric_names(["dev loss"])
 
-    def _begin(self, life: ExitStack) -> tuple[Any, Attempt] | None:
+    def _begin(self, life: ExitStack) -> tuple[Any, PendingTrial] | None:
         """Draws the next trial, whose signs of life end with ``life``; None where none is wanted now."""
         from optuna.trial import TrialState
 
@@ -236,8 +236,8 @@ class Study:
             trial = self._study.ask()
             life.enter_context(self._storage.alive(trial.number))
             trial.set_user_attr(_BEGUN, True)
-            values = {name: space.draw(trial, name) for name, space in self._config.search.items()}
-            return trial, Attempt(trial.number, values, tuple(trial.user_attrs.get(_EARLIER, ())))
+            values = {name: _draw(trial, name, space) for name, space in self._config.search.items()}
+            return trial, PendingTrial(trial.number, values, tuple(trial.user_attrs.get(_EARLIER, ())))
 
     def _queue_again(self) -> None:
         """Queues the values of trials that were broken off; whoever is killed here leaves it to the next."""
@@ -286,6 +286,18 @@ class Study:
             for trial in self._study.get_trials(deepcopy=False):
                 found[trial.state.name].append(trial)
         return found
+
+
+def _draw(trial: Any, name: str, space: Space) -> Value:
+    """Have Optuna draw a value for a trial."""
+    drawn: Value
+    if isinstance(space, Choices):
+        drawn = trial.suggest_categorical(name, list(space.choices))
+    elif space.is_whole:
+        drawn = trial.suggest_int(name, space.low, space.high, log=space.log, step=int(space.step or 1))
+    else:
+        drawn = trial.suggest_float(name, space.low, space.high, log=space.log, step=space.step)
+    return drawn
 
 
 def refuse_other(storage: Storage, name: str, comparable: dict[str, str]) -> None:

@@ -3,7 +3,7 @@
 from collections.abc import Mapping
 from dataclasses import dataclass
 
-from capexp.search.space import Value
+from capexp.settings import Value
 
 
 class Pruned(Exception):
@@ -11,7 +11,7 @@ class Pruned(Exception):
 
 
 @dataclass(frozen=True)
-class Attempt:
+class PendingTrial:
     """A trial to be run."""
 
     number: int
@@ -21,7 +21,7 @@ class Attempt:
 
 
 @dataclass(frozen=True)
-class Trial:
+class FinishedTrial:
     """A finished trial."""
 
     number: int
@@ -31,7 +31,7 @@ class Trial:
 
 
 @dataclass(frozen=True)
-class Progress:
+class StudyProgress:
     """How far a study is, over all its workers."""
 
     wanted: int
@@ -39,7 +39,7 @@ class Progress:
     pruned: int
     failed: int
     running: int
-    best: Trial | None
+    best: FinishedTrial | None
     seconds_left: float | None
     """None as long as no trial has ended."""
 

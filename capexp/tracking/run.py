@@ -5,7 +5,7 @@ import os
 import subprocess
 import time
 from collections.abc import Callable, Iterator, Mapping, Sequence, Set
-from contextlib import contextmanager, suppress
+from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any, TypeVar
@@ -19,9 +19,8 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
 from capexp.errors import InputError, Outage, Unsent, shown_uri
-from capexp.tracking.journal import JOURNAL, Entry, Journal
+from capexp.tracking.outbox import ARTIFACT, INPUT, JOURNAL, METRICS, PARAMS, TAGS, Entry, Journal, Outbox
 from capexp.tracking.sampler import Sampler
-from capexp.tracking.sender import ARTIFACT, INPUT, METRICS, PARAMS, TAGS, Sender
 from capexp.tracking.store import (
     artifact_faults,
     discreet,
@@ -79,30 +78,30 @@ class TrackedRun:
         self.run_id = run_id
         self.folder = folder
         self._journal = Journal(folder / JOURNAL)
-        self._sender = Sender(run_id, folder, self._journal, in_background)
+        self._outbox = Outbox(run_id, folder, self._journal, in_background)
 
     def log_params(self, params: Mapping[str, str]) -> None:
         """Logs the params that the run does not hold yet."""
-        self._sender.log(PARAMS, {name: value[:_PARAM_LENGTH] for name, value in params.items()})
+        self._outbox.log(PARAMS, {name: value[:_PARAM_LENGTH] for name, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
         """Logs values of one step; ``timestamp`` in milliseconds since 1970."""
-        self._sender.log(METRICS, [[name, float(value), timestamp, step] for name, value in metrics.items()])
+        self._outbox.log(METRICS, [[name, float(value), timestamp, step] for name, value in metrics.items()])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Sets tags, over those of the same name."""
-        self._sender.log(TAGS, dict(tags))
+        self._outbox.log(TAGS, dict(tags))
 
     def log_inputs(self, inputs: list[Input]) -> None:
         """Logs the splits as data sets."""
         for item in inputs:
             source = LocalArtifactDatasetSource(str(item.path.absolute()))
             dataset = MetaDataset(source, name=item.name, digest=item.digest[:36])
-            self._sender.log(INPUT, {"context": item.context, "dataset": dataset.to_dict()})
+            self._outbox.log(INPUT, {"context": item.context, "dataset": dataset.to_dict()})
 
     def log_artifact(self, path: Path) -> None:
         """Copies a file of the run's folder to the run's artifacts, as it is when its turn comes."""
-        self._sender.log(ARTIFACT, str(path.resolve().relative_to(self.folder.resolve())))
+        self._outbox.log(ARTIFACT, str(path.resolve().relative_to(self.folder.resolve())))
 
     def claim(self, content: dict[str, Any], action: Callable[[], T], patience: float = PATIENCE) -> T:
         """Does what is more than logging, once all before it is sent; the journal keeps ``content`` until it is done.
@@ -128,12 +127,12 @@ class TrackedRun:
         done = None
         if claims:
             done = self._deliver(claims[-1], lambda: action(claims[-1].content), PATIENCE)
-        fault = self._sender.drain(PATIENCE)
+        fault = self._outbox.drain(PATIENCE)
         if fault is not None:
             raise Unsent(self.run_id, fault_of(fault))
         if ends:
             self._deliver(ends[-1], lambda: self._terminate(ends[-1].content), PATIENCE)
-        self._sender.close()
+        self._outbox.close()
         return len(waiting), done, state
 
     def _left_as(self) -> str | None:
@@ -158,7 +157,7 @@ class TrackedRun:
             entry = self._journal.write(ENDED, content)
             self._deliver(entry, lambda: self._terminate(content), patience)
         finally:
-            self._sender.close()
+            self._outbox.close()
 
     def _terminate(self, content: Mapping[str, Any]) -> None:
         client = MlflowClient()
@@ -168,7 +167,7 @@ class TrackedRun:
         client.set_terminated(self.run_id, content["status"], content["ended_at"])
 
     def _deliver(self, entry: Entry, action: Callable[[], T], patience: float) -> T:
-        fault = self._sender.drain(patience)
+        fault = self._outbox.drain(patience)
         end, pause = time.monotonic() + (patience if fault is None else 0), 1.0
         while fault is None or time.monotonic() < end:
             try:
@@ -254,12 +253,12 @@ def fetch_artifacts(run_id: str, name: str) -> Path | None:
 
 def nested_runs(parent: str, condition: str | None = None) -> list[Run]:
     """The runs under a parent that fulfil a condition, the newest first."""
-    client = MlflowClient()
     run = _find(parent)
     if run is None:
         return []
     under = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
-    return list(client.search_runs([run.info.experiment_id], under, max_results=1000))
+    with store_faults():
+        return list(MlflowClient().search_runs([run.info.experiment_id], under, max_results=1000))
 
 
 def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun]:
@@ -297,11 +296,15 @@ def tracked_run(
     experiment: str,
     folder: Path,
     *,
+    lock: Callable[[str], AbstractContextManager[None]],
     resume: str | None = None,
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[TrackedRun]:
-    """Starts a run, or goes on with one, and ends it in the state that fits how the block was left.
+    """Start a run, or go on with one, and end it in the state that fits how the block was left.
+
+    ``lock`` keeps other processes from the run by its id: it is taken before MLflow is told of a run that exists, and
+    directly after MLflow has made a new one, before anything else is written.
 
     Its journal is in ``folder``, under the run's id. With ``parent`` it is nested, in the parent's experiment. It has
     its tags from the beginning. Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED,
@@ -310,6 +313,52 @@ def tracked_run(
     Raises:
         Unsent: the block was left in order, but a server has not taken all that was logged.
     """
+    known = resume or (adopted_run() if parent is None else None)
+    with ExitStack() as stack:
+        if known is not None:
+            stack.enter_context(lock(known))
+        run_id = _start(name, experiment, resume, parent, tags or {})
+        status, patience = RunStatus.to_string(RunStatus.FAILED), SHORT_PATIENCE
+        try:
+            if known is None:
+                stack.enter_context(lock(run_id))
+            with no_retries():
+                tracked = TrackedRun(run_id, folder / run_id, in_background=not is_local())
+                tracked.forget_end()
+                sampler = Sampler(run_id, resume is not None, tracked.log_metrics)
+                sampler.start()
+                left_by: BaseException | None = None
+                try:
+                    yield tracked
+                    status, patience = RunStatus.to_string(RunStatus.FINISHED), PATIENCE
+                except (KeyboardInterrupt, GeneratorExit) as interrupt:
+                    left_by = interrupt
+                    status = RunStatus.to_string(RunStatus.KILLED)
+                    tracked.set_tags({"stopped": "interrupt"})
+                    raise
+                except Exception as error:
+                    left_by = error
+                    if isinstance(error, Unsent) and error.run_id == run_id:
+                        status = RunStatus.to_string(RunStatus.FINISHED)
+                    else:
+                        tracked.set_tags({"error": discreet(f"{type(error).__name__}: {error}")[:500]})
+                    raise
+                finally:
+                    sampler.finish()
+                    try:
+                        tracked.end(status, patience)
+                    except Unsent as unsent:
+                        if left_by is None:
+                            raise
+                        if not isinstance(left_by, Unsent):
+                            log.warning("%s", unsent)
+        finally:
+            with suppress(MlflowException, SQLAlchemyError), no_retries():
+                mlflow.end_run(status)  # it has ended; this takes it off the list of this process's active runs
+
+
+def _start(name: str, experiment: str, resume: str | None, parent: str | None, tags: Mapping[str, str]) -> str:
+    """Have MLflow make a run, or go on with one; return its id."""
     client = MlflowClient()
     with store_faults(), local_write():
         if adopted_run() is None and resume is None and parent is None:
@@ -320,49 +369,14 @@ def tracked_run(
             run_name=name,
             nested=parent is not None,
             parent_run_id=parent,
-            tags=dict(tags or {}),
+            tags=dict(tags),
             log_system_metrics=False,  # ours go through the journal
         )
         # The web page opens on what fits the training of models, instead of asking.
         client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
         for stale in {"stopped", "error"} & run.data.tags.keys():
             client.delete_tag(run.info.run_id, stale)
-    run_id = str(run.info.run_id)
-    status, patience = RunStatus.to_string(RunStatus.FAILED), SHORT_PATIENCE
-    try:
-        with no_retries():
-            tracked = TrackedRun(run_id, folder / run_id, in_background=not is_local())
-            tracked.forget_end()
-            sampler = Sampler(run_id, resume is not None, tracked.log_metrics)
-            sampler.start()
-            left_by: BaseException | None = None
-            try:
-                yield tracked
-                status, patience = RunStatus.to_string(RunStatus.FINISHED), PATIENCE
-            except (KeyboardInterrupt, GeneratorExit) as interrupt:
-                left_by = interrupt
-                status = RunStatus.to_string(RunStatus.KILLED)
-                tracked.set_tags({"stopped": "interrupt"})
-                raise
-            except Exception as error:
-                left_by = error
-                if isinstance(error, Unsent) and error.run_id == run_id:
-                    status = RunStatus.to_string(RunStatus.FINISHED)
-                else:
-                    tracked.set_tags({"error": discreet(f"{type(error).__name__}: {error}")[:500]})
-                raise
-            finally:
-                sampler.finish()
-                try:
-                    tracked.end(status, patience)
-                except Unsent as unsent:
-                    if left_by is None:
-                        raise
-                    if not isinstance(left_by, Unsent):
-                        log.warning("%s", unsent)
-    finally:
-        with suppress(MlflowException, SQLAlchemyError), no_retries():
-            mlflow.end_run(status)  # it has ended; this takes it off the list of this process's active runs
+    return str(run.info.run_id)
 
 
 def git_commit() -> str:

@@ -16,9 +16,10 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from pydantic import ValidationError
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoding import DecodingConfig, refuse_wide
+from capexp.captioning.decoding import refuse_wide
 from capexp.data.photos import MAXIMUM_UPLOAD
 from capexp.errors import InputError
+from capexp.settings import DecodingConfig
 
 # What one request may ask for; MLflow itself takes a body of any size.
 MAXIMUM_PHOTOS = 64

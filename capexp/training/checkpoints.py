@@ -17,6 +17,7 @@ from capexp.captioning.bundle import verify_bundle
 from capexp.captioning.captioner import Captioner
 from capexp.errors import InputError
 from capexp.files import sync, writing
+from capexp.settings import TrainingConfig
 
 log = logging.getLogger(__name__)
 
@@ -25,7 +26,7 @@ _NAME = re.compile(r"ep(\d{3,})-train[\d.]+-dev[\d.]+")
 
 
 @dataclass(frozen=True)
-class Progress:
+class EpochProgress:
     """How far an epoch is."""
 
     steps: int = 0
@@ -44,13 +45,13 @@ class TrainingState:
     """The epochs done, as plain values."""
     average: dict[str, Any] | None = None
     """The mean of the decoder's weights over the steps, where training keeps one."""
-    progress: Progress = Progress()
+    progress: EpochProgress = EpochProgress()
     """Of the epoch after those done."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "TrainingState":
         """The state that ``dataclasses.asdict`` gave this record of; earlier versions kept no progress."""
-        return cls(**record | {"progress": Progress(**record.get("progress", {}))})
+        return cls(**record | {"progress": EpochProgress(**record.get("progress", {}))})
 
     @property
     def epochs(self) -> int:
@@ -86,9 +87,9 @@ class Checkpoints:
 
     def save_captioner(self, captioner: Captioner) -> Path:
         """Saves an improvement under the name that tells its epoch and losses, in nats per token."""
-        training = captioner.training
-        assert training is not None
-        name = f"ep{training.epoch:03d}-train{training.train_loss:.3f}-dev{training.dev_loss:.3f}"
+        record = captioner.record
+        assert record is not None
+        name = f"ep{record.epoch:03d}-train{record.train_loss:.3f}-dev{record.dev_loss:.3f}"
         return captioner.save(self.folder / name)
 
     def save_state(self, state: TrainingState) -> None:
@@ -185,19 +186,16 @@ class Checkpoints:
         )
 
 
-def refuse_cramped(folder: Path, parameters: int, keep: int, phases: int = 1) -> None:
-    """Makes the folder of all runs, and refuses a disk that a run of so many parameters and phases would fill.
-
-    Raises:
-        InputError: too little room, or the folder cannot be written.
-    """
+def check_disk_space(folder: Path, parameters: int, config: TrainingConfig) -> None:
+    """Make the folder of all runs, and refuse a disk that a run of a decoder of so many parameters would fill."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
     # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean
     # of the weights, two kept and the next.
-    need = 4 * parameters * (keep + 3 + 3 * 4) * phases + 2**20
+    phases = 1 + (config.self_critical.epochs > 0)
+    need = 4 * parameters * (config.keep + 3 + 3 * 4) * phases + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(

@@ -22,12 +22,12 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder, State
-from capexp.captioning.decoding import DecodingConfig
+from capexp.captioning.decoder import Decoder, RecurrentDecoder, State
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vocabulary import EOS, Vocabulary
+from capexp.distributed import choose_device
+from capexp.settings import DecodingConfig, ModelConfig
 from capexp.tracking.models import find_bundle
-from capexp.training.config import choose_device
 
 WORDS = 2536  # of Flickr8k with minimum count 5
 MEAN, DEVIATION = 10.8, 3.8  # words of a Flickr8k caption
@@ -133,8 +133,7 @@ def contestants(captioner: Captioner, photos: int, one_by_one: int, width: int) 
 
 def units(captioner: Captioner) -> int:
     """How wide the output before the vocabulary layer is."""
-    assert isinstance(captioner.model, ModelConfig)
-    return captioner.model.lstm_units
+    return captioner.models[0].lstm_units
 
 
 def same_captions(captioner: Captioner, photos: int, width: int) -> float:
@@ -160,8 +159,8 @@ def main() -> None:
         captioners = {"merge": made_up("merge"), "attention": made_up("attention")}
     else:
         captioner = Captioner.load(find_bundle(arguments.model))
-        assert isinstance(captioner.model, ModelConfig), "an ensemble"
-        captioners = {captioner.model.decoder: captioner}
+        assert len(captioner.models) == 1, "an ensemble"
+        captioners = {captioner.models[0].decoder: captioner}
     width = arguments.beam_width
     settings = {name: getattr(arguments, name) for name in ("model", "photos", "one_by_one", "beam_width")}
     record = bench.Record("decoding", "captions", device, settings)

@@ -43,9 +43,10 @@ if TYPE_CHECKING or __name__ != "__mp_main__":  # the processes that decode impo
     from capexp.data.extraction import _batch_by_batch
     from capexp.data.photos import find_photos
     from capexp.data.pixels import decode_by_processes, decode_by_threads, decoding_processes
-    from capexp.data.vgg16 import SIZE, FeaturesConfig, Precision, load_encoder
+    from capexp.data.vgg16 import load_encoder
     from capexp.data.vgg16_weights import NETS
-    from capexp.training.config import choose_device
+    from capexp.distributed import choose_device
+    from capexp.settings import PHOTO_SIZE, FeaturesConfig, Precision
 
 GFLOP: Final = 30.693  # a photo's in the convolutions to conv5_3, a multiplication and an addition being two
 LAYER: Final = (8, 256, 56)  # photos, channels and side of the map of conv3_2
@@ -92,7 +93,8 @@ def extract(photos: list[Path], weights: Path, precision: Precision, device: tor
     import tempfile
 
     from capexp.data.cache import FeatureCache, cache_features
-    from capexp.data.vgg16 import FeaturesConfig, load_encoder
+    from capexp.data.vgg16 import load_encoder
+    from capexp.settings import FeaturesConfig
 
     config = FeaturesConfig(layer="conv5_3", weights=str(weights), precision=precision)
     encoder = load_encoder(config).prepare(device, precision)
@@ -126,7 +128,7 @@ def measure(
     speeds = {dtype: flops((side, side), (side, side), dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     best = max(speeds, key=lambda dtype: speeds[dtype])
     kilobytes = sum(photo.stat().st_size for photo in photos) / len(photos) / 1000
-    processes = decoding_processes(len(photos), SIZE) if device.type == "cuda" else 0
+    processes = decoding_processes(len(photos), PHOTO_SIZE) if device.type == "cuda" else 0
     settings = {"photos": len(photos), "kilobytes": round(kilobytes), "pixels": Image.open(photos[0]).size}
     settings |= {"precision": str(best).removeprefix("torch."), "batch_size": batch_size, "processes": processes}
     record = Record("extraction", "photos", device, settings)
@@ -149,13 +151,15 @@ def measure(
     def one_by_one() -> int:
         for photo in few:
             with Image.open(photo) as image:
-                pixels = np.asarray(image.convert("RGB").resize((SIZE, SIZE), Image.Resampling.BILINEAR))
+                pixels = np.asarray(image.convert("RGB").resize((PHOTO_SIZE, PHOTO_SIZE), Image.Resampling.BILINEAR))
             grid = net((torch.tensor(pixels).permute(2, 0, 1) - mean)[None].to(device))
             grid.half().cpu().numpy()
         return len(few)
 
     def decoding() -> int:
-        decoded = decode_by_processes(photos, SIZE, processes) if processes else decode_by_threads(photos, SIZE)
+        decoded = (
+            decode_by_processes(photos, PHOTO_SIZE, processes) if processes else decode_by_threads(photos, PHOTO_SIZE)
+        )
         return sum(1 for _ in decoded)
 
     left, right = (torch.randn(side, side, device=device, dtype=best) for _ in range(2))
@@ -184,7 +188,7 @@ def measure(
     }
     if device.type == "cuda":
         encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=str(weights))).prepare(device, "auto")
-        pixels = np.random.default_rng(0).integers(0, 256, (SIZE, SIZE, 3), dtype=np.uint8)
+        pixels = np.random.default_rng(0).integers(0, 256, (PHOTO_SIZE, PHOTO_SIZE, 3), dtype=np.uint8)
         photo_after_photo = partial(repeat, pixels, min(len(photos), 8192))
         contestants["network"] = lambda: sum(map(len, _batch_by_batch(photo_after_photo(), encoder, batch_size)))
         contestants["ours, a quarter of the photos"] = ours("auto", len(photos) // 4)

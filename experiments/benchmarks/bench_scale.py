@@ -26,16 +26,16 @@ import numpy as np
 import torch
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
-from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.cache import FeatureCache
 from capexp.data.captions import Split
 from capexp.data.vgg16 import EncoderIdentity
-from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
-from capexp.training.config import TrainingConfig
-from capexp.training.epoch import train_epoch
+from capexp.data.vocabulary import build_vocabulary
+from capexp.distributed import ALONE, World
+from capexp.settings import DecodingConfig, ModelConfig, TrainingConfig, VocabularyConfig
+from capexp.training.loop import Training
 from capexp.training.steps import PackedSteps
+from capexp.training.teacher_forcing import CrossEntropy
 
 IDENTITY = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
 WORDS, LENGTH, UNITS, BATCH = 500, 9, 32, 256
@@ -76,9 +76,9 @@ class Some(CaptionBatches):
 
     most = 0
 
-    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, world: World = ALONE, done: int = 0) -> Iterator[Batch]:
         """So many at most."""
-        return islice(super().epoch(seed, number, rank, ranks, done), self.most)
+        return islice(super().epoch(seed, number, world, done), self.most)
 
 
 def resident() -> dict[str, float]:
@@ -98,9 +98,8 @@ def work(folder: str, photos: int, steps: int) -> None:
     batches.most = steps
     config, device = TrainingConfig(precision="float32"), torch.device("cpu")
     small = ModelConfig(embedding_size=UNITS, lstm_units=UNITS)
-    decoder = Captioner.fresh(small, vocabulary, IDENTITY, DecodingConfig(), seed=1).decoder
-    assert isinstance(decoder, RecurrentDecoder)
-    taken = PackedSteps(decoder, batches, config, device)
+    captioner = Captioner.fresh(small, vocabulary, IDENTITY, DecodingConfig(), seed=1)
+    objective = CrossEntropy(Training(captioner, batches, batches, config, 1, device), PackedSteps)
     before, seen, ended = resident(), [], threading.Event()
 
     def look() -> None:
@@ -109,7 +108,7 @@ def work(folder: str, photos: int, steps: int) -> None:
 
     watch = threading.Thread(target=look)
     watch.start()
-    train_epoch(taken, decoder, 1, 1)
+    objective.train_epoch(1)
     ended.set()
     watch.join()
     most = {name: max(one[name] for one in seen) for name in before}

@@ -17,8 +17,8 @@ sys.path.insert(0, str(Path(__file__).parents[2]))
 import bench
 import torch
 
-from capexp import experiment as experiments
-from capexp.training.config import choose_device
+from capexp.distributed import choose_device
+from capexp.experiment import find_experiment, load_experiment, to_toml
 
 ROOT = Path(__file__).parents[2]
 SECONDS_A_MINUTE = 60
@@ -38,7 +38,7 @@ class Commands:
             "tune.search": {"model.dropout": {"low": 0.2, "high": 0.3}},  # of no cost
         }
         self.settings = folder / "search.toml"
-        self.settings.write_text(experiments.load(experiments.find("scenes"), overrides).to_toml(), encoding="utf-8")
+        self.settings.write_text(to_toml(load_experiment(find_experiment("scenes"), overrides)), encoding="utf-8")
         self.environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
 
     def search(self, workers: int) -> float:

@@ -33,16 +33,16 @@ import torch
 from torch import Tensor, nn
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
-from capexp.captioning.decoding import DecodingConfig
 from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
-from capexp.training.config import TrainingConfig, choose_device
-from capexp.training.epoch import train_epoch
-from capexp.training.steps import PackedSteps, steps_of
+from capexp.distributed import ALONE, World, choose_device
+from capexp.settings import DecodingConfig, ModelConfig, TrainingConfig
+from capexp.training.loop import Training
+from capexp.training.steps import PackedSteps, choose_steps
+from capexp.training.teacher_forcing import CrossEntropy
 
 ENTRIES, FEATURES, UNITS, LONGEST = 7579, 4096, 256, 34  # of the tutorial, on Flickr8k
 CAPTIONS, MEAN_LENGTH, BATCH = 5, 9.2, 64  # of a photo; words of a caption; captions of a batch
@@ -85,16 +85,12 @@ class Task:
     def ours(self, precision: Precision, captured: bool = True) -> Callable[[], float]:
         """An epoch of the project's own loop, on a GPU from captured steps or one operation after another."""
         config = TrainingConfig(precision=precision)
-        decoder = self.captioner().decoder.to(self.device)
-        assert isinstance(decoder, RecurrentDecoder)
-        if captured:
-            steps = steps_of(decoder, self.batches, config, self.device)
-        else:
-            steps = PackedSteps(decoder, self.batches, config, self.device)
+        training = Training(self.captioner(), self.batches, self.batches, config, 1, self.device)
+        objective = CrossEntropy(training, choose_steps if captured else PackedSteps)
 
         def epoch() -> float:
             self._epoch += 1
-            return train_epoch(steps, decoder, 1, self._epoch).targets
+            return objective.train_epoch(self._epoch).loss.targets
 
         return epoch
 
@@ -238,9 +234,9 @@ def multiplications(entries: int, targets_a_caption: float) -> float:
 class First(CaptionBatches):
     """Batches of which an epoch has the first few only."""
 
-    def epoch(self, seed: int, number: int, rank: int = 0, ranks: int = 1, done: int = 0) -> Iterator[Batch]:
+    def epoch(self, seed: int, number: int, world: World = ALONE, done: int = 0) -> Iterator[Batch]:
         """The first of an epoch."""
-        return islice(super().epoch(seed, number, rank, ranks, done), 50)
+        return islice(super().epoch(seed, number, world, done), 50)
 
 
 def peak_of(photos: int) -> None:

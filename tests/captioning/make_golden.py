@@ -14,9 +14,9 @@ from pathlib import Path
 import numpy as np
 from safetensors.numpy import save_file
 
-from capexp import experiment as experiments
 from capexp.captioning.captioner import Captioner
-from capexp.preparation import prepare
+from capexp.data.dataset import Dataset
+from capexp.experiment import find_experiment, load_experiment
 
 PHOTOS = 12
 
@@ -30,8 +30,9 @@ def make(source: Path) -> Path:
     golden.mkdir()
     shutil.copytree(source, golden / "bundle")
     captioner = Captioner.load(golden / "bundle")
-    prepared = prepare(experiments.load(experiments.find("scenes"), {}))
-    features = prepared.features["dev"].gather(np.arange(PHOTOS))
+    experiment = load_experiment(find_experiment("scenes"), {})
+    data = Dataset.read(experiment).with_features(experiment)
+    features = data.features["dev"].gather(np.arange(PHOTOS))
     save_file({"features": features}, golden / "features.safetensors")
     said = [[caption.text, caption.log_probability] for caption in captioner.caption_features(features)]
     (golden / "captions.json").write_text(json.dumps(said, indent=1) + "\n", encoding="utf-8")

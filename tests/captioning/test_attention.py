@@ -4,8 +4,8 @@ import pytest
 import torch
 
 from capexp.captioning.attention import AttentionDecoder
-from capexp.captioning.decoder import ModelConfig
 from capexp.data.vocabulary import BOS, PAD
+from capexp.settings import ModelConfig
 
 V, P, F = 30, 6, 7
 

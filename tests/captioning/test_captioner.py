@@ -15,13 +15,12 @@ from safetensors.numpy import load_file
 
 from capexp.captioning.bundle import FORMAT_VERSIONS, TrainingRecord
 from capexp.captioning.captioner import Caption, Captioner
-from capexp.captioning.decoder import ModelConfig
-from capexp.captioning.decoding import DecodingConfig
 from capexp.data.photos import read_photo, squash
-from capexp.data.vgg16 import EncoderIdentity, FeaturesConfig, identify, load_encoder
+from capexp.data.vgg16 import EncoderIdentity, identify, load_encoder
 from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
 from capexp.errors import InputError
+from capexp.settings import DecodingConfig, FeaturesConfig, ModelConfig
 
 DIGEST = NETS["IMAGENET1K_FEATURES"].digests["conv5_3"]
 WORDS = Vocabulary(("a", "dog", "runs", "café", "日本"), "standard", "token")
@@ -34,7 +33,7 @@ def fresh(digest: str = DIGEST, seed: int = 1, attends: bool = False) -> Caption
     )
     small = ModelConfig(decoder="attention" if attends else "merge", embedding_size=8, lstm_units=8)
     captioner = Captioner.fresh(small, WORDS, identity, DecodingConfig(maximum_length=6), seed)
-    captioner.training = TrainingRecord(epoch=3, train_loss=3.245, dev_loss=3.612, dev_digest="d")
+    captioner.record = TrainingRecord(epoch=3, train_loss=3.245, dev_loss=3.612, dev_digest="d")
     return captioner
 
 
@@ -50,7 +49,7 @@ def test_loaded_again_it_says_the_same(tmp_path: Path, attends: bool) -> None:
     moved = shutil.copytree(bundle, tmp_path / "elsewhere")
     again = Captioner.load(moved)
     assert again.caption_features(features) == fresh(attends=attends).caption_features(features)
-    assert again.training == fresh().training
+    assert again.record == fresh().record
     assert again.vocabulary == WORDS
 
 
@@ -67,7 +66,7 @@ def test_the_same_seed_gives_the_same_weights_and_leaves_the_generator_alone() -
 
 def together(*members: Captioner) -> Captioner:
     ensemble = Captioner.ensemble(members, DecodingConfig(method="beam", beam_width=2, maximum_length=6))
-    ensemble.training = TrainingRecord(epoch=None, train_loss=None, dev_loss=3.5, dev_digest="d")
+    ensemble.record = TrainingRecord(epoch=None, train_loss=None, dev_loss=3.5, dev_digest="d")
     return ensemble
 
 
@@ -78,7 +77,7 @@ def test_an_ensemble_is_whole_in_its_bundle_and_says_the_same_when_loaded(tmp_pa
     again = Captioner.load(bundle.rename(tmp_path / "elsewhere"))
     features = np.random.default_rng(0).random((10, 49, 512)).astype(np.float16)
     assert again.caption_features(features) == ensemble.caption_features(features)
-    assert (again.digest(), again.training, again.decoding) == (ensemble.digest(), ensemble.training, ensemble.decoding)
+    assert (again.digest(), again.record, again.decoding) == (ensemble.digest(), ensemble.record, ensemble.decoding)
     assert (
         again.save(tmp_path / "copy").joinpath("manifest.json").read_bytes()
         == (tmp_path / "elsewhere" / "manifest.json").read_bytes()

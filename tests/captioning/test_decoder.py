@@ -7,10 +7,12 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder, State
+from capexp.captioning.decoder import Decoder, RecurrentDecoder, State
+from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.merge import MergeDecoder
 from capexp.captioning.model import build_decoder
 from capexp.data.vocabulary import BOS, PAD
+from capexp.settings import ModelConfig
 
 V, F = 30, 7
 POSITIONS = {"merge": 1, "attention": 6}
@@ -29,6 +31,8 @@ networks = pytest.mark.parametrize("decoder", POSITIONS, indirect=True)
 def decoder(request: pytest.FixtureRequest) -> Decoder:
     config, positions = DECODERS[request.param]
     torch.manual_seed(0)
+    if isinstance(config, tuple):
+        return Ensemble([build_decoder(one, (positions, F), V) for one in config]).eval()
     return build_decoder(config, (positions, F), V).eval()
 
 

@@ -8,11 +8,12 @@ import pytest
 import torch
 
 from capexp.captioning.consensus import agreement
-from capexp.captioning.decoder import Decoder, ModelConfig, RecurrentDecoder
-from capexp.captioning.decoding import DecodingConfig, Hypothesis, decode
+from capexp.captioning.decoder import Decoder, RecurrentDecoder
+from capexp.captioning.decoding import Hypothesis, decode
 from capexp.captioning.model import build_decoder
-from capexp.data.vocabulary import BOS, EOS, PAD, UNK, Unknown, Vocabulary
+from capexp.data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary
 from capexp.errors import InputError
+from capexp.settings import DecodingConfig, ModelConfig, Unknown
 
 METHODS = (
     DecodingConfig(maximum_length=8),

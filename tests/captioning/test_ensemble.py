@@ -4,11 +4,12 @@ import pytest
 import torch
 from torch import Tensor
 
-from capexp.captioning.decoder import Decoder, ModelConfig, Packed, RecurrentDecoder
-from capexp.captioning.decoding import DecodingConfig, decode
+from capexp.captioning.decoder import Decoder, Packed, RecurrentDecoder
+from capexp.captioning.decoding import decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder
 from capexp.data.vocabulary import BOS, Vocabulary
+from capexp.settings import DecodingConfig, ModelConfig
 
 WORDS = Vocabulary(tuple(f"w{i}" for i in range(12)), "standard", "token")
 V, F = len(WORDS), 5

@@ -9,13 +9,13 @@ import torch
 from torch import nn
 
 from capexp.captioning.captioner import Caption
-from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.evaluation import blind_cross_entropy, cross_entropy, score_captions
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
-from capexp.data.vocabulary import Vocabulary, VocabularyConfig, build_vocabulary
+from capexp.data.vocabulary import Vocabulary, build_vocabulary
+from capexp.settings import ModelConfig, VocabularyConfig
 
 PHOTOS = 12
 
@@ -53,11 +53,11 @@ def test_blind_is_another_loss_only_for_a_decoder_that_looks() -> None:
     some, words = batches(8)
     torch.manual_seed(0)
     decoder = build_decoder(ModelConfig(embedding_size=6, lstm_units=6), (1, 5), len(words))
-    seeing, blind = cross_entropy(decoder, some.in_order()), blind_cross_entropy(decoder, some, PHOTOS, seed=1)
+    seeing, blind = cross_entropy(decoder, some.in_order()), blind_cross_entropy(decoder, some, seed=1)
     assert seeing.targets == blind.targets
     assert abs(seeing.per_token - blind.per_token) > 1e-4
     nn.init.zeros_(decoder.get_parameter("photo.weight"))
-    assert cross_entropy(decoder, some.in_order()) == blind_cross_entropy(decoder, some, PHOTOS, seed=1)
+    assert cross_entropy(decoder, some.in_order()) == blind_cross_entropy(decoder, some, seed=1)
 
 
 def captions_of(*texts: str) -> list[Caption]:

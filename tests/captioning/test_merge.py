@@ -3,10 +3,10 @@
 import pytest
 import torch
 
-from capexp.captioning.decoder import ModelConfig
 from capexp.captioning.merge import MergeDecoder
 from capexp.data.vocabulary import BOS
 from capexp.errors import InputError
+from capexp.settings import ModelConfig
 
 V, F = 30, 7
 

@@ -12,7 +12,9 @@ from numpy.typing import NDArray
 from capexp.data.batches import Batch, CaptionBatches, photo_batches
 from capexp.data.captions import Split
 from capexp.data.features import Features
-from capexp.data.vocabulary import BOS, EOS, Vocabulary, VocabularyConfig, build_vocabulary
+from capexp.data.vocabulary import BOS, EOS, Vocabulary, build_vocabulary
+from capexp.distributed import World
+from capexp.settings import VocabularyConfig
 
 PHOTOS, BATCH_SIZE = 110, 2  # more captions than are sorted by length together
 
@@ -79,7 +81,7 @@ def test_features_belong_to_the_captions_photos(batches: CaptionBatches) -> None
 @pytest.mark.parametrize("ranks", [2, 3])
 def test_processes_share_each_batch_and_their_shares_make_one(batches: CaptionBatches, ranks: int) -> None:
     whole = list(batches.epoch(seed=1, number=1))
-    shares = [list(batches.epoch(1, 1, rank, ranks)) for rank in range(ranks)]
+    shares = [list(batches.epoch(1, 1, World(rank, ranks))) for rank in range(ranks)]
     assert {len(one) for one in shares} == {len(whole)}
     for batch, *parts in zip(whole, *shares, strict=True):
         own = [part for part in parts if part.share]
@@ -87,7 +89,7 @@ def test_processes_share_each_batch_and_their_shares_make_one(batches: CaptionBa
         assert [part.share for part in own] == pytest.approx([len(p.targets) / len(batch.targets) for p in own])
         assert sum(part.share for part in parts) == pytest.approx(1)
     assert any(part.share == 0 for part in shares[-1]), "a batch of fewer captions than processes"
-    dev = [caption for rank in range(ranks) for caption, _ in read(batches.in_order(rank=rank, ranks=ranks))]
+    dev = [caption for rank in range(ranks) for caption, _ in read(batches.in_order(world=World(rank, ranks)))]
     assert Counter(dev) == Counter(CAPTIONS)
 
 
@@ -179,7 +181,7 @@ def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
         assert all(views[photo_of(caption)] == photo for caption, photo in seen), "one view of a photo in an epoch"
         assert all(view in (photo, -1 - photo) for photo, view in views.items())
         assert sum(view < 0 for view in views.values()) == pytest.approx(PHOTOS / 2, rel=0.4)
-        shares = [batch for rank in (0, 1) for batch in made.epoch(1, number, rank, 2) if batch.share]
+        shares = [batch for rank in (0, 1) for batch in made.epoch(1, number, World(rank, 2)) if batch.share]
         assert sorted(seen) == sorted(read(shares))
         epochs.append(views)
         drawn = [(photos, features) for photos, features, _ in photo_batches(both, 7, seed=1, number=number)]

@@ -23,8 +23,9 @@ from PIL import Image
 from capexp.data.cache import FeatureCache, cache_features
 from capexp.data.features import Features
 from capexp.data.photos import digest_photos, read_photo, squash
-from capexp.data.vgg16 import Encoder, FeaturesConfig, load_encoder
+from capexp.data.vgg16 import Encoder, load_encoder
 from capexp.errors import InputError, Outage
+from capexp.settings import FeaturesConfig
 
 HEADER, RECORD = 4096, 32 + 4 + 2 * 512  # bytes: digest, checksum, features of pool "mean"
 

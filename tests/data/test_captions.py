@@ -8,10 +8,11 @@ import numpy as np
 import pytest
 
 from capexp.data.batches import CaptionBatches
-from capexp.data.captions import CaptionsConfig, Split, read_captions, read_list, read_splits
+from capexp.data.captions import Split, read_captions, read_list, read_splits
 from capexp.data.features import Features
-from capexp.data.vocabulary import Vocabulary, VocabularyConfig, build_vocabulary
+from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.errors import InputError
+from capexp.settings import CaptionsConfig, VocabularyConfig
 
 PHOTOS, TOKENS = "Flicker8k_Dataset", "Flickr8k.token.txt"
 TRAIN, DEV, TEST = (f"Flickr_8k.{split}Images.txt" for split in ("train", "dev", "test"))

@@ -16,8 +16,9 @@ from PIL import Image
 
 from capexp.data.extraction import Result, compute_features
 from capexp.data.pixels import AHEAD, PART, Pixels, decode_by_processes, decode_by_threads, decoding_processes
-from capexp.data.vgg16 import Encoder, FeaturesConfig, load_encoder
+from capexp.data.vgg16 import Encoder, load_encoder
 from capexp.errors import InputError, Outage
+from capexp.settings import FeaturesConfig
 
 SIZE = 224
 CPU = torch.device("cpu")

@@ -17,17 +17,10 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
-from capexp.data.vgg16 import (
-    EncoderIdentity,
-    FeaturesConfig,
-    Pool,
-    Precision,
-    encoder_at_hand,
-    identify,
-    load_encoder,
-)
+from capexp.data.vgg16 import EncoderIdentity, encoder_at_hand, identify, load_encoder
 from capexp.data.vgg16_weights import NETS
 from capexp.errors import InputError
+from capexp.settings import FeaturesConfig, Pool, Precision
 
 OXFORD_MEAN = (123.68, 116.779, 103.939)
 CPU = torch.device("cpu")

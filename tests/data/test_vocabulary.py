@@ -9,19 +9,9 @@ from typing import get_args
 import pytest
 from hypothesis import given, settings, strategies as st
 
-from capexp.data.vocabulary import (
-    BOS,
-    EOS,
-    PAD,
-    UNK,
-    Cleaning,
-    Unknown,
-    Vocabulary,
-    VocabularyConfig,
-    build_vocabulary,
-    tokenize,
-)
+from capexp.data.vocabulary import BOS, EOS, PAD, UNK, Vocabulary, build_vocabulary, tokenize
 from capexp.errors import InputError
+from capexp.settings import Cleaning, Unknown, VocabularyConfig
 
 CAPTIONS = ("A dog runs .", "a dog sits by 2 dogs .", "The snow-covered dog runs .", "Café dog")
 

@@ -10,10 +10,11 @@ import pytest
 from pycocoevalcap.meteor.meteor import Meteor  # type: ignore[import-untyped]
 from pycocoevalcap.tokenizer.ptbtokenizer import PTBTokenizer  # type: ignore[import-untyped]
 
-from capexp.data.captions import CaptionsConfig, read_splits
+from capexp.data.captions import read_splits
 from capexp.errors import InputError
 from capexp.metrics.java import Unavailable, meteor, ptb_tokenize, spice
 from capexp.metrics.scores import score, tokenize
+from capexp.settings import CaptionsConfig
 
 T = TypeVar("T")
 

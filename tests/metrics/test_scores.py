@@ -17,9 +17,10 @@ from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]
 from pycocoevalcap.rouge.rouge import Rouge  # type: ignore[import-untyped]
 
 from capexp.data import vocabulary
-from capexp.data.captions import CaptionsConfig, read_splits
+from capexp.data.captions import read_splits
 from capexp.errors import InputError
 from capexp.metrics.scores import PhotoScores, paired_difference, score, tokenize, tutorial_bleu
+from capexp.settings import CaptionsConfig
 
 KEYS = ["bleu_1", "bleu_2", "bleu_3", "bleu_4", "rouge_l", "cider", "cider_plain"]
 WORDS = ["a", "A", "dog", "runs", "on", "grass", "3", ".", "t-shirt"]

@@ -7,13 +7,12 @@ import pytest
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig
-from capexp.captioning.decoding import DecodingConfig
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
 from capexp.errors import InputError
 from capexp.report.attention_maps import draw_maps, refuse_blind
+from capexp.settings import DecodingConfig, ModelConfig
 
 
 @pytest.mark.parametrize("words", [1, 7])

@@ -10,7 +10,7 @@ from capexp.captioning.evaluation import CaptionScores, score_captions
 from capexp.data.captions import Split
 from capexp.errors import InputError
 from capexp.report.plots import draw_histogram, draw_losses, draw_scores
-from capexp.training.epoch import Epoch
+from capexp.training.loop import Epoch
 
 
 def epoch(number: int, dev_loss: float) -> Epoch:

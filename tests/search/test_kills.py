@@ -14,11 +14,11 @@ from typing import Any
 import pytest
 from user_folder import wait_for
 
-from capexp.search.space import Range, TuneConfig
 from capexp.search.storage import find_storage
 from capexp.search.study import Study
-from capexp.search.trial import Attempt
-from capexp.training.epoch import Epoch
+from capexp.search.trial import PendingTrial
+from capexp.settings import Range, TuneConfig
+from capexp.training.loop import Epoch, Update
 
 WANTED = 40
 KNOWN = {"training.epochs": "4"}
@@ -29,11 +29,11 @@ def open_study(url: str | None, folder: Path) -> Study:
     return Study(find_storage(url, folder, "study", CONFIG.heartbeat), "study", CONFIG, 3, 4, KNOWN)
 
 
-def objective(attempt: Attempt) -> Generator[Epoch, None, Any]:
+def objective(attempt: PendingTrial) -> Generator[Update, None, Any]:
     for number in (1, 2, 3, 4):
         time.sleep(0.1)
-        yield Epoch(number, 1.0, float(attempt.values["x"]) + 1 / number, 0.1, 1.0, 1.0, True, 0)
-    return SimpleNamespace(run_id=f"run-{attempt.number}", dev_loss_blind=1.0)
+        yield Update("", Epoch(number, 1.0, float(attempt.values["x"]) + 1 / number, 0.1, 1.0, 1.0, True, 0))
+    return SimpleNamespace(run_id=f"run-{attempt.number}", is_pruned=False)
 
 
 def work(url: str | None, folder: Path) -> None:

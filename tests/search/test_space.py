@@ -5,12 +5,12 @@ import json
 import pytest
 
 from capexp.errors import InputError
-from capexp.experiment import check_search_space, find, load
-from capexp.search.space import Choices, Range
+from capexp.experiment import check_search_space, find_experiment, load_experiment
+from capexp.settings import Choices, Range
 
 
 def scenes_with(space: dict[str, object]) -> None:
-    experiment = load(find("scenes"), {"tune.search": json.dumps(space)})
+    experiment = load_experiment(find_experiment("scenes"), {"tune.search": json.dumps(space)})
     check_search_space(experiment)
 
 
@@ -51,7 +51,7 @@ def test_a_space_that_no_study_can_search_is_refused_by_name(space: dict[str, ob
 )
 def test_a_study_that_cannot_be_is_refused(name: str, value: str) -> None:
     with pytest.raises(InputError, match=f"--{name} {value}"):
-        load(find("scenes"), {name: value})
+        load_experiment(find_experiment("scenes"), {name: value})
 
 
 def test_learning_rate_batch_size_and_decoder_are_searched_by_naming_them() -> None:

@@ -14,11 +14,11 @@ from optuna.trial import TrialState
 
 from capexp.errors import InputError, Outage
 from capexp.search.charts import draw_charts, importances
-from capexp.search.space import Range, TuneConfig
 from capexp.search.storage import Journal, find_storage
 from capexp.search.study import Study, refuse_other
-from capexp.search.trial import Attempt, Pruned
-from capexp.training.epoch import Epoch
+from capexp.search.trial import PendingTrial, Pruned
+from capexp.settings import Range, TuneConfig
+from capexp.training.loop import Epoch, Update
 
 SPACE = {"x": Range(low=-1.0, high=1.0), "n": Range(low=1, high=64, log=True)}
 KNOWN = {"training.epochs": "3", "data digest": "0123"}
@@ -32,11 +32,11 @@ def open_study(folder: Path, trials: int, seed: int = 7, **settings: Any) -> Stu
     return Study(Journal(folder, "study"), "study", config(trials, **settings), seed, 3, KNOWN)
 
 
-def epoch(number: int, dev_loss: float) -> Epoch:
-    return Epoch(number, dev_loss, dev_loss, 0.1, 1.0, 1.0, True, 0)
+def epoch(number: int, dev_loss: float) -> Update:
+    return Update("", Epoch(number, dev_loss, dev_loss, 0.1, 1.0, 1.0, True, 0))
 
 
-def bowl(attempt: Attempt) -> Generator[Epoch, None, Any]:
+def bowl(attempt: PendingTrial) -> Generator[Update, None, Any]:
     """Losses that fall to a value which follows from what was drawn."""
     x, n = float(attempt.values["x"]), float(attempt.values["n"])
     run_id = f"run-{attempt.number}"
@@ -44,8 +44,8 @@ def bowl(attempt: Attempt) -> Generator[Epoch, None, Any]:
         for number in (1, 2, 3):
             yield epoch(number, x**2 + abs(math.log(n / 8)) + 1 / number)
     except Pruned:
-        return SimpleNamespace(run_id=run_id, dev_loss_blind=None)
-    return SimpleNamespace(run_id=run_id, dev_loss_blind=9.0)
+        return SimpleNamespace(run_id=run_id, is_pruned=True)
+    return SimpleNamespace(run_id=run_id, is_pruned=False)
 
 
 def run_one(study: Study, objective: Any = bowl) -> str | None:
@@ -70,7 +70,7 @@ def drawn(study: Study) -> list[tuple[tuple[str, Any], ...]]:
     return [tuple(sorted(trial.params.items())) for trial in study.optuna.get_trials()]
 
 
-def vanish(study: Study) -> Attempt:
+def vanish(study: Study) -> PendingTrial:
     """Begins a trial, and leaves it as a killed worker does: without a sign of life."""
     with ExitStack() as life:
         begun = study._begin(life)
@@ -163,7 +163,7 @@ def test_a_trial_that_was_taken_away_ends_without_counting(tmp_path: Path) -> No
 
 @pytest.mark.parametrize("fault", [InputError("the loss is nan"), torch.OutOfMemoryError("CUDA out of memory")])
 def test_a_fault_of_the_values_fails_the_trial_and_three_in_a_row_the_study(tmp_path: Path, fault: Exception) -> None:
-    def failing(attempt: Attempt) -> Generator[Epoch, None, Any]:
+    def failing(attempt: PendingTrial) -> Generator[Update, None, Any]:
         yield epoch(1, 1.0)
         raise fault
 
@@ -181,7 +181,7 @@ def test_a_fault_of_the_values_fails_the_trial_and_three_in_a_row_the_study(tmp_
 
 
 def test_an_outage_stops_the_worker_and_its_trial_is_run_again(tmp_path: Path) -> None:
-    def cut_off(attempt: Attempt) -> Generator[Epoch, None, Any]:
+    def cut_off(attempt: PendingTrial) -> Generator[Update, None, Any]:
         yield epoch(1, 1.0)
         raise Outage("MLflow's store: no answer")
 

@@ -2,7 +2,8 @@
 
 import pytest
 
-from capexp.tracking.score import Metric, Score
+from capexp.settings import Metric
+from capexp.tracking.registry import Score
 
 
 def score(metric: Metric, loss: float, cider: float, dev: str = "dev split", words: str = "vocabulary") -> Score:

@@ -5,31 +5,29 @@ from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
-from typing import Literal
 
 import numpy as np
 import pytest
 import torch
+from small import CPU, checkpoints_in, identity
 
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder, ModelConfig
-from capexp.captioning.decoding import DecodingConfig, draw
+from capexp.captioning.decoder import Decoder
+from capexp.captioning.decoding import draw
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
-from capexp.data.captions import Split, SplitName
+from capexp.data.captions import Split
 from capexp.data.features import Features
-from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
-from capexp.distributed import ALONE, Ranks
+from capexp.distributed import ALONE, World
 from capexp.errors import InputError
 from capexp.metrics.scores import score
+from capexp.settings import DecodingConfig, ModelConfig, Schedule, SelfCriticalConfig, SplitName, TrainingConfig
 from capexp.training.checkpoints import Checkpoints, TrainingState
-from capexp.training.config import SelfCriticalConfig, TrainingConfig
-from capexp.training.epoch import Epoch
-from capexp.training.self_critical import Reward, advantages, dev_cider, log_probabilities, policy_loss, refine
+from capexp.training.loop import Epoch, Training, fit
+from capexp.training.self_critical import Reward, SelfCritical, advantages, dev_cider, log_probabilities, policy_loss
 
-CPU = torch.device("cpu")
 BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
 WORDS = Vocabulary((*COLOURS, *THINGS), "standard", "token")
@@ -110,23 +108,20 @@ class Task:
     """A captioner that knows nothing yet, and what it is to say."""
 
     def __init__(self, folder: Path, cross_entropy: float = 0.0) -> None:
-        folder.mkdir(exist_ok=True)
         self.cross_entropy = cross_entropy
-        self.checkpoints = Checkpoints(folder, 1)
-        identity = EncoderIdentity("conv5_3", "max2", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
+        self.checkpoints = checkpoints_in(folder)
         config = ModelConfig(decoder="attention", embedding_size=16, lstm_units=16, dropout=0.2)
-        self.captioner = Captioner.fresh(config, WORDS, identity, DecodingConfig(maximum_length=4), seed=1)
-        self.captioner.training = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
+        self.captioner = Captioner.fresh(config, WORDS, identity("max2"), DecodingConfig(maximum_length=4), seed=1)
+        self.captioner.record = TrainingRecord(epoch=1, train_loss=2.0, dev_loss=2.0, dev_digest="d")
 
     def started(
         self,
         epochs: int,
         before: tuple[Epoch, ...] = BEFORE,
-        ranks: Ranks = ALONE,
+        world: World = ALONE,
         learning_rate: float = 0.03,
-        schedule: Literal["constant", "cosine"] = "constant",
+        schedule: Schedule = "constant",
     ) -> Generator[Epoch, None, None]:
-        train, dev = data("train", 64, 1), data("dev", 20, 2)
         config = TrainingConfig(
             precision="float32",
             save_steps=2,
@@ -139,20 +134,12 @@ class Task:
                 schedule=schedule,
             ),
         )
-        return refine(
-            self.captioner,
-            train,
-            dev,
-            CaptionBatches(train[0], WORDS, train[1], 8, "photos"),
-            CaptionBatches(dev[0], WORDS, dev[1], 8, "photos"),
-            config,
-            before=before,
-            seed=1,
-            device=CPU,
-            dev_digest="d",
-            checkpoints=self.checkpoints,
-            ranks=ranks,
+        train, dev = (
+            CaptionBatches(split, WORDS, features, 8, "photos")
+            for split, features in (data("train", 64, 1), data("dev", 20, 2))
         )
+        training = Training(self.captioner, train, dev, config, seed=1, device=CPU, world=world)
+        return fit(training, SelfCritical(training, len(before)), self.checkpoints if world.is_main else None, before)
 
 
 def told(epochs: Iterable[Epoch]) -> list[tuple[int, float | None, float | None, float, bool]]:

@@ -2,26 +2,26 @@
 
 import copy
 import warnings
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
+from small import CPU, identity
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
-from capexp.captioning.decoding import DecodingConfig
-from capexp.data.batches import CaptionBatches, Order
+from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
-from capexp.data.vgg16 import EncoderIdentity
-from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
-from capexp.distributed import Ranks
-from capexp.training.config import TrainingConfig
-from capexp.training.epoch import train_epoch
-from capexp.training.steps import CapturedSteps, PackedSteps, Steps, _rounded, steps_of
+from capexp.data.vocabulary import build_vocabulary
+from capexp.distributed import ALONE, World
+from capexp.settings import DecodingConfig, ModelConfig, Order, TrainingConfig, VocabularyConfig
+from capexp.training.checkpoints import TrainingState
+from capexp.training.loop import Training
+from capexp.training.steps import CapturedSteps, PackedSteps, _rounded, choose_steps
+from capexp.training.teacher_forcing import CrossEntropy
 
-CPU = torch.device("cpu")
 on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
 devices = pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=on_gpu)], ids=str)
 kinds = pytest.mark.parametrize(
@@ -53,25 +53,28 @@ class Task:
         )
         self.split, self.vocabulary, self.features = split, vocabulary, plain.with_mirrored(mirrored)
         self.batches = CaptionBatches(split, vocabulary, self.features, CONFIG.batch_size, order)
-        identity = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
-        if decoder == "attention":
-            identity = EncoderIdentity("conv5_3", "max3", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none", 144)
+        encoder = identity("max3", 144) if decoder == "attention" else identity("mean")
         config = ModelConfig.model_validate(
             {"decoder": decoder, "embedding_size": units, "lstm_units": units, "attention_size": 8, "dropout": dropout}
         )
-        made = Captioner.fresh(config, vocabulary, identity, DecodingConfig(), seed=1).decoder
-        assert isinstance(made, RecurrentDecoder)
-        self.decoder = made
+        self.captioner = Captioner.fresh(config, vocabulary, encoder, DecodingConfig(), seed=1)
 
-    def packed(self, device: torch.device, config: TrainingConfig = CONFIG) -> PackedSteps:
-        return PackedSteps(copy.deepcopy(self.decoder).to(device), self.batches, config, device)
+    def training(
+        self, device: torch.device, config: TrainingConfig = CONFIG, world: World = ALONE, seed: int = 1
+    ) -> Training:
+        """With a copy of the captioner on the device."""
+        captioner = copy.deepcopy(self.captioner)
+        return Training(captioner, self.batches, self.batches, config, seed, device, world)
 
-    def captured(self, device: torch.device, config: TrainingConfig = CONFIG) -> CapturedSteps:
-        return CapturedSteps(copy.deepcopy(self.decoder).to(device), self.batches, config, device)
+    def packed(self, device: torch.device) -> CrossEntropy:
+        return CrossEntropy(self.training(device), PackedSteps)
+
+    def captured(self, device: torch.device, config: TrainingConfig = CONFIG, seed: int = 1) -> CrossEntropy:
+        return CrossEntropy(self.training(device, config, seed=seed), CapturedSteps)
 
 
-def per_token(steps: Steps, epochs: int = 3) -> list[float]:
-    return [train_epoch(steps, steps.decoder, 1, number).per_token for number in range(1, epochs + 1)]
+def per_token(objective: CrossEntropy, epochs: int = 3) -> list[float]:
+    return [objective.train_epoch(number).loss.per_token for number in range(1, epochs + 1)]
 
 
 @devices
@@ -82,7 +85,7 @@ def test_captured_steps_come_to_what_packed_ones_do(device: torch.device, decode
     expected = per_token(packed)
     assert expected[-1] < expected[0]
     assert per_token(captured) == pytest.approx(expected, rel=1e-4)
-    for ours, theirs in zip(captured.decoder.parameters(), packed.decoder.parameters(), strict=True):
+    for ours, theirs in zip(captured.steps.decoder.parameters(), packed.steps.decoder.parameters(), strict=True):
         assert float((ours - theirs).detach().norm()) <= 1e-2 * float(theirs.detach().norm()) + 1e-3
 
 
@@ -114,9 +117,8 @@ def test_an_optimizers_state_goes_from_steps_of_one_kind_to_the_other(device: to
     for first, second in ((task.packed, task.captured), (task.captured, task.packed)):
         before, after = first(device), second(device)
         losses = per_token(before, 1)
-        after.decoder.load_state_dict(before.decoder.state_dict())
-        after.load_optimizer(before.optimizer.state_dict())
-        losses += [train_epoch(after, after.decoder, 1, number).per_token for number in (2, 3)]
+        after.load_state_dict(TrainingState(**before.state_dict(), history=[]))
+        losses += [after.train_epoch(number).loss.per_token for number in (2, 3)]
         assert losses == pytest.approx(undisturbed, rel=1e-4)
 
 
@@ -125,10 +127,10 @@ def test_captured_steps_are_the_same_when_taken_again(device: torch.device) -> N
     """Dropout's masks too, in graphs or without."""
     config = TrainingConfig.model_validate(CONFIG.model_dump() | {"learning_rate": 1e-9, "weight_decay": 0})
     task = Task("merge", "captions", dropout=0.5)
-    steps = task.captured(device, config)
-    once, again = ([step.loss.item() for step in steps.of_epoch(1, 1)] for _ in range(2))
+    steps, others = task.captured(device, config).steps, task.captured(device, config, seed=2).steps
+    once, again = ([step.loss.item() for step in steps.of_epoch(1)] for _ in range(2))
     assert once == pytest.approx(again, rel=1e-4)
-    assert once != pytest.approx([step.loss.item() for step in steps.of_epoch(2, 1)], rel=1e-4)
+    assert once != pytest.approx([step.loss.item() for step in others.of_epoch(1)], rel=1e-4)
 
 
 def test_several_processes_hold_features_too_but_take_packed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
@@ -140,9 +142,10 @@ def test_several_processes_hold_features_too_but_take_packed_steps(monkeypatch: 
         return True
 
     monkeypatch.setattr(CaptionBatches, "hold", hold)
-    assert isinstance(steps_of(task.decoder, task.batches, CONFIG, gpu, Ranks(0, 2)), PackedSteps)
+    two, alone = task.training(gpu, world=World(0, 2)), task.training(CPU)
+    assert isinstance(choose_steps(two, two.decoder), PackedSteps)
     assert held == [gpu]
-    assert isinstance(steps_of(task.decoder, task.batches, CONFIG, CPU), PackedSteps)
+    assert isinstance(choose_steps(alone, alone.decoder), PackedSteps)
 
 
 @pytest.mark.parametrize(
@@ -159,10 +162,11 @@ def test_what_would_be_padding_for_the_most_part_is_packed(
     split = Split("train", Path(), tuple(map(str, range(len(texts)))), tuple(map(tuple, texts)))
     vocabulary = build_vocabulary((one for photo in texts for one in photo), VocabularyConfig(minimum_count=1))
     features = Features(np.zeros((len(texts), 1, 512), np.float16), np.arange(len(texts)))
-    batches, decoder = CaptionBatches(split, vocabulary, features, 32, order), Task("merge", "captions").decoder
+    batches = CaptionBatches(split, vocabulary, features, 32, order)
+    training = replace(Task("merge", "captions").training(torch.device("cuda")), train=batches)
     monkeypatch.setattr(CaptionBatches, "hold", lambda batches, device: True)
     assert batches.padding() > 5
-    assert isinstance(steps_of(decoder, batches, CONFIG, torch.device("cuda")), PackedSteps)
+    assert isinstance(choose_steps(training, training.decoder), PackedSteps)
 
 
 def test_a_batch_is_no_larger_than_all_captions_are() -> None:
@@ -184,14 +188,14 @@ def test_there_are_few_lengths_and_none_is_beyond_the_longest() -> None:
 @kinds
 def test_an_epoch_on_a_gpu_waits_for_it_at_its_looks_at_the_loss_only(decoder: str, order: Order) -> None:
     task, device = Task(decoder, order), torch.device("cuda")
-    steps = steps_of(copy.deepcopy(task.decoder).to(device), task.batches, CONFIG, device)
-    assert isinstance(steps, CapturedSteps)
-    per_token(steps, 2)  # what is captured is waited for
+    objective = CrossEntropy(task.training(device))
+    assert isinstance(objective.steps, CapturedSteps)
+    per_token(objective, 2)  # what is captured is waited for
     torch.cuda.set_sync_debug_mode("warn")
     try:
         with warnings.catch_warnings(record=True) as waits:
             warnings.simplefilter("always")
-            train_epoch(steps, steps.decoder, 1, 3)
+            objective.train_epoch(3)
     finally:
         torch.cuda.set_sync_debug_mode("default")
     told = [f"{Path(one.filename).name}:{one.lineno}" for one in waits if "called a synchronizing" in str(one.message)]
@@ -203,7 +207,7 @@ def test_an_epoch_on_a_gpu_waits_for_it_at_its_looks_at_the_loss_only(decoder: s
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpus_cross_entropy_is_the_cpus(smoothing: float, dtype: torch.dtype) -> None:
     torch.manual_seed(0)
-    layer = Task("merge", "captions").decoder.vocabulary
+    layer = Task("merge", "captions").training(CPU).decoder.vocabulary
     outputs, targets = torch.randn(70, layer.in_features), torch.randint(len(layer.weight), (70,))
     real = torch.rand(70) < 0.7
     found = []

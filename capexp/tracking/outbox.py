@@ -1,9 +1,16 @@
-"""Sends what a run's journal holds to MLflow's store: at once to a local one, from a thread to a server."""
+"""What a run logs on its way to MLflow: written to a journal in the run's folder, then sent and retried.
 
+To a local store it is sent at once, to a server by a thread, so that a server that is away holds nobody up. MLflow's
+own queue for asynchronous logging does not survive a kill.
+"""
+
+import json
 import logging
+import os
 import threading
 import time
-from collections.abc import Sequence
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
 
@@ -12,21 +19,127 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 
-from capexp.tracking.journal import Entry, Journal
+from capexp.errors import InputError
+from capexp.files import writing
 from capexp.tracking.store import artifact_faults, fault_of, is_missing, local_write, undisturbed
 
 log = logging.getLogger(__name__)
 
+JOURNAL = "journal.jsonl"
+"""Its name in a run's folder."""
 METRICS, PARAMS, TAGS, INPUT, ARTIFACT = "metrics", "params", "tags", "input", "artifact"
-"""Kinds of entries that a sender sends; others are left to who wrote them."""
+"""Kinds of entries that an outbox sends; others are left to who wrote them."""
 _KINDS = (METRICS, PARAMS, TAGS, INPUT, ARTIFACT)
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 15.0  # seconds between two tries
 _MOST_METRICS = 1000  # that MLflow takes at once,
 _MOST_PARAMS = 100  # and of params
+_SENT = "sent"
 
 
-class Sender:
-    """Sends entries in order. What a server does not take is kept and sent again, and nobody waits for it."""
+@dataclass(frozen=True)
+class Entry:
+    """Something to be logged."""
+
+    number: int
+    kind: str
+    content: Any
+    """Plain values, as JSON has them."""
+
+
+class Journal:
+    """A file with a line of JSON an entry, and a line that tells the numbers of those that the store has taken.
+
+    An entry is on disk before anything is done about it. What was taken just before a power cut may be told of as
+    waiting; so whatever an entry asks for, doing it again must change nothing.
+    """
+
+    def __init__(self, path: Path) -> None:
+        """Makes the file, or goes on with it; a last line that a kill has cut short is taken off.
+
+        Raises:
+            InputError: it cannot be written, or holds something else.
+        """
+        self.path = path
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+            content = path.read_bytes() if path.exists() else b""
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                os.truncate(path, whole)
+            else:
+                path.touch()
+        self._entries: dict[int, Entry] = {}
+        self._sent: set[int] = set()
+        self._lock = threading.Lock()
+        for number, line in enumerate(content[:whole].splitlines(), 1):
+            self._read(number, line)
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All, in order."""
+        with self._lock:
+            return list(self._entries.values())
+
+    @property
+    def waiting(self) -> list[Entry]:
+        """Those that the store has not taken, in order."""
+        with self._lock:
+            return [entry for entry in self._entries.values() if entry.number not in self._sent]
+
+    def write(self, kind: str, content: Any) -> Entry:
+        """Adds an entry; it survives a power cut.
+
+        Raises:
+            InputError: the disk is full, or the file cannot be written.
+        """
+        with undisturbed(), self._lock:
+            entry = Entry(max(self._entries, default=0) + 1, kind, content)
+            self._append({"number": entry.number, "kind": kind, "content": content}, durable=True)
+            self._entries[entry.number] = entry
+        return entry
+
+    def mark_sent(self, entries: Iterable[Entry]) -> None:
+        """Notes that the store has taken entries.
+
+        Raises:
+            InputError: as :meth:`write`.
+        """
+        numbers = [entry.number for entry in entries]
+        if numbers:
+            with undisturbed(), self._lock:
+                self._append({_SENT: numbers}, durable=False)
+                self._sent.update(numbers)
+
+    def _append(self, line: dict[str, Any], durable: bool) -> None:
+        content = json.dumps(line).encode() + b"\n"
+        with writing(self.path), self.path.open("ab", buffering=0) as file:
+            before = file.tell()
+            try:
+                while content:
+                    content = content[file.write(content) :]
+                if durable:
+                    os.fsync(file.fileno())
+            except OSError:
+                file.truncate(before)  # half a line would spoil the next one
+                raise
+
+    def _read(self, number: int, line: bytes) -> None:
+        try:
+            record = json.loads(line)
+            if _SENT in record:
+                self._sent.update(map(int, record[_SENT]))
+            else:
+                entry = Entry(int(record["number"]), str(record["kind"]), record["content"])
+                self._entries[entry.number] = entry
+        except (ValueError, TypeError, KeyError, RecursionError):
+            raise InputError(
+                f"{self.path}, line {number}: no line of a run's journal; restore the file, or delete it to give up "
+                "what was not sent yet"
+            ) from None
+
+
+class Outbox:
+    """Sends a run's journal in order. What a server does not take is retried, and nobody waits for it."""
 
     def __init__(self, run_id: str, folder: Path, journal: Journal, in_background: bool) -> None:
         """Goes on with what the journal holds of an earlier process; ``folder`` is where artifacts are."""
@@ -39,7 +152,7 @@ class Sender:
         self._fault: Exception | None = None  # why the last try failed
         self._thread: threading.Thread | None = None
         if in_background:
-            self._thread = threading.Thread(target=self._work, name="capexp-sender", daemon=True)
+            self._thread = threading.Thread(target=self._work, name="capexp-outbox", daemon=True)
             self._thread.start()
 
     def log(self, kind: str, content: Any) -> None:

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings, strategies as st
 
 from capexp.errors import InputError
-from capexp.tracking.journal import JOURNAL, Entry, Journal
+from capexp.tracking.outbox import JOURNAL, Entry, Journal
 
 CONTENTS = st.recursive(
     st.none() | st.booleans() | st.integers() | st.floats(allow_nan=False) | st.text(),

@@ -2,126 +2,54 @@
 
 from collections.abc import Callable, Generator
 from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from itertools import count
 from pathlib import Path
-from typing import Any, Literal
 
-import numpy as np
 import pytest
 import torch
+from small import CONFIG, Kind, checkpoints_in, losses, small, started, with_epochs
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import ModelConfig, RecurrentDecoder
-from capexp.captioning.decoding import DecodingConfig
 from capexp.captioning.evaluation import cross_entropy
-from capexp.data.batches import CaptionBatches, Order
-from capexp.data.captions import Split, SplitName
-from capexp.data.features import Features
-from capexp.data.vgg16 import EncoderIdentity, FeaturesConfig, Pool
-from capexp.data.vocabulary import VocabularyConfig, build_vocabulary
-from capexp.distributed import ALONE, Ranks
+from capexp.distributed import choose_device
 from capexp.errors import InputError
+from capexp.settings import DecodingConfig, ModelConfig, Order, TrainingConfig
 from capexp.training.checkpoints import Checkpoints, TrainingState
-from capexp.training.config import TrainingConfig, choose_device
-from capexp.training.epoch import Epoch
-from capexp.training.fit import fit
-from capexp.training.steps import CapturedSteps, PackedSteps, Steps
+from capexp.training.loop import Epoch
+from capexp.training.steps import CapturedSteps, PackedSteps
+from capexp.training.teacher_forcing import CrossEntropy
 
-CPU = torch.device("cpu")
-COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
-CONFIG = TrainingConfig(epochs=4, patience=4, batch_size=16, learning_rate=0.01, precision="float32", device="cpu")
-
-
-def data(name: SplitName, photos: int, seed: int, pool: Pool = "mean") -> tuple[Split, Features]:
-    """Photos whose features tell a colour and a thing, in a grid at a place of its own, with captions that say them."""
-    rng = np.random.default_rng(seed)
-    colours, things = rng.integers(0, 4, photos), rng.integers(0, 5, photos)
-    positions, _ = FeaturesConfig(layer="conv5_3", pool=pool, weights="IMAGENET1K_FEATURES").shape
-    features = np.zeros((photos, positions, 512), np.float16)
-    places = rng.integers(0, positions, photos)
-    features[np.arange(photos), places, colours] = 1
-    features[np.arange(photos), places, 4 + things] = 1
-    texts = tuple(
-        (f"a {COLOURS[c]} {THINGS[t]}", f"the {THINGS[t]} is {COLOURS[c]}")
-        for c, t in zip(colours, things, strict=True)
-    )
-    names = tuple(f"{name}{i}.jpg" for i in range(photos))
-    return Split(name, Path(), names, texts), Features(features, np.arange(photos))
-
-
-Kind = Literal["merge", "attention"]
 kinds = pytest.mark.parametrize(("decoder", "order"), [("merge", "captions"), ("attention", "photos")])
 
 
 class Task:
-    """Something to train on, made anew for each training."""
+    """A training, made anew, and its folder."""
 
-    def __init__(
-        self,
-        folder: Path,
-        keep: int = 1,
-        decoder: Kind = "merge",
-        order: Order = "captions",
-        dropout: float = 0.2,
-        batch_size: int = 16,
-    ) -> None:
-        pool: Pool = "mean" if decoder == "merge" else "max2"
-        train, train_features = data("train", 80, 1, pool)
-        dev, dev_features = data("dev", 20, 2, pool)
-        words = build_vocabulary(
-            (text for photo in train.references for text in photo), VocabularyConfig(minimum_count=1)
-        )
-        self.train = CaptionBatches(train, words, train_features, batch_size, order)
-        self.dev = CaptionBatches(dev, words, dev_features, batch_size, order)
-        folder.mkdir(exist_ok=True)
-        self.checkpoints = Checkpoints(folder, keep)
-        identity = EncoderIdentity("conv5_3", pool, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "none")
-        small = ModelConfig(decoder=decoder, embedding_size=16, lstm_units=16, dropout=dropout)
-        self.captioner = Captioner.fresh(small, words, identity, DecodingConfig(), seed=1)
+    def __init__(self, folder: Path, keep: int = 1, decoder: Kind = "merge", order: Order = "captions") -> None:
+        self.training = small(decoder, order)
+        self.checkpoints = checkpoints_in(folder, keep)
 
-    def started(
-        self, config: TrainingConfig = CONFIG, seed: int = 1, ranks: Ranks = ALONE
-    ) -> Generator[Epoch, None, None]:
-        return fit(
-            self.captioner,
-            self.train,
-            self.dev,
-            config,
-            seed=seed,
-            device=CPU,
-            dev_digest="d",
-            checkpoints=self.checkpoints,
-            ranks=ranks,
-        )
+    def started(self, config: TrainingConfig = CONFIG, seed: int = 1) -> Generator[Epoch, None, None]:
+        return started(self.training, self.checkpoints, config, seed)
 
     def epochs(self, config: TrainingConfig = CONFIG, seed: int = 1) -> list[Epoch]:
         return list(self.started(config, seed))
-
-
-def losses(epochs: list[Epoch]) -> list[tuple[float, float]]:
-    return [(epoch.train_loss, epoch.dev_loss) for epoch in epochs]
 
 
 @pytest.fixture(params=[PackedSteps, CapturedSteps], ids=["packed", "as on a GPU"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """Each way to take steps."""
 
-    def steps(*arguments: Any) -> Steps:
-        made: Steps = request.param(*arguments[:4])
-        return made
-
-    monkeypatch.setattr("capexp.training.fit.steps_of", steps)
+    monkeypatch.setattr("small.CrossEntropy", partial(CrossEntropy, make_steps=request.param))
 
 
 @kinds
 def test_it_learns_to_look_at_the_photo(tmp_path: Path, decoder: Kind, order: Order) -> None:
     task = Task(tmp_path, decoder=decoder, order=order)
-    epochs = task.epochs(replace_epochs(12))
+    epochs = task.epochs(with_epochs(12))
     assert epochs[-1].dev_loss < 0.6 * epochs[0].dev_loss
-
-
-def replace_epochs(epochs: int, **others: object) -> TrainingConfig:
-    return TrainingConfig.model_validate(CONFIG.model_dump() | {"epochs": epochs, "patience": epochs} | others)
 
 
 def test_the_same_seed_gives_the_same_losses_and_another_seed_others(tmp_path: Path) -> None:
@@ -135,7 +63,7 @@ def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
     torch.manual_seed(3)
-    Task(tmp_path).epochs(replace_epochs(1))
+    Task(tmp_path).epochs(with_epochs(1))
     assert torch.equal(torch.rand(2), expected)
 
 
@@ -146,7 +74,7 @@ def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
 def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
     tmp_path: Path, decoder: Kind, order: Order, average: float, stop_after: int
 ) -> None:
-    config = replace_epochs(4, average=average, label_smoothing=average / 9, schedule="cosine")
+    config = with_epochs(4, average=average, label_smoothing=average / 9, schedule="cosine")
     undisturbed = Task(tmp_path / "whole", 1, decoder, order).epochs(config)
     stopped = Task(tmp_path / "parts", 1, decoder, order)
     running = stopped.started(config)
@@ -168,12 +96,12 @@ def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
 def test_stopped_after_every_state_it_gives_the_losses_of_the_undisturbed_training(
     tmp_path: Path, decoder: Kind, order: Order, average: float
 ) -> None:
-    config = replace_epochs(3, average=average, schedule="cosine", save_steps=3)
+    config = with_epochs(3, average=average, schedule="cosine", save_steps=3)
     whole = Task(tmp_path / "whole", 1, decoder, order)
     undisturbed = whole.epochs(config)
     parts, resumed = sittings(lambda: Task(tmp_path / "parts", 1, decoder, order), config)
     assert losses(resumed) == losses(undisturbed)
-    assert len(whole.train) == 10
+    assert len(whole.training.train) == 10
     assert parts == 3 * 4 + 1, "states after steps 3, 6, 9 and at the end of each epoch, and a last sitting"
     best, theirs = whole.checkpoints.best(), Checkpoints(tmp_path / "parts", 1).best()
     assert best is not None and theirs is not None
@@ -204,7 +132,7 @@ def sittings(make: Callable[[], Task], config: TrainingConfig) -> tuple[int, lis
 
 
 def test_within_an_epoch_the_seconds_of_all_sittings_count(tmp_path: Path) -> None:
-    config = replace_epochs(1, save_steps=2)
+    config = with_epochs(1, save_steps=2)
     _, (epoch,) = sittings(lambda: Task(tmp_path), config)
     state = torch.load(tmp_path / "previous.pt", weights_only=True)
     assert state["progress"]["steps"] == 8
@@ -218,13 +146,13 @@ def test_the_bundle_on_disk_is_the_epoch_its_name_tells(
     tmp_path: Path, decoder: Kind, order: Order, average: float
 ) -> None:
     task = Task(tmp_path, 1, decoder, order)
-    epochs = task.epochs(replace_epochs(4, average=average))
+    epochs = task.epochs(with_epochs(4, average=average))
     best = min(epochs, key=lambda epoch: epoch.dev_loss)
     bundle = task.checkpoints.best()
     assert bundle is not None
     assert bundle.name == f"ep{best.number:03d}-train{best.train_loss:.3f}-dev{best.dev_loss:.3f}"
     saved = Captioner.load(bundle)
-    assert cross_entropy(saved.decoder, task.dev.in_order()).per_token == best.dev_loss
+    assert cross_entropy(saved.decoder, task.training.dev.in_order()).per_token == best.dev_loss
 
 
 @pytest.mark.parametrize("keep", [1, 2])
@@ -239,26 +167,24 @@ def test_disk_holds_as_many_improvements_as_are_kept(tmp_path: Path, keep: int) 
 
 def test_label_smoothing_is_minimised_and_not_reported(tmp_path: Path) -> None:
     # A step that moves nothing tells what is reported: the same, smoothed or not.
-    still = [
-        Task(tmp_path / str(s)).epochs(replace_epochs(1, learning_rate=1e-12, label_smoothing=s)) for s in (0, 0.5)
-    ]
+    still = [Task(tmp_path / str(s)).epochs(with_epochs(1, learning_rate=1e-12, label_smoothing=s)) for s in (0, 0.5)]
     assert still[0][0].train_loss == pytest.approx(still[1][0].train_loss, abs=1e-6)
-    moved = [Task(tmp_path / f"m{s}").epochs(replace_epochs(3, label_smoothing=s)) for s in (0, 0.5)]
+    moved = [Task(tmp_path / f"m{s}").epochs(with_epochs(3, label_smoothing=s)) for s in (0, 0.5)]
     assert abs(moved[0][-1].train_loss - moved[1][-1].train_loss) > 0.01
 
 
 def test_the_captioner_is_the_mean_of_the_weights_as_defined(tmp_path: Path) -> None:
     """With all but the newest weights forgotten it is the plain training; a long mean lags behind it."""
     plain = Task(tmp_path / "plain").epochs()
-    short = Task(tmp_path / "short").epochs(replace_epochs(4, average=1e-9))
-    long = Task(tmp_path / "long").epochs(replace_epochs(4, average=0.99))
+    short = Task(tmp_path / "short").epochs(with_epochs(4, average=1e-9))
+    long = Task(tmp_path / "long").epochs(with_epochs(4, average=0.99))
     assert [epoch.train_loss for epoch in long] == [epoch.train_loss for epoch in plain]
     assert [epoch.dev_loss for epoch in short] == pytest.approx([epoch.dev_loss for epoch in plain], abs=1e-5)
     assert abs(long[0].dev_loss - plain[0].dev_loss) > 1e-3
 
 
 def test_it_stops_when_patience_is_at_its_end(tmp_path: Path) -> None:
-    too_fast = replace_epochs(30, patience=2, learning_rate=3.0)
+    too_fast = with_epochs(30, patience=2, learning_rate=3.0)
     epochs = Task(tmp_path).epochs(too_fast)
     assert len(epochs) < 30
     assert [epoch.improved for epoch in epochs[-2:]] == [False, False]
@@ -267,15 +193,14 @@ def test_it_stops_when_patience_is_at_its_end(tmp_path: Path) -> None:
 
 
 def test_improved_means_lower_than_all_before(tmp_path: Path) -> None:
-    epochs = Task(tmp_path).epochs(replace_epochs(8, learning_rate=0.05))
+    epochs = Task(tmp_path).epochs(with_epochs(8, learning_rate=0.05))
     for i, epoch in enumerate(epochs):
         assert epoch.improved == all(epoch.dev_loss < past.dev_loss for past in epochs[:i])
 
 
 def test_a_loss_that_is_not_finite_stops_before_the_update_and_tells_the_step(tmp_path: Path) -> None:
     task = Task(tmp_path)
-    decoder = task.captioner.decoder
-    assert isinstance(decoder, RecurrentDecoder)
+    decoder = task.training.decoder
     with torch.no_grad():
         decoder.vocabulary.bias[5] = torch.inf
     before = decoder.vocabulary.weight.clone()
@@ -300,7 +225,7 @@ def test_a_captioner_that_no_state_knows_of_is_not_the_best(tmp_path: Path, kill
     for path, content in states.items():
         path.write_bytes(content)
     short = max(killed_in - 1, 1)
-    epochs = Task(tmp_path).epochs(replace_epochs(short))
+    epochs = Task(tmp_path).epochs(with_epochs(short))
     assert [epoch.number for epoch in epochs] == list(range(1, short + 1))
     best = task.checkpoints.best()
     assert best is not None
@@ -310,7 +235,7 @@ def test_a_captioner_that_no_state_knows_of_is_not_the_best(tmp_path: Path, kill
 
 def test_each_state_finds_its_captioner_at_any_time(tmp_path: Path) -> None:
     task = Task(tmp_path)
-    for epoch in task.started(replace_epochs(12, patience=12, learning_rate=0.05)):
+    for epoch in task.started(with_epochs(12, patience=12, learning_rate=0.05)):
         for state in sorted(tmp_path.glob("*.pt")):  # last.pt, then the one before it
             found = task.checkpoints.latest()
             assert found is not None
@@ -321,7 +246,7 @@ def test_each_state_finds_its_captioner_at_any_time(tmp_path: Path) -> None:
 
 
 def test_states_that_are_junk_are_one_fault_and_stay_as_they_are(tmp_path: Path) -> None:
-    Task(tmp_path).epochs(replace_epochs(2))
+    Task(tmp_path).epochs(with_epochs(2))
     junk = {"last.pt": b"junk", "previous.pt": b""}
     for name, content in junk.items():
         (tmp_path / name).write_bytes(content)
@@ -335,7 +260,7 @@ def test_states_that_are_junk_are_one_fault_and_stay_as_they_are(tmp_path: Path)
 def test_a_state_whose_captioner_is_damaged_is_passed_over(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     undisturbed = Task(tmp_path / "whole").epochs()
     task = Task(tmp_path / "parts")
-    assert task.epochs(replace_epochs(3, patience=4))[-1].improved, "else there is nothing to try here"
+    assert task.epochs(with_epochs(3, patience=4))[-1].improved, "else there is nothing to try here"
     best = task.checkpoints.best()
     assert best is not None
     (best / "decoder.safetensors").write_bytes(b"damaged")
@@ -347,19 +272,19 @@ def test_a_state_whose_captioner_is_damaged_is_passed_over(tmp_path: Path, caplo
 
 
 def test_a_state_of_other_shapes_is_refused_in_one_line(tmp_path: Path) -> None:
-    Task(tmp_path).epochs(replace_epochs(1))
+    Task(tmp_path).epochs(with_epochs(1))
     other = Task(tmp_path)
     config = ModelConfig(embedding_size=8, lstm_units=8)
-    other.captioner = Captioner.fresh(
-        config, other.captioner.vocabulary, other.captioner.encoder_identity, DecodingConfig(), seed=1
-    )
+    words, encoder = other.training.captioner.vocabulary, other.training.captioner.encoder_identity
+    captioner = Captioner.fresh(config, words, encoder, DecodingConfig(), seed=1)
+    other.training = replace(other.training, captioner=captioner)
     with pytest.raises(InputError, match="does not fit the settings") as caught:
         other.epochs()
     assert "\n" not in str(caught.value)
 
 
 def test_captioners_without_any_state_are_not_trained_over(tmp_path: Path) -> None:
-    Task(tmp_path).epochs(replace_epochs(2))
+    Task(tmp_path).epochs(with_epochs(2))
     for state in tmp_path.glob("*.pt"):
         state.unlink()
     before = sorted(tmp_path.iterdir())
@@ -370,7 +295,7 @@ def test_captioners_without_any_state_are_not_trained_over(tmp_path: Path) -> No
 
 def test_a_damaged_state_is_passed_over_for_the_one_before(tmp_path: Path, caplog: pytest.LogCaptureFixture) -> None:
     undisturbed = Task(tmp_path / "whole").epochs()
-    Task(tmp_path / "parts").epochs(replace_epochs(3, patience=4))
+    Task(tmp_path / "parts").epochs(with_epochs(3, patience=4))
     last = tmp_path / "parts" / "last.pt"
     content = bytearray(last.read_bytes())
     content[len(content) // 2] ^= 0xFF
@@ -388,6 +313,6 @@ def test_a_device_that_is_not_there_is_refused() -> None:
 
 def test_epochs_carry_their_targets_by_second(tmp_path: Path) -> None:
     task = Task(tmp_path)
-    epoch = task.epochs(replace_epochs(1))[0]
+    epoch = task.epochs(with_epochs(1))[0]
     assert epoch.tokens_per_second > 0
-    assert task.train.targets / epoch.tokens_per_second < epoch.seconds
+    assert task.training.train.targets / epoch.tokens_per_second < epoch.seconds

@@ -1,0 +1,111 @@
+"""The cross-entropy objective: the next word is learnt from people's captions, dev loss decides what is best."""
+
+import copy
+import math
+import time
+from collections.abc import Callable, Sequence
+from typing import Any
+
+import torch
+
+from capexp.captioning.decoder import RecurrentDecoder
+from capexp.captioning.evaluation import Loss
+from capexp.settings import TrainingConfig
+from capexp.training.checkpoints import EpochProgress, TrainingState
+from capexp.training.loop import DevStats, Epoch, Objective, Save, Training, TrainStats
+from capexp.training.steps import Steps, choose_steps, learning_rate
+
+_UNCHECKED = 100  # steps between two looks at a GPU's loss
+
+
+class CrossEntropy(Objective):
+    """Teacher forcing; with ``training.average`` the EMA of the weights is evaluated and saved."""
+
+    section, batch_setting = "training", "training.batch_size"
+
+    def __init__(
+        self, training: Training, make_steps: Callable[[Training, RecurrentDecoder], Steps] = choose_steps
+    ) -> None:
+        super().__init__(training)
+        average = training.decoder
+        self._decoder = copy.deepcopy(average) if training.config.average else average  # which the steps train
+        self.steps = make_steps(training, self._decoder)
+
+    @property
+    def learning_rate(self) -> float:
+        """Of the settings."""
+        return self.training.config.learning_rate
+
+    def is_done(self, history: Sequence[Epoch]) -> bool:
+        """Return whether all epochs are done, or patience is at its end."""
+        return is_done(history, self.training.config)
+
+    def baseline(self) -> DevStats | None:
+        """Return None: the first epoch is an improvement."""
+        return None
+
+    def train_epoch(
+        self, number: int, progress: EpochProgress = EpochProgress(), save: Save = lambda progress: None
+    ) -> TrainStats:
+        """Train an epoch; the loss is the running mean in training mode."""
+        training, steps, config = self.training, self.steps, self.training.config
+        count, on_cpu = len(training.train), training.device.type == "cpu"
+        self._decoder.train()
+        start = time.perf_counter() - progress.seconds
+        nats, done = progress.sums if progress.steps and training.world.is_main else (0.0, 0.0)
+        total, targets = torch.full((), nats, dtype=torch.float64, device=training.device), int(done)
+        # Dropout draws from torch's global generator: put back for whoever else uses it.
+        with torch.random.fork_rng():
+            for number_of_step, step in enumerate(steps.of_epoch(number, progress.steps), start=progress.steps + 1):
+                total.add_(step.loss, alpha=step.targets)
+                targets += step.targets
+                # To look at a GPU's loss is to wait for the GPU.
+                is_saved = number_of_step % config.save_steps == 0 and number_of_step < count
+                is_checked = on_cpu or number_of_step % _UNCHECKED == 0 or is_saved or number_of_step == count
+                if is_checked and training.world.is_main:
+                    value = (step.mean if on_cpu else total).item()
+                    if not math.isfinite(value):
+                        raise self.diverged(f"the loss is {value} at step {number_of_step} of epoch {number}")
+                if config.average:
+                    self._update_average((number - 1) * count + number_of_step)
+                if is_saved:
+                    sums = tuple(training.world.sum(total.item(), targets))
+                    save(EpochProgress(number_of_step, sums, time.perf_counter() - start))
+        nats, all_targets = training.world.sum(total.item(), targets)
+        return TrainStats(Loss(nats, int(all_targets)), learning_rate(config, number - 1))
+
+    def evaluate(self) -> DevStats:
+        """Return the dev loss."""
+        return DevStats(self.training.dev_loss())
+
+    def improves(self, new: DevStats, best: DevStats) -> bool:
+        """Return whether the dev loss is lower."""
+        return new.loss < best.loss
+
+    def state_dict(self) -> dict[str, Any]:
+        """Return the decoder that is trained, its optimizer, and the EMA of its weights where there is one."""
+        average = self.training.decoder.state_dict() if self.training.config.average else None
+        optimizer = self.steps.optimizer.state_dict()
+        return {"decoder": self._decoder.state_dict(), "optimizer": optimizer, "average": average}
+
+    def load_state_dict(self, state: TrainingState) -> None:
+        """Continue from a state."""
+        self._decoder.load_state_dict(state.decoder)
+        self.training.decoder.load_state_dict(state.average or state.decoder)
+        self.steps.load_optimizer(state.optimizer)
+
+    @torch.no_grad()
+    def _update_average(self, steps: int) -> None:
+        """Take the weights after so many steps into the EMA; its decay begins low, so the first weights soon fade."""
+        decay = min(self.training.config.average, (1 + steps) / (10 + steps))
+        averages: list[torch.Tensor] = list(self.training.decoder.parameters())
+        weights: list[torch.Tensor] = list(self._decoder.parameters())
+        torch._foreach_lerp_(averages, weights, 1 - decay)
+
+
+def is_done(history: Sequence[Epoch], config: TrainingConfig) -> bool:
+    """Return whether training ends after these epochs: all are done, or patience is at its end."""
+    if len(history) >= config.epochs:
+        return True
+    best = max((epoch.number for epoch in history if epoch.improved), default=0)
+    return len(history) - best >= config.patience
