@@ -13,7 +13,8 @@ def sync(argv: list[str] | None = None) -> int:
 
     from capexp.runs.folder import RunFolder
     from capexp.runs.registration import Registration, carry_out, delete_bundle
-    from capexp.tracking.run import TrackedRun, run_status
+    from capexp.tracking.known_runs import run_status
+    from capexp.tracking.run import TrackedRun
     from capexp.tracking.store import check_store, is_local, no_retries, store_faults
 
     folder = RunFolder.with_journal(arguments.run_id)

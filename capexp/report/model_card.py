@@ -6,7 +6,7 @@ from capexp.captioning.evaluation import SCORE_NAMES, Evaluation, perplexity
 from capexp.data.dataset import Dataset
 from capexp.experiment import member_name, members_of
 from capexp.settings import Experiment
-from capexp.tracking.run import git_commit
+from capexp.tracking.known_runs import git_commit
 
 _SETTING_LENGTH = 80  # of one on the card, which may hold 5,000 letters in all
 

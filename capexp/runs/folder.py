@@ -11,8 +11,8 @@ from capexp.errors import InputError
 from capexp.experiment import load_experiment, to_toml
 from capexp.files import write_whole, writing
 from capexp.settings import Experiment
+from capexp.tracking.known_runs import PARENT, run_status, run_tags
 from capexp.tracking.outbox import JOURNAL
-from capexp.tracking.run import PARENT, run_status, run_tags
 from capexp.training.checkpoints import Checkpoints
 from capexp.training.loop import Epoch
 from capexp.training.teacher_forcing import is_done

@@ -19,9 +19,9 @@ from capexp.runs.folder import CHECKPOINTS, SETTINGS, STUDY, RunFolder
 from capexp.runs.registration import encoder_weights, register, register_bundle
 from capexp.runs.run import EarlierRun, OpenRun, Plan, Result, child, comparable_tags, opened
 from capexp.settings import Experiment
+from capexp.tracking.known_runs import PARENT, FoundRun, fetch_artifacts, nested_runs, run_tags, runs_of
 from capexp.tracking.models import find_bundle
 from capexp.tracking.registry import ARTIFACT, Version
-from capexp.tracking.run import PARENT, FoundRun, fetch_artifacts, nested_runs, run_tags, runs_of
 from capexp.training.loop import Update
 
 SEEDS, SEED, MEMBER = "seeds", "seed", "member"

@@ -18,8 +18,9 @@ from capexp.report.model_card import model_card
 from capexp.runs.conclusion import evaluate_on_dev
 from capexp.settings import WEIGHTS, Experiment
 from capexp.tracking import registry
+from capexp.tracking.known_runs import git_commit
 from capexp.tracking.registry import Score, Version
-from capexp.tracking.run import PATIENCE, SHORT_PATIENCE, TrackedRun, git_commit
+from capexp.tracking.run import PATIENCE, SHORT_PATIENCE, TrackedRun
 from capexp.tracking.store import undisturbed
 
 log = logging.getLogger(__name__)

@@ -26,8 +26,9 @@ from capexp.runs.folder import CHECKPOINTS, RunFolder, may_differ
 from capexp.runs.registration import encoder_weights, log_interrupted, register
 from capexp.search.trial import Pruned
 from capexp.settings import Experiment, SplitName
+from capexp.tracking.known_runs import adopted_run, git_commit, run_status, run_tags
 from capexp.tracking.registry import Version
-from capexp.tracking.run import Input, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
+from capexp.tracking.run import Input, TrackedRun, tracked_run
 from capexp.tracking.store import await_store, discreet, prepare_store, store_faults
 from capexp.training.checkpoints import check_disk_space
 from capexp.training.loop import Epoch, Training, Update, fit

@@ -18,8 +18,7 @@ from capexp.runs.run import EarlierRun, OpenRun, Plan, Result, child, opened
 from capexp.search.study import Study
 from capexp.search.trial import FinishedTrial, PendingTrial
 from capexp.settings import Experiment, flatten
-from capexp.tracking.registry import Version
-from capexp.tracking.run import (
+from capexp.tracking.known_runs import (
     add_artifacts,
     adopted_run,
     end_nested,
@@ -28,6 +27,7 @@ from capexp.tracking.run import (
     keep_open,
     run_tags,
 )
+from capexp.tracking.registry import Version
 from capexp.tracking.store import prepare_store
 from capexp.training.loop import Update
 

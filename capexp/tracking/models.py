@@ -1,4 +1,4 @@
-"""Where the bundle lies that a command's ``--model`` names; MLflow is imported only where it has to be asked."""
+"""Find the bundle that ``--model`` names; MLflow is imported only where it has to be asked."""
 
 from pathlib import Path
 
@@ -6,11 +6,7 @@ from capexp.errors import InputError, shown_uri, without_secrets
 
 
 def find_bundle(model: str) -> Path:
-    """The bundle that ``MODEL`` names: a folder, ``runs:/ID/captioner``, ``models:/NAME/VERSION`` or ``@champion``.
-
-    Raises:
-        InputError: there is no such model, or none of this project.
-    """
+    """Return the bundle of a model: a folder, ``runs:/ID/captioner``, ``models:/NAME/VERSION`` or ``@champion``."""
     if not model.startswith(("runs:/", "models:/")):
         folder = Path(model)
         if not folder.is_dir():

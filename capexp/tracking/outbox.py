@@ -26,9 +26,9 @@ from capexp.tracking.store import artifact_faults, fault_of, is_missing, local_w
 log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
-"""Its name in a run's folder."""
+"""The journal's name in a run's folder."""
 METRICS, PARAMS, TAGS, INPUT, ARTIFACT = "metrics", "params", "tags", "input", "artifact"
-"""Kinds of entries that an outbox sends; others are left to who wrote them."""
+"""The kinds of entries that an outbox sends; other kinds are the business of :class:`TrackedRun`."""
 _KINDS = (METRICS, PARAMS, TAGS, INPUT, ARTIFACT)
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 15.0  # seconds between two tries
 _MOST_METRICS = 1000  # that MLflow takes at once,
@@ -38,27 +38,23 @@ _SENT = "sent"
 
 @dataclass(frozen=True)
 class Entry:
-    """Something to be logged."""
+    """Something to log."""
 
     number: int
     kind: str
     content: Any
-    """Plain values, as JSON has them."""
+    """JSON values."""
 
 
 class Journal:
-    """A file with a line of JSON an entry, and a line that tells the numbers of those that the store has taken.
+    """A file of JSON lines: one for each entry, and one for each acknowledgement, with the numbers of entries sent.
 
-    An entry is on disk before anything is done about it. What was taken just before a power cut may be told of as
-    waiting; so whatever an entry asks for, doing it again must change nothing.
+    An entry is on disk (fsync) before it is sent. An acknowledgement may be lost in a power cut, so sending an entry
+    twice must change nothing.
     """
 
     def __init__(self, path: Path) -> None:
-        """Makes the file, or goes on with it; a last line that a kill has cut short is taken off.
-
-        Raises:
-            InputError: it cannot be written, or holds something else.
-        """
+        """Create the file, or read it; a last line that a kill has cut short is removed."""
         self.path = path
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
@@ -76,22 +72,18 @@ class Journal:
 
     @property
     def entries(self) -> list[Entry]:
-        """All, in order."""
+        """All entries, in order."""
         with self._lock:
             return list(self._entries.values())
 
     @property
     def waiting(self) -> list[Entry]:
-        """Those that the store has not taken, in order."""
+        """The entries that are not sent yet, in order."""
         with self._lock:
             return [entry for entry in self._entries.values() if entry.number not in self._sent]
 
     def write(self, kind: str, content: Any) -> Entry:
-        """Adds an entry; it survives a power cut.
-
-        Raises:
-            InputError: the disk is full, or the file cannot be written.
-        """
+        """Append an entry durably; return it."""
         with undisturbed(), self._lock:
             entry = Entry(max(self._entries, default=0) + 1, kind, content)
             self._append({"number": entry.number, "kind": kind, "content": content}, durable=True)
@@ -99,11 +91,7 @@ class Journal:
         return entry
 
     def mark_sent(self, entries: Iterable[Entry]) -> None:
-        """Notes that the store has taken entries.
-
-        Raises:
-            InputError: as :meth:`write`.
-        """
+        """Record that entries are sent."""
         numbers = [entry.number for entry in entries]
         if numbers:
             with undisturbed(), self._lock:
@@ -142,7 +130,7 @@ class Outbox:
     """Sends a run's journal in order. What a server does not take is retried, and nobody waits for it."""
 
     def __init__(self, run_id: str, folder: Path, journal: Journal, in_background: bool) -> None:
-        """Goes on with what the journal holds of an earlier process; ``folder`` is where artifacts are."""
+        """Begin with the entries that an earlier process has left unsent; ``folder`` holds the artifacts."""
         self._run_id, self._folder, self._journal = run_id, folder, journal
         self._client = MlflowClient()
         self._changed = threading.Condition(threading.RLock())
@@ -156,10 +144,9 @@ class Outbox:
             self._thread.start()
 
     def log(self, kind: str, content: Any) -> None:
-        """Writes an entry to the journal and sends it, now or soon.
+        """Write an entry to the journal and send it: at once to a local store, from the thread to a server.
 
-        Raises:
-            MlflowException: the store is a local one and has not taken it, or a server knows no such run.
+        Raises MLflow's exception where a local store refuses it, or a server does not know the run.
         """
         with undisturbed(), self._changed:
             self._queue.append(self._journal.write(kind, content))
@@ -170,22 +157,14 @@ class Outbox:
             self._refuse_missing()
 
     def flush(self) -> None:
-        """Sends all that waits, from the calling thread.
-
-        Raises:
-            MlflowException: the store has not taken it.
-        """
+        """Send all that waits, from the calling thread; raises MLflow's exception where the store refuses it."""
         with self._changed:
             while self._queue:
                 with local_write():
                     self._send_some()
 
     def drain(self, seconds: float) -> Exception | None:
-        """Waits until all is sent, or nothing was for so many seconds; returns what is in the way.
-
-        Raises:
-            MlflowException: as :meth:`log`.
-        """
+        """Wait until all is sent, or nothing was sent for so many seconds; return the fault that is in the way, if any."""
         if self._thread is None:
             self.flush()
             return None
@@ -201,7 +180,7 @@ class Outbox:
         return None
 
     def close(self) -> None:
-        """Sends no more."""
+        """Stop sending."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
@@ -238,13 +217,13 @@ class Outbox:
                     self._fault = None
 
     def _refuse_missing(self) -> None:
-        """Raises what makes sending again useless: a run that was deleted."""
+        """Raise the fault that makes retrying useless: a run that was deleted."""
         fault = self._fault
         if isinstance(fault, MlflowException) and is_missing(fault):
             raise fault
 
     def _send_some(self) -> None:
-        """Sends the first entry that waits, and the ones behind it that go with it."""
+        """Send the first entry that waits, with those behind it that fit into one request."""
         with self._changed:
             some = _together(self._queue)
         send(self._client, self._run_id, self._folder, some)
@@ -256,7 +235,7 @@ class Outbox:
 
 
 def _together(queue: Sequence[Entry]) -> list[Entry]:
-    """The first entry; with metrics as many as go into one request, so that an outage is soon made up for."""
+    """Return the first entry; of metrics as many as fit into one request, to catch up quickly after an outage."""
     some = [queue[0]]
     if queue[0].kind == METRICS:
         count = len(queue[0].content)
@@ -269,11 +248,9 @@ def _together(queue: Sequence[Entry]) -> list[Entry]:
 
 
 def send(client: MlflowClient, run_id: str, folder: Path, entries: Sequence[Entry]) -> None:
-    """Does what entries ask for: one, or several of metrics. Sent again, they change nothing.
+    """Send one entry, or several of metrics; sent again, they change nothing.
 
-    Raises:
-        MlflowException: the store has not taken them.
-        Outage: it has not taken an artifact.
+    Raises MLflow's exception where the store refuses them, and :class:`Outage` where an artifact cannot be stored.
     """
     first = entries[0]
     if first.kind == METRICS:

@@ -1,4 +1,4 @@
-"""The model registry: logging a captioner, registering it, and who is champion."""
+"""The model registry: log a captioner, register it, decide whether it is the champion."""
 
 import base64
 import importlib.metadata
@@ -48,24 +48,23 @@ _SIGNATURE = ModelSignature(
 
 @dataclass(frozen=True)
 class Score:
-    """What a captioner is worth, by which of its values it is compared, and what they were measured on."""
+    """A captioner's metrics, the one that it is compared by, and what they were measured on."""
 
     metric: Metric
     values: Mapping[Metric, float]
-    """All of them, so that a later captioner may be compared by another."""
+    """All metrics, so that a later captioner may be compared by another one."""
     dev_digest: str
     vocabulary_digest: str
 
     def tags(self) -> dict[str, str]:
-        """The score as tags of a registered version."""
+        """Return the score as tags of a registered version."""
         values = {name: repr(self.values[name]) for name in get_args(Metric)}
         return values | {"dev_digest": self.dev_digest, "vocabulary_digest": self.vocabulary_digest}
 
     def beats(self, champion: Mapping[str, str], holder: str) -> tuple[bool, str]:
-        """Whether it beats the tags of the champion, version ``holder``, and why or why not.
+        """Return whether it beats the champion, version ``holder`` with these tags, and why or why not.
 
-        Losses compare over the same words only; captions are held against the same people's words whatever a
-        captioner's vocabulary is.
+        Losses compare over the same vocabulary only; CIDEr compares over any, as references are the same.
         """
         if champion.get("dev_digest") != self.dev_digest:
             return False, f"version {holder} was measured on another dev split"
@@ -83,7 +82,7 @@ class Score:
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version, and whether it became champion, with the reason."""
+    """A registered version, whether it is the champion, and why."""
 
     name: str
     number: str
@@ -92,20 +91,20 @@ class Version:
 
     @property
     def uri(self) -> str:
-        """How commands and MLflow name it."""
+        """The URI by which commands and MLflow name it."""
         return f"models:/{self.name}@{CHAMPION}" if self.champion else f"models:/{self.name}/{self.number}"
 
     def describe(self) -> str:
-        """Name, number, and whether and why it is champion."""
+        """Return name, number, and whether and why it is the champion."""
         alias = f"@{CHAMPION} ({self.reason})" if self.champion else f"(not champion: {self.reason})"
         return f"{self.name} version {self.number} {alias}"
 
 
 def log_captioner(run_id: str, bundle: Path) -> str:
-    """Logs a captioner to a run as the pyfunc model ``captioner``, its bundle inside; returns the model's id.
+    """Log a captioner to a run as the pyfunc model ``captioner`` with its bundle; return the model's id.
 
-    Nothing is fetched for it. One that the run holds already is not logged again, and what a kill or an outage has cut
-    short is deleted.
+    Nothing is downloaded. A captioner that the run has already is not logged again, and what a kill or an outage has
+    cut short is deleted.
     """
     client = MlflowClient()
     run = client.get_run(run_id)
@@ -137,15 +136,15 @@ def log_captioner(run_id: str, bundle: Path) -> str:
 
 
 def register_model(model_id: str, name: str, captioner: Captioner) -> str:
-    """Makes a logged captioner a version of a registered model, and returns its number."""
+    """Register a logged captioner as a new version of a model; return the version's number."""
     return str(mlflow.register_model(f"models:/{model_id}", name, tags={_DIGEST: captioner.digest()}).version)
 
 
 def registered_version(name: str, run_id: str, captioner: Captioner) -> str | None:
-    """The version that holds this very captioner of a run, if any: a resumed run registers it only once.
+    """Return the version that holds this very captioner of a run, if any: a resumed run registers it only once.
 
-    A kill may have come between a version and its card. Such a one is taken up where it holds this captioner, and
-    deleted where it holds an earlier one of the run, which nobody can tell from the others.
+    A kill may have come between a version and its model card. A version without a card is used where it holds this
+    captioner, and deleted where it holds an earlier captioner of the run.
     """
     client = MlflowClient()
     digest = captioner.digest()
@@ -166,7 +165,7 @@ def registered_version(name: str, run_id: str, captioner: Captioner) -> str | No
 
 
 def _held_digest(name: str, number: str) -> str | None:
-    """The digest of the captioner that a version holds; None where it cannot be read."""
+    """Return the digest of the captioner in a version; None where it cannot be read."""
     try:
         return Captioner.load(find_bundle(f"models:/{name}/{number}")).digest()
     except InputError:
@@ -174,7 +173,7 @@ def _held_digest(name: str, number: str) -> str | None:
 
 
 def describe_version(name: str, number: str, captioner: Captioner, description: str, tags: Mapping[str, str]) -> None:
-    """Writes a version's card: a description in Markdown, and tags."""
+    """Write a version's model card: a description in Markdown, and tags."""
     client = MlflowClient()
     # The digest first: whatever a kill cuts short, a resumed run knows the version by it and writes the card again.
     for key, value in {_DIGEST: captioner.digest(), **tags}.items():
@@ -183,7 +182,7 @@ def describe_version(name: str, number: str, captioner: Captioner, description: 
 
 
 def promote(name: str, number: str, score: Score, force: bool) -> Version:
-    """Moves the alias ``champion`` to a version if it earns it, or if forced."""
+    """Move the alias ``champion`` to a version if it scores better, or if forced."""
     client = MlflowClient()
     with store_lock():  # of two that finish at once, the second must see the first
         holder = champion_of(name)
@@ -201,7 +200,7 @@ def promote(name: str, number: str, score: Score, force: bool) -> Version:
 
 
 def champion_of(name: str) -> str | None:
-    """The version that the alias points at."""
+    """Return the version that the alias points at, if any."""
     try:
         return str(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
     except MlflowException as error:
@@ -211,7 +210,7 @@ def champion_of(name: str) -> str | None:
 
 
 def _example() -> pd.DataFrame:
-    """A photo as a client sends it: small, in base64."""
+    """Return a small photo as a client sends it, in base64."""
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(buffer, "PNG")
     return pd.DataFrame({"photo": [base64.b64encode(buffer.getvalue()).decode()]})
@@ -219,7 +218,7 @@ def _example() -> pd.DataFrame:
 
 @contextmanager
 def _offline() -> Iterator[None]:
-    """MLflow runs the model on the example when it logs it; that must not fetch weights."""
+    """Forbid downloads: MLflow runs the model on the example when it logs it."""
     before = os.environ.get("CAPEXP_OFFLINE")
     os.environ["CAPEXP_OFFLINE"] = "1"
     try:

@@ -1,10 +1,8 @@
 """One MLflow run from start to end: params, tags, inputs, metrics, artifacts, and the state it ends in."""
 
 import logging
-import os
-import subprocess
 import time
-from collections.abc import Callable, Iterator, Mapping, Sequence, Set
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
 from dataclasses import dataclass
 from pathlib import Path
@@ -13,37 +11,34 @@ from typing import Any, TypeVar
 import mlflow
 from mlflow.data.meta_dataset import MetaDataset
 from mlflow.data.sources import LocalArtifactDatasetSource
-from mlflow.entities import Run, RunStatus
+from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 from sqlalchemy.exc import SQLAlchemyError
 
-from capexp.errors import InputError, Outage, Unsent, shown_uri
+from capexp.errors import Outage, Unsent
+from capexp.tracking.known_runs import adopted_run
 from capexp.tracking.outbox import ARTIFACT, INPUT, JOURNAL, METRICS, PARAMS, TAGS, Entry, Journal, Outbox
 from capexp.tracking.sampler import Sampler
 from capexp.tracking.store import (
-    artifact_faults,
     discreet,
     fault_of,
     is_local,
     is_missing,
     local_write,
     no_retries,
-    require_store,
     store_faults,
 )
 
 log = logging.getLogger(__name__)
 
-PARENT = "mlflow.parentRunId"
-"""The tag that names the run that a run is nested under."""
 PATIENCE = 60.0
-"""Seconds that a run's end waits for a server that takes nothing."""
+"""Seconds that the end of a run waits for a server that does not answer."""
 SHORT_PATIENCE = 10.0
 """The same where the run was interrupted or has failed."""
 _PARAM_LENGTH = 6000  # MLflow's limit
 CLAIM, ENDED = "claim", "ended"
-"""Kinds of entries that wait for what is before them: a model to be logged and registered; the run's end."""
+"""Kinds of journal entries that wait until all before them is sent: a model to register; the end of the run."""
 
 T = TypeVar("T")
 
@@ -58,19 +53,10 @@ class Input:
     digest: str
 
 
-@dataclass(frozen=True)
-class FoundRun:
-    """A run that is there already."""
-
-    run_id: str
-    is_finished: bool
-    tags: Mapping[str, str]
-
-
 class TrackedRun:
-    """What the project logs to one run: written to the journal in its folder, then sent.
+    """A run that this process logs to, through the outbox in the run's folder.
 
-    Logging the same again changes nothing. A server that is away holds nobody up until the run's end.
+    Logging the same again changes nothing. An unreachable server delays nothing before the end of the run.
     """
 
     def __init__(self, run_id: str, folder: Path, in_background: bool) -> None:
@@ -81,44 +67,42 @@ class TrackedRun:
         self._outbox = Outbox(run_id, folder, self._journal, in_background)
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """Logs the params that the run does not hold yet."""
+        """Log the params that the run does not have yet."""
         self._outbox.log(PARAMS, {name: value[:_PARAM_LENGTH] for name, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
-        """Logs values of one step; ``timestamp`` in milliseconds since 1970."""
+        """Log the values of one step; ``timestamp`` is in milliseconds since 1970."""
         self._outbox.log(METRICS, [[name, float(value), timestamp, step] for name, value in metrics.items()])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Sets tags, over those of the same name."""
+        """Set tags; those of the same name are replaced."""
         self._outbox.log(TAGS, dict(tags))
 
     def log_inputs(self, inputs: list[Input]) -> None:
-        """Logs the splits as data sets."""
+        """Log splits as MLflow datasets."""
         for item in inputs:
             source = LocalArtifactDatasetSource(str(item.path.absolute()))
             dataset = MetaDataset(source, name=item.name, digest=item.digest[:36])
             self._outbox.log(INPUT, {"context": item.context, "dataset": dataset.to_dict()})
 
     def log_artifact(self, path: Path) -> None:
-        """Copies a file of the run's folder to the run's artifacts, as it is when its turn comes."""
+        """Copy a file of the run's folder to its artifacts; what is sent is the file as it is when its turn comes."""
         self._outbox.log(ARTIFACT, str(path.resolve().relative_to(self.folder.resolve())))
 
     def claim(self, content: dict[str, Any], action: Callable[[], T], patience: float = PATIENCE) -> T:
-        """Does what is more than logging, once all before it is sent; the journal keeps ``content`` until it is done.
+        """Run an action that is more than logging, once all before it is sent; return its result.
 
-        Raises:
-            Unsent: a server took nothing for ``patience`` seconds.
+        The journal keeps ``content`` until the action is done, so that a later process can do it. Raises
+        :class:`Unsent` where a server takes nothing for ``patience`` seconds.
         """
         return self._deliver(self._journal.write(CLAIM, content), action, patience)
 
     def send_rest(self, action: Callable[[Any], T]) -> tuple[int, T | None, str | None]:
-        """Sends what an earlier process could not, does its claim, and ends the run as that process has ended.
+        """Send what an earlier process could not send, run its pending action, and end the run as that process did.
 
-        Returns the number of entries that had waited, what came of the claim, and the state of the run's end; None
-        where that process was killed before it.
-
-        Raises:
-            Unsent: a server took nothing for a minute.
+        Returns the number of entries that waited, the result of ``action`` on the content of the pending claim, and the
+        status in which the run ended; None where the earlier process was killed before it ended the run. Raises
+        :class:`Unsent` where a server takes nothing for a minute.
         """
         waiting, state = self._journal.waiting, self._left_as()
         claims = [entry for entry in waiting if entry.kind == CLAIM]
@@ -136,22 +120,18 @@ class TrackedRun:
         return len(waiting), done, state
 
     def _left_as(self) -> str | None:
-        """The state in which the last process has ended the run; None where it could not."""
+        """Return the status in which the last process ended the run; None where it could not."""
         last = next(
             e for e in reversed(self._journal.entries) if e.kind in (PARAMS, ENDED)
         )  # params begin each process
         return None if last.kind == PARAMS else str(last.content["status"])
 
     def forget_end(self) -> None:
-        """The run goes on: what an earlier process has left to be done at its end, this one does at its own."""
+        """Drop the claim and the end that an earlier process left in the journal: this process writes its own."""
         self._journal.mark_sent(entry for entry in self._journal.waiting if entry.kind in (CLAIM, ENDED))
 
     def end(self, status: str, patience: float) -> None:
-        """Ends the run once all is sent.
-
-        Raises:
-            Unsent: a server took nothing for ``patience`` seconds.
-        """
+        """End the run when all is sent; raises :class:`Unsent` where a server takes nothing for ``patience`` seconds."""
         content = {"status": status, "ended_at": time.time_ns() // 1_000_000}
         try:
             entry = self._journal.write(ENDED, content)
@@ -185,111 +165,6 @@ class TrackedRun:
         raise Unsent(self.run_id, fault_of(fault))
 
 
-def run_status(run_id: str) -> str:
-    """The state of a run, such as ``FINISHED``.
-
-    Raises:
-        InputError: there is no such run, or it was deleted.
-    """
-    run = _find(run_id)
-    if run is None:
-        store = shown_uri(mlflow.get_tracking_uri())
-        raise InputError(f"run {run_id}: no such run in {store}; `mlflow ui` lists them")
-    return str(run.info.status)
-
-
-def run_tags(run_id: str) -> dict[str, str]:
-    """The tags of a run; none where there is no such run."""
-    run = _find(run_id)
-    return {} if run is None else dict(run.data.tags)
-
-
-def find_nested(parents: Sequence[str], tag: str, value: str) -> str | None:
-    """The newest run under one of the parents with that tag, if any."""
-    for parent in parents:
-        for run in nested_runs(parent, f"tags.{tag} = '{value}'"):
-            return str(run.info.run_id)
-    return None
-
-
-def end_nested(parent: str, tag: str, values: Callable[[], Set[str]], error: str) -> list[str]:
-    """Ends FAILED the running runs under a parent whose tag is none of some values, and returns their ids.
-
-    The values are asked for between two looks at a run, so that neither one that begins meanwhile nor one that ends
-    is taken for dead.
-    """
-    client = MlflowClient()
-    ended = []
-    with store_faults():
-        running = [run for run in nested_runs(parent, "attributes.status = 'RUNNING'") if tag in run.data.tags]
-        alive = values() if running else set()
-        for run_id in (str(run.info.run_id) for run in running if run.data.tags[tag] not in alive):
-            if client.get_run(run_id).info.status == "RUNNING":
-                client.set_tag(run_id, "error", error)
-                client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
-                ended.append(run_id)
-    return ended
-
-
-def keep_open(run_id: str) -> None:
-    """Makes an ended run a running one again: others are at work on it."""
-    with store_faults():
-        MlflowClient().update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
-
-
-def add_artifacts(run_id: str, folder: Path, name: str) -> None:
-    """Copies a folder to the artifacts of a run that may have ended."""
-    with store_faults(), artifact_faults(run_id):
-        MlflowClient().log_artifacts(run_id, str(folder), name)
-
-
-def fetch_artifacts(run_id: str, name: str) -> Path | None:
-    """A local copy of a folder of a run's artifacts; None where it has none of that name."""
-    with store_faults(), artifact_faults(run_id):
-        if not any(item.path == name for item in MlflowClient().list_artifacts(run_id)):
-            return None
-        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
-
-
-def nested_runs(parent: str, condition: str | None = None) -> list[Run]:
-    """The runs under a parent that fulfil a condition, the newest first."""
-    run = _find(parent)
-    if run is None:
-        return []
-    under = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
-    with store_faults():
-        return list(MlflowClient().search_runs([run.info.experiment_id], under, max_results=1000))
-
-
-def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun]:
-    """All runs, in any experiment, that hold these params and tags, the newest first."""
-    conditions = [f"params.`{name}` = '{value}'" for name, value in params.items()]
-    conditions += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
-    client = MlflowClient()
-    with store_faults():
-        held = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(held, " and ".join(conditions), order_by=["attributes.start_time DESC"])
-    return [FoundRun(str(run.info.run_id), run.info.status == "FINISHED", dict(run.data.tags)) for run in runs]
-
-
-def adopted_run() -> str | None:
-    """The run that ``mlflow run`` has made for this process, if any."""
-    return os.environ.get("MLFLOW_RUN_ID")
-
-
-def _find(run_id: str) -> Run | None:
-    """A run that is there and not deleted."""
-    require_store()
-    with store_faults():
-        try:
-            run = MlflowClient().get_run(run_id)
-        except MlflowException as error:
-            if is_missing(error):
-                return None
-            raise
-    return run if run.info.lifecycle_stage == "active" else None
-
-
 @contextmanager
 def tracked_run(
     name: str,
@@ -306,12 +181,10 @@ def tracked_run(
     ``lock`` keeps other processes from the run by its id: it is taken before MLflow is told of a run that exists, and
     directly after MLflow has made a new one, before anything else is written.
 
-    Its journal is in ``folder``, under the run's id. With ``parent`` it is nested, in the parent's experiment. It has
-    its tags from the beginning. Under ``mlflow run`` this is the run that MLflow has made. An interrupt ends it KILLED,
-    tagged ``stopped=interrupt``; any other exception FAILED, with its message in the tag ``error``.
-
-    Raises:
-        Unsent: the block was left in order, but a server has not taken all that was logged.
+    Its journal is in ``folder``, under the run's id. With ``parent`` it is nested, in the parent's experiment. Under
+    ``mlflow run`` it is the run that MLflow has made. An interrupt ends it KILLED, tagged ``stopped=interrupt``; any
+    other exception FAILED, with its message in the tag ``error``. Raises :class:`Unsent` where the block ended in order
+    but a server has not taken all that was logged.
     """
     known = resume or (adopted_run() if parent is None else None)
     with ExitStack() as stack:
@@ -377,16 +250,3 @@ def _start(name: str, experiment: str, resume: str | None, parent: str | None, t
         for stale in {"stopped", "error"} & run.data.tags.keys():
             client.delete_tag(run.info.run_id, stale)
     return str(run.info.run_id)
-
-
-def git_commit() -> str:
-    """The commit of the project's code, ``-dirty`` where files differ from it; empty outside a checkout."""
-    folder = Path(__file__).parent
-    try:
-        described = subprocess.run(
-            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
-            cwd=folder, capture_output=True, text=True, check=True,
-        )  # fmt: skip
-    except (OSError, subprocess.CalledProcessError):
-        return ""
-    return described.stdout.strip()

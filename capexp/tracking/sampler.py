@@ -1,4 +1,4 @@
-"""MLflow's samples of the machine (memory, load, GPU), logged as a run's other metrics are."""
+"""MLflow's system metrics (memory, load, GPU), logged through the run's journal like its other metrics."""
 
 import logging
 import time
@@ -12,15 +12,19 @@ _SECONDS = 5.0  # between samples; runs on small data are short
 
 
 class Sampler(SystemMetricsMonitor):  # type: ignore[misc]
-    """MLflow's own monitor stops for good when a server does not answer once; this one writes to the journal."""
+    """Samples the machine and writes to the journal; MLflow's own monitor stops for good at a server's first fault.
+
+    It relies on private attributes of MLflow's monitor (``_shutdown_event``, ``_logging_step``, ``_metrics_prefix``):
+    look here first when MLflow is updated.
+    """
 
     def __init__(self, run_id: str, resumed: bool, write: Callable[[Mapping[str, float], int, int], None]) -> None:
-        """``write`` takes metrics, their step and their time in milliseconds since 1970."""
+        """``write`` takes metrics, step, and time in milliseconds since 1970."""
         super().__init__(run_id, sampling_interval=_SECONDS, samples_before_logging=1, resume_logging=resumed)
         self._write = write
 
     def monitor(self) -> None:
-        """Takes samples until it is told to finish."""
+        """Take samples until :meth:`finish` is called."""
         while True:
             self.collect_metrics()
             if self._shutdown_event.wait(self.sampling_interval):
@@ -32,7 +36,7 @@ class Sampler(SystemMetricsMonitor):  # type: ignore[misc]
                 return
 
     def publish_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Logs a sample under the names that MLflow's page knows."""
+        """Log a sample under the names that MLflow's page knows."""
         values = {f"{self._metrics_prefix}{name}": value for name, value in metrics.items()}
         self._write(values, self._logging_step, time.time_ns() // 1_000_000)
         self._logging_step += 1

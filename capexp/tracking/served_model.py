@@ -1,4 +1,4 @@
-"""The model that MLflow serves: a table of photos in, a record of caption, log-probability and error each out.
+"""The model that MLflow serves: a table of photos in; caption, log-probability and error of each out.
 
 MLflow runs this file when it loads the model ("models from code"), so nothing of it is pickled.
 """
@@ -28,10 +28,10 @@ MAXIMUM_BEAM_WIDTH = 100
 
 
 class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
-    """Captions the photos of a column ``photo``: base64 text, or bytes from callers in Python."""
+    """Captions the photos in the column ``photo``: base64 text, or bytes from callers in Python."""
 
     def load_context(self, context: Any) -> None:
-        """Loads the bundle; its encoder is loaded, or fetched, when the first photo comes."""
+        """Load the bundle; its encoder is loaded, or fetched, at the first photo."""
         self.captioner = Captioner.load(Path(context.artifacts["bundle"]))
         # A request at a time: each takes all cores, and memory is that of one, however many ask at once.
         self.turn = threading.Lock()
@@ -39,12 +39,10 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def predict(
         self, context: Any, model_input: pd.DataFrame, params: dict[str, Any] | None = None
     ) -> list[dict[str, Any]]:
-        """One record a photo; what is wrong with a photo stands in its own ``error``.
+        """Return one record a photo; what is wrong with a photo is in its own ``error``.
 
-        Params: ``method`` and ``beam_width`` in place of the bundle's.
-
-        Raises:
-            MlflowException: a param is not what it may be, or the photos are too many; a server answers 400.
+        ``params`` may hold ``method`` and ``beam_width``, in place of the bundle's. A wrong param or too many photos
+        raise MlflowException, and a server answers 400.
         """
         values = list(model_input["photo"])
         _refuse_many(values)
@@ -87,12 +85,12 @@ def _refuse_many(values: list[object]) -> None:
 
 
 def _size(value: object) -> int:
-    """A picture's bytes; text is base64, four letters for three bytes."""
+    """Return the size of a picture in bytes; base64 text has four letters for three bytes."""
     return len(value) if isinstance(value, bytes) else len(str(value)) * 3 // 4
 
 
 def _decode(value: object) -> bytes | InputError:
-    """The bytes of a picture; text is nothing but base64, so a path or an address opens nothing."""
+    """Return the bytes of a picture; text is taken for base64 only, so no path or address is ever opened."""
     if _size(value) > MAXIMUM_UPLOAD:
         return InputError(f"the photo has {_size(value):,} bytes, over {MAXIMUM_UPLOAD:,}; scale it down")
     if isinstance(value, bytes):

@@ -1,0 +1,141 @@
+"""Runs that MLflow knows already: found, read, changed, ended."""
+
+import os
+import subprocess
+from collections.abc import Callable, Mapping, Sequence, Set
+from dataclasses import dataclass
+from pathlib import Path
+
+import mlflow
+from mlflow.entities import Run, RunStatus
+from mlflow.exceptions import MlflowException
+from mlflow.tracking import MlflowClient
+
+from capexp.errors import InputError, shown_uri
+from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults
+
+PARENT = "mlflow.parentRunId"
+"""MLflow's tag of the run that a run is nested under."""
+
+
+@dataclass(frozen=True)
+class FoundRun:
+    """A run in the store."""
+
+    run_id: str
+    is_finished: bool
+    tags: Mapping[str, str]
+
+
+def run_status(run_id: str) -> str:
+    """Return the status of a run, such as ``FINISHED``; refuse one that does not exist or was deleted."""
+    run = _find(run_id)
+    if run is None:
+        store = shown_uri(mlflow.get_tracking_uri())
+        raise InputError(f"run {run_id}: no such run in {store}; `mlflow ui` lists them")
+    return str(run.info.status)
+
+
+def run_tags(run_id: str) -> dict[str, str]:
+    """Return the tags of a run; none where there is no such run."""
+    run = _find(run_id)
+    return {} if run is None else dict(run.data.tags)
+
+
+def find_nested(parents: Sequence[str], tag: str, value: str) -> str | None:
+    """Return the newest run under one of the parents with that tag, if any."""
+    for parent in parents:
+        for run in nested_runs(parent, f"tags.{tag} = '{value}'"):
+            return str(run.info.run_id)
+    return None
+
+
+def end_nested(parent: str, tag: str, values: Callable[[], Set[str]], error: str) -> list[str]:
+    """End FAILED the running runs under a parent whose tag is none of ``values()``; return their ids.
+
+    The values are read between two looks at a run's status, so that neither a run that begins meanwhile nor one that
+    ends is taken for dead.
+    """
+    client = MlflowClient()
+    ended = []
+    with store_faults():
+        running = [run for run in nested_runs(parent, "attributes.status = 'RUNNING'") if tag in run.data.tags]
+        alive = values() if running else set()
+        for run_id in (str(run.info.run_id) for run in running if run.data.tags[tag] not in alive):
+            if client.get_run(run_id).info.status == "RUNNING":
+                client.set_tag(run_id, "error", error)
+                client.set_terminated(run_id, RunStatus.to_string(RunStatus.FAILED))
+                ended.append(run_id)
+    return ended
+
+
+def keep_open(run_id: str) -> None:
+    """Set an ended run to RUNNING again, because other processes are at work on it."""
+    with store_faults():
+        MlflowClient().update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
+
+
+def add_artifacts(run_id: str, folder: Path, name: str) -> None:
+    """Copy a folder to the artifacts of a run that may have ended."""
+    with store_faults(), artifact_faults(run_id):
+        MlflowClient().log_artifacts(run_id, str(folder), name)
+
+
+def fetch_artifacts(run_id: str, name: str) -> Path | None:
+    """Return a local copy of a file or folder among a run's artifacts; None where there is none of that name."""
+    with store_faults(), artifact_faults(run_id):
+        if not any(item.path == name for item in MlflowClient().list_artifacts(run_id)):
+            return None
+        return Path(mlflow.artifacts.download_artifacts(run_id=run_id, artifact_path=name))
+
+
+def nested_runs(parent: str, condition: str | None = None) -> list[Run]:
+    """Return the runs under a parent that fulfil a condition, the newest first."""
+    run = _find(parent)
+    if run is None:
+        return []
+    under = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
+    with store_faults():
+        return list(MlflowClient().search_runs([run.info.experiment_id], under, max_results=1000))
+
+
+def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun]:
+    """Return all runs, in any experiment, with these params and tags, the newest first."""
+    conditions = [f"params.`{name}` = '{value}'" for name, value in params.items()]
+    conditions += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
+    client = MlflowClient()
+    with store_faults():
+        held = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(held, " and ".join(conditions), order_by=["attributes.start_time DESC"])
+    return [FoundRun(str(run.info.run_id), run.info.status == "FINISHED", dict(run.data.tags)) for run in runs]
+
+
+def adopted_run() -> str | None:
+    """Return the run that ``mlflow run`` has made for this process, if any."""
+    return os.environ.get("MLFLOW_RUN_ID")
+
+
+def _find(run_id: str) -> Run | None:
+    """Return a run that exists and was not deleted."""
+    require_store()
+    with store_faults():
+        try:
+            run = MlflowClient().get_run(run_id)
+        except MlflowException as error:
+            if is_missing(error):
+                return None
+            raise
+    return run if run.info.lifecycle_stage == "active" else None
+
+
+def git_commit() -> str:
+    """Return the commit of the project's code, with ``-dirty`` where files differ from it; empty outside a checkout."""
+    folder = Path(__file__).parent
+    try:
+        described = subprocess.run(
+            ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
+            cwd=folder, capture_output=True, text=True, check=True,
+        )  # fmt: skip
+    except (OSError, subprocess.CalledProcessError):
+        return ""
+    return described.stdout.strip()
