@@ -8,15 +8,13 @@ from capexp import cli
 
 def app(argv: list[str] | None = None) -> int:
     """The command; it serves the page until it is interrupted."""
-    decides = "Only --features.weights, --decoding.* and --training.device decide something here."
-    parser = cli.Parser("app", __doc__, decides)
+    parser = cli.Parser("app", __doc__, ("features.weights", "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(
         "--host", default="127.0.0.1", help="the address to listen at; other machines see the page at 0.0.0.0 only"
     )
     parser.add_argument("--port", type=_port, default=7860)
     arguments, settings = parser.parse(argv)
-    cli.refuse_unused(parser, settings, ("features.weights", "decoding.", "training.device"))
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
     from capexp.captioning.captioner import Captioner

@@ -9,8 +9,7 @@ from capexp import cli
 
 def caption(argv: list[str] | None = None) -> int:
     """The command; returns its exit status: 1 where some photo could not be captioned."""
-    decides = "Only --features.weights, --decoding.* and --training.device decide something here."
-    parser = cli.Parser("caption", __doc__, decides)
+    parser = cli.Parser("caption", __doc__, ("features.weights", "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(
         "--json", action="store_true", help="one JSON object a line, with log-probability and alternatives"
@@ -20,7 +19,6 @@ def caption(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", help="files, folders, or patterns in quotes")
     arguments, settings = parser.parse(argv)
-    cli.refuse_unused(parser, settings, ("features.weights", "decoding.", "training.device"))
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
     from capexp.captioning.captioner import Caption, Captioner

@@ -1,23 +1,28 @@
-"""What the commands share: flags to an Experiment, and faults of the user's making to one line and status 2."""
+"""What the commands share: flags and settings, --help, exit statuses, and a run's epochs printed as they come."""
 
 import argparse
 import contextlib
 import io
+import json
 import logging
 import os
+import re
 import signal
 import sys
 import warnings
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
-from typing import TYPE_CHECKING, Any, NoReturn, TypeVar
+from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
 
 from capexp.distributed import World
 
 if TYPE_CHECKING:
     from collections.abc import Generator
 
+    from pydantic.fields import FieldInfo
+
+    from capexp.settings import Experiment
     from capexp.training.loop import Epoch, Update
 
 R = TypeVar("R")
@@ -26,26 +31,30 @@ USAGE, UNSENT, INTERRUPTED = 2, 3, 130
 
 
 class Parser(argparse.ArgumentParser):
-    """An argument parser that also takes any setting of an experiment, ``--section.key value``."""
+    """An argument parser that also takes settings of an experiment, ``--section.key value``, and lists them in --help.
 
-    def __init__(self, command: str, description: str, epilog: str = "") -> None:
-        settings = "Settings of the experiment are flags by their dotted names: --training.epochs 5"
-        self.command = command
+    ``used`` are the settings that have an effect on the command, by dotted name, or by section with its dot
+    (``decoding.``); others are refused. By default all have.
+    """
+
+    def __init__(self, command: str, description: str, used: tuple[str, ...] | None = None, epilog: str = "") -> None:
+        self.command, self.used = command, used
+        self._experiment: str | None = None
         super().__init__(
             prog=f"python -m capexp.{command}",
             description=description,
-            epilog=f"{settings}\n{epilog}".strip(),
+            epilog=epilog,
             formatter_class=argparse.RawDescriptionHelpFormatter,
             allow_abbrev=False,
         )
 
     def error(self, message: str) -> NoReturn:
-        """One line, without the usage above it."""
+        """Exit with one line, without the usage above it."""
         line = f"capexp.{self.command}: {' '.join(message.split())}; see --help\n"
         self.exit(USAGE, line if World.from_environment().is_main else None)
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-        """The command's own flags, and the settings among the others by dotted name."""
+        """Return the command's own flags, and the settings among the others by dotted name."""
         argv = sys.argv[1:] if argv is None else argv
         settings: dict[str, str] = {}
         own: list[str] = []
@@ -59,6 +68,7 @@ class Parser(argparse.ArgumentParser):
                 settings[name[2:]] = value
             else:
                 settings[name[2:]] = self._value(name, next(waiting, None))
+        self._experiment = _value_of("--experiment", own)
         namespace, rest = self.parse_known_args(own)
         waiting = iter(rest)
         for flag in waiting:
@@ -66,7 +76,27 @@ class Parser(argparse.ArgumentParser):
                 self.error(f"unexpected {flag!r}")
             name, equals, value = flag[2:].partition("=")
             settings[name] = value if equals else self._value(flag, next(waiting, None))
+        for name in settings:
+            if self.used == ():
+                self.error(f"--{name} has no effect on this command, which takes no settings")
+            if self.used is not None and not _is_used(name, self.used):
+                self.error(f"--{name} has no effect on this command; settings that have: {', '.join(self.used)}")
         return namespace, settings
+
+    def format_help(self) -> str:
+        """Return the help of the command's own flags and of every setting that has an effect."""
+        if self.used == ():
+            return super().format_help()
+        from capexp.experiment import find_experiment, load_experiment
+
+        name = self._experiment
+        experiment = None if name is None else load_experiment(find_experiment(name), {})
+        source = (
+            "in brackets their defaults; --experiment NAME --help shows the values of its file"
+            if experiment is None
+            else f"in brackets the values of experiment {experiment.name}"
+        )
+        return f"{super().format_help()}\nsettings, {source}:\n\n{_settings_help(self.used, experiment)}"
 
     def _value(self, flag: str, value: str | None) -> str:
         if value is None:
@@ -74,8 +104,110 @@ class Parser(argparse.ArgumentParser):
         return value
 
 
+def _is_used(name: str, used: tuple[str, ...]) -> bool:
+    return any(name == one or (one.endswith(".") and name.startswith(one)) for one in used)
+
+
+def _value_of(flag: str, words: list[str]) -> str | None:
+    """Return the value of a flag among the words of a command line, before they are parsed."""
+    for word, following in zip(words, [*words[1:], None], strict=True):
+        if word == flag:
+            return following
+        if word.startswith(f"{flag}="):
+            return word.partition("=")[2]
+    return None
+
+
+def _settings_help(used: tuple[str, ...] | None, experiment: "Experiment | None") -> str:
+    """Return the settings by section, each with its type, bounds, value and meaning."""
+    from pydantic import BaseModel
+
+    from capexp.settings import Experiment
+
+    listing = argparse.ArgumentParser(add_help=False, usage=argparse.SUPPRESS)
+
+    def add(section: type[BaseModel], prefix: str, values: BaseModel | None) -> None:
+        title, group = prefix.rstrip(".") or "experiment", None
+        for name, field in section.model_fields.items():
+            inner = None if values is None else getattr(values, name)
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                add(field.annotation, f"{prefix}{name}.", inner)
+            elif used is None or _is_used(f"{prefix}{name}", used):
+                group = group or listing.add_argument_group(title, _plain(section.__doc__))
+                value = _default_text(field) if values is None else _value_text(inner)
+                told = " ".join(filter(None, (_plain(field.description), _bounds_text(field), f"[{value}]")))
+                group.add_argument(f"--{prefix}{name}", metavar=_type_text(field), help=told.replace("%", "%%"))
+
+    add(Experiment, "", experiment)
+    return listing.format_help().lstrip()
+
+
+def _plain(docstring: str | None) -> str:
+    """Return a docstring in one line, without markup."""
+    return re.sub(r":\w+:`([^`]*)`", r"\1", " ".join((docstring or "").split())).replace("``", "")
+
+
+def _type_text(field: "FieldInfo") -> str:
+    """Return what a setting takes, as --help shows it: ``N``, ``X``, ``PATH``, or its choices."""
+    kind = field.annotation
+    if get_origin(kind) is Literal:
+        return "|".join(map(str, get_args(kind)))
+    names = {bool: "true|false", int: "N", float: "X", str: "TEXT", Path: "PATH"}
+    return names.get(kind, "JSON") if isinstance(kind, type) else "JSON"
+
+
+def _bounds_text(field: "FieldInfo") -> str:
+    """Return a setting's bounds in words; empty where it has none."""
+    found = {
+        name: getattr(bound, name)
+        for bound in field.metadata
+        for name in ("ge", "gt", "le", "lt", "multiple_of")
+        if getattr(bound, name, None) is not None
+    }
+    if field.annotation not in (int, float) or not found:
+        return ""
+    kind = "Whole number" if field.annotation is int else "Number"
+    if {"ge", "le"} <= found.keys():
+        limits = [f"{found['ge']:,} to {found['le']:,}"]
+    else:
+        words = {"ge": "at least", "gt": "above", "le": "at most", "lt": "below"}
+        limits = [f"{words[name]} {value:,}" for name, value in found.items() if name in words]
+    if "multiple_of" in found:
+        limits.append(f"a multiple of {found['multiple_of']}")
+    return f"{kind}, {', '.join(limits)}."
+
+
+def _default_text(field: "FieldInfo") -> str:
+    """Return a setting's default, or ``required``."""
+    return "required" if field.is_required() else _value_text(field.get_default(call_default_factory=True))
+
+
+def _value_text(value: object) -> str:
+    """Return a value as it is written on a command line; paths in the home directory begin with ``~``."""
+    if isinstance(value, bool):
+        return str(value).lower()
+    if isinstance(value, Path):
+        home = Path.home()
+        return f"~/{value.relative_to(home)}" if value.is_relative_to(home) else str(value)
+    if isinstance(value, Mapping | tuple):
+        return json.dumps(_as_json(value))
+    return str(value)
+
+
+def _as_json(value: object) -> object:
+    from pydantic import BaseModel
+
+    if isinstance(value, BaseModel):
+        return {name: _as_json(getattr(value, name)) for name in value.model_fields_set}
+    if isinstance(value, Mapping):
+        return {name: _as_json(inner) for name, inner in value.items()}
+    if isinstance(value, tuple):
+        return [_as_json(inner) for inner in value]
+    return value
+
+
 def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scenes") -> None:
-    """The flag that names the experiment."""
+    """Add the flag that names the experiment."""
     parser.add_argument(
         "--experiment",
         metavar="NAME|FILE",
@@ -85,23 +217,23 @@ def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scene
 
 
 def experiment_of(arguments: argparse.Namespace) -> str:
-    """The experiment that the flags name, or the embedded one where they name none."""
+    """Return the experiment that the flags name, or the embedded one where they name none."""
     return "scenes" if arguments.experiment is None else str(arguments.experiment)
 
 
-def add_measured(parser: argparse.ArgumentParser) -> None:
-    """The flags that name what a captioner is measured on."""
+def add_split(parser: argparse.ArgumentParser) -> None:
+    """Add the flags that name the data that a captioner is evaluated on."""
     parser.add_argument(
         "--experiment",
         metavar="NAME|FILE",
-        help="whose data to measure on (default: scenes, for a captioner that was trained on them)",
+        help="the experiment whose data is used (default: scenes, for a captioner that was trained on them)",
     )
-    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev")
-    parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write what comes out there")
+    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="default: %(default)s")
+    parser.add_argument("--output", metavar="FILE.json", type=Path, help="write the result to this file too")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
-    """The flag that names a captioner."""
+    """Add the flag that names a captioner."""
     parser.add_argument(
         "--model",
         required=True,
@@ -110,7 +242,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -> None:
-    """Refuses a file that could not be written, before any work is done."""
+    """Refuse a file that could not be written, before any work is done."""
     if output is None:
         return
     folder = Path(os.path.realpath(output)).parent
@@ -120,13 +252,6 @@ def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -
         parser.error(f"{flag} {output}: a link that leads to itself")
     if output.is_dir():
         parser.error(f"{flag} {output}: a folder; name a file in it")
-
-
-def refuse_unused(parser: Parser, settings: dict[str, str], used: tuple[str, ...]) -> None:
-    """Refuses settings that decide nothing in a command; ``used`` are names, or sections with their dot."""
-    for name in settings:
-        if not any(name == one or (one.endswith(".") and name.startswith(one)) for one in used):
-            parser.error(f"--{name} decides nothing here; settings that do: {', '.join(used)}")
 
 
 def drain(updates: "Generator[Update, None, R]") -> R:
@@ -151,7 +276,7 @@ def _line(run: str, epoch: "Epoch") -> str:
 
 
 def main(name: str, command: Callable[[], int]) -> NoReturn:
-    """Runs a command as a program: its log on stderr, faults of the user's making in one line."""
+    """Run a command as a program: log on stderr, a user's mistake in one line, exit status."""
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
     logging.getLogger("capexp").setLevel(logging.DEBUG)  # all of it goes to a run's log file
     world = World.from_environment()
@@ -204,7 +329,7 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
 
 
 def _refuse_torchrun(name: str) -> int:
-    """Status 2 where torchrun starts what gains nothing by it."""
+    """Return status 2 where torchrun starts a command that gains nothing by it."""
     world = World.from_environment()
     if world.size == 1 or name in ("train", "extract"):
         return 0
@@ -221,11 +346,11 @@ def _say(name: str, message: str, status: int) -> int:
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> Any:
-    """The first signal interrupts; while the run is brought to its end, more of them change nothing."""
+    """Interrupt at the first signal; while the run ends in order, more signals have no effect."""
     for number in (signal.SIGTERM, signal.SIGINT):
         signal.signal(number, _pass)  # not SIG_IGN: Python complains of a signal that was under way
     raise KeyboardInterrupt
 
 
 def _pass(signum: int, frame: FrameType | None) -> None:
-    """Nothing."""
+    """Ignore a signal."""

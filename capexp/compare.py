@@ -10,8 +10,8 @@ _SHOWN = 5  # photos at either end
 
 def compare(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = cli.Parser("compare", __doc__)
-    cli.add_measured(parser)
+    parser = cli.Parser("compare", __doc__, ("captions.", "features.", "decoding.", "training.device", "seed"))
+    cli.add_split(parser)
     parser.add_argument("models", metavar="MODEL", nargs=2, help="as --model of evaluate; the first is the base")
     arguments, settings = parser.parse(argv)
     cli.refuse_output(parser, arguments.output)
@@ -23,7 +23,6 @@ def compare(argv: list[str] | None = None) -> int:
     from capexp.files import write_whole
     from capexp.tracking.models import find_bundle
 
-    cli.refuse_unused(parser, settings, ("captions.", "features.", "decoding.", "training.device", "seed"))
     experiment = load_experiment(find_experiment(cli.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     first, second = [Captioner.load(find_bundle(model), device) for model in arguments.models]

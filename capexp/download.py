@@ -13,16 +13,14 @@ RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 
 def download(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = cli.Parser("download", __doc__, "None of them decides something here.")
+    parser = cli.Parser("download", __doc__, ())
     parser.add_argument("data", choices=("flickr8k",), help="what to bring; two archives, about 1.0 GiB")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=OUTPUT, help="default: %(default)s")
     parser.add_argument(
         "--source", metavar="URL|FOLDER", default=RELEASE, help="what holds the two archives; default: %(default)s"
     )
     parser.add_argument("--keep-archives", action="store_true", help="leave fetched archives where they are unpacked")
-    arguments, settings = parser.parse(argv)
-    for name in settings:
-        parser.error(f"--{name} decides nothing here; an experiment's settings are for the other commands")
+    arguments, _ = parser.parse(argv)
     from capexp.data.flickr8k import bring
 
     bring(arguments.output, arguments.source, keep=arguments.keep_archives, say=partial(print, flush=True))

@@ -7,8 +7,9 @@ from capexp import cli
 
 def evaluate(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = cli.Parser("evaluate", __doc__)
-    cli.add_measured(parser)
+    used = ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")
+    parser = cli.Parser("evaluate", __doc__, used)
+    cli.add_split(parser)
     cli.add_model(parser)
     parser.add_argument("--java", action="store_true", help="METEOR and SPICE too, which need Java and pycocoevalcap")
     arguments, settings = parser.parse(argv)
@@ -21,9 +22,6 @@ def evaluate(argv: list[str] | None = None) -> int:
     from capexp.files import write_whole
     from capexp.tracking.models import find_bundle
 
-    cli.refuse_unused(
-        parser, settings, ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")
-    )
     experiment = load_experiment(find_experiment(cli.experiment_of(arguments)), settings)
     device = choose_device(experiment.training.device)
     captioner = Captioner.load(find_bundle(arguments.model), device)

@@ -8,7 +8,7 @@ from capexp import cli
 
 def extract(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = cli.Parser("extract", __doc__)
+    parser = cli.Parser("extract", __doc__, ("captions.", "features.", "training.device"))
     cli.add_experiment(parser)
     parser.add_argument(
         "--split", choices=("train", "dev", "test"), action="append", help="default: all that are listed"
@@ -23,7 +23,6 @@ def extract(argv: list[str] | None = None) -> int:
     from capexp.distributed import World
     from capexp.experiment import find_experiment, load_experiment
 
-    cli.refuse_unused(parser, settings, ("captions.", "features.", "training.device"))
     world = World.from_environment()
     if arguments.clear and world.size > 1:
         parser.error("--clear: not under torchrun; give it to one process alone")

@@ -41,7 +41,8 @@ PhotoSize = Annotated[int, Field(ge=6 * _CELL, le=64 * _CELL, multiple_of=_CELL)
 class Section(BaseModel):
     """A section of settings: immutable, and a name that it does not know is an error."""
 
-    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True)
+    # Deferred: --help reads the fields alone, and to build the validators takes longer than all else that it does.
+    model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
 
 def _as_tuple(values: object) -> object:
@@ -100,7 +101,7 @@ class VocabularyConfig(Section):
     """``standard``: lower-case, split at blanks, tokens without a letter or digit dropped; ``tutorial``: punctuation
     off, then only words of two letters or more that hold nothing but letters."""
     minimum_count: int = Field(default=5, ge=1)
-    """Words that the train captions hold less often have no entry."""
+    """Words that occur less often in the train captions have no entry."""
     unknown: Unknown = "token"
     """Words without an entry are replaced by UNK (``token``) or left out (``drop``)."""
 
@@ -137,17 +138,17 @@ class FeaturesConfig(Section):
     layer: Layer = "fc2"
     """``fc2``: the 4096 values of the last hidden layer (the tutorial's); ``conv5_3``: a grid of 512 values a place."""
     pool: Pool = "none"
-    """Of conv5_3's grid: max-pooled 2x2 (``max2``) or 3x3 (``max3``), averaged to one vector (``mean``), or whole."""
+    """Pooling of conv5_3's grid: 2x2 maxima (``max2``), 3x3 maxima (``max3``), the average (``mean``), or none."""
     size: PhotoSize = PHOTO_SIZE
     """Side of the square that a photo is squashed to, in pixels."""
     weights: str = "IMAGENET1K_V1"
     """Torchvision's name of published weights, fetched at first use, or the path of a file of VGG16 weights."""
     cache: Path = Field(default_factory=lambda: _cache_home() / "features")
-    """Folder of the cached features (default: ``~/.cache/capexp/features``)."""
+    """Folder of the cached features."""
     precision: Precision = "auto"
-    """Of the extraction; ``auto`` is bfloat16 where the device has instructions for it."""
+    """Precision of the extraction; ``auto`` is bfloat16 where the device has instructions for it."""
     batch_size: int = Field(default=32, ge=1, le=100_000)
-    """Photos a batch of the extraction."""
+    """Photos in a batch of the extraction."""
     mirror: bool = False
     """Whether an epoch sees each train photo as it is or mirrored, by chance."""
 
@@ -196,11 +197,11 @@ class SelfCriticalConfig(Section):
     epochs: int = Field(default=0, ge=0, le=1_000_000)
     """Epochs of this phase; 0: there is none."""
     learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
-    """Of Adam."""
+    """Learning rate of Adam."""
     schedule: Schedule = "constant"
     """``cosine`` lowers the learning rate from step to step, to zero at the end of this phase."""
     photos: int = Field(default=25, ge=1, le=1_000_000)
-    """Photos a batch."""
+    """Photos in a batch."""
     samples: int = Field(default=5, ge=2, le=1000)
     """Captions sampled for each photo."""
     cross_entropy: float = Field(default=0.0, ge=0, allow_inf_nan=False)
@@ -212,34 +213,34 @@ class TrainingConfig(Section):
     """How long, how fast and where a captioner is trained."""
 
     epochs: int = Field(default=20, ge=1, le=1_000_000)
-    """Epochs at most."""
+    """Maximum number of epochs."""
     patience: int = Field(default=3, ge=1, le=1_000_000)
     """Training stops after this many epochs without a better dev loss."""
     batch_size: int = Field(default=64, ge=1, le=1_000_000)
-    """Captions a batch."""
+    """Captions in a batch."""
     order: Order = "captions"
     """``photos`` puts all captions of a photo into one batch: its features are read and projected once an epoch."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
-    """Of AdamW."""
+    """Learning rate of AdamW."""
     schedule: Schedule = "constant"
     """``cosine`` lowers the learning rate from step to step, to zero at the end of ``epochs``."""
     clip_norm: float = Field(default=5.0, gt=0, allow_inf_nan=False)
     """Gradients of a larger norm are scaled down to it."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Of the loss that is minimised; losses are reported without it."""
+    """Label smoothing of the loss that is minimised; losses are reported without it."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Of AdamW."""
+    """Weight decay of AdamW."""
     average: float = Field(default=0.0, ge=0, lt=1)
     """EMA decay of the weights; 0 turns it off. The EMA weights are evaluated and saved."""
     precision: Precision = "auto"
-    """Of matrix products; ``auto`` is bfloat16 where the device has instructions for it."""
+    """Precision of matrix products; ``auto`` is bfloat16 where the device has instructions for it."""
     device: str = "auto"
-    """``cpu``, ``cuda``, ``cuda:1``; ``auto`` is a GPU where there is one."""
+    """Device to train on: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is a GPU where there is one."""
     keep: int = Field(default=1, ge=1, le=1_000_000)
-    """Improvements that stay on disk; one more while an older state may need it."""
+    """Number of best captioners that stay on disk; one more while an older state may need it."""
     save_steps: int = Field(default=1000, ge=1, le=1_000_000_000)
     """Steps between saved states within an epoch: what a kill costs at most."""
-    self_critical: SelfCriticalConfig = SelfCriticalConfig()
+    self_critical: SelfCriticalConfig = Field(default_factory=SelfCriticalConfig)
 
 
 class MemberConfig(Section):
@@ -288,15 +289,15 @@ class DecodingConfig(Section):
     """Beam search ranks by log-probability divided by length to this power: 0 prefers short captions, 1 takes the
     mean over the words."""
     temperature: float = Field(default=1.0, ge=1e-4, le=100)
-    """Of sampling: below 1 nearer to the most probable words."""
+    """Temperature of sampling: below 1 nearer to the most probable words."""
     top_p: float = Field(default=1.0, gt=0, le=1)
     """Sampling draws from the most probable words that hold this much probability together."""
     seed: int = Field(default=1, ge=0, lt=2**31)
-    """Of sampling: the same photo gets the same caption, in whatever batch."""
+    """Seed of sampling: the same photo gets the same caption, in whatever batch."""
     repeat_trigrams: bool = True
     """Whether a caption may hold three words in a row twice."""
     maximum_length: int = Field(default=30, ge=1, le=1000)
-    """Words of a caption at most."""
+    """Maximum number of words in a caption."""
 
     def describe(self) -> str:
         """Return the method in words."""
@@ -380,11 +381,13 @@ def _which(space: object) -> str:
 Space = Annotated[Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")], Discriminator(_which)]
 """A range or choices; a key tells which, so that an error names that one alone."""
 
-_DEFAULT_SEARCH: dict[str, Space] = {
-    "model.embedding_size": Range(low=64, high=512, log=True),
-    "model.lstm_units": Range(low=64, high=512, log=True),
-    "model.dropout": Range(low=0.2, high=0.7),
-}
+
+def _default_search() -> dict[str, Space]:
+    return {
+        "model.embedding_size": Range(low=64, high=512, log=True),
+        "model.lstm_units": Range(low=64, high=512, log=True),
+        "model.dropout": Range(low=0.2, high=0.7),
+    }
 
 
 class TuneConfig(Section):
@@ -398,7 +401,7 @@ class TuneConfig(Section):
     """Optuna's pruner."""
     heartbeat: int = Field(default=20, ge=1, le=3600)
     """Seconds between a trial's heartbeats in a database; after three missed ones it is taken for lost."""
-    search: Mapping[str, Space] = Field(default=_DEFAULT_SEARCH, min_length=1)
+    search: Mapping[str, Space] = Field(default_factory=_default_search, min_length=1)
     """The search space: a setting by dotted name, with ``{low, high, log, step}`` or ``{choices}``."""
 
     @field_validator("search", mode="before")
@@ -414,18 +417,18 @@ class Experiment(Section):
     """Everything that decides what a run does."""
 
     name: str = Field(pattern=NAME)
-    """Names the run and MLflow's experiment."""
+    """Name of the run and of MLflow's experiment."""
     seed: int = Field(default=1, ge=0, lt=2**31)
-    """Of initial weights, dropout and the order of an epoch: the same seed gives the same losses."""
+    """Seed of initial weights, dropout and the order of an epoch: the same seed gives the same losses."""
     captions: CaptionsConfig
-    vocabulary: VocabularyConfig = VocabularyConfig()
+    vocabulary: VocabularyConfig = Field(default_factory=VocabularyConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
-    model: ModelConfig = ModelConfig()
-    training: TrainingConfig = TrainingConfig()
-    ensemble: EnsembleConfig = EnsembleConfig()
-    decoding: DecodingConfig = DecodingConfig()
+    model: ModelConfig = Field(default_factory=ModelConfig)
+    training: TrainingConfig = Field(default_factory=TrainingConfig)
+    ensemble: EnsembleConfig = Field(default_factory=EnsembleConfig)
+    decoding: DecodingConfig = Field(default_factory=DecodingConfig)
     registry: RegistryConfig
-    tune: TuneConfig = TuneConfig()
+    tune: TuneConfig = Field(default_factory=TuneConfig)
 
     @model_validator(mode="after")
     def _ensemble_trains_nothing(self) -> "Experiment":

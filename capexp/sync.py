@@ -5,11 +5,9 @@ from capexp import cli
 
 def sync(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = cli.Parser("sync", __doc__, "None of them decides something here.")
+    parser = cli.Parser("sync", __doc__, ())
     parser.add_argument("run_id", metavar="RUN_ID", help="as the run's end has told it")
-    arguments, settings = parser.parse(argv)
-    for name in settings:
-        parser.error(f"--{name} decides nothing here; the run's own settings do")
+    arguments, _ = parser.parse(argv)
 
     from capexp.runs.folder import RunFolder
     from capexp.runs.registration import Registration, carry_out, delete_bundle

@@ -41,8 +41,8 @@ def train(argv: list[str] | None = None) -> int:
         sep="\n",
     )
 
+    from capexp.captioning.captioner import check_fits
     from capexp.data.dataset import Dataset
-    from capexp.runs.run import Plan, check_fits
 
     data = Dataset.read(experiment)
     parameters = check_fits(experiment, data)
@@ -62,7 +62,7 @@ def train(argv: list[str] | None = None) -> int:
     world.broadcast(experiment.model_dump_json)
     data = data.with_features(experiment, world)
     _print_data(experiment, data, parameters)
-    plan = Plan(experiment, data, promote=arguments.promote)
+    plan = run.Plan(experiment, data, promote=arguments.promote)
     if arguments.seeds is not None:
         _print_seeds(cli.drain(group.train_seeds(plan, arguments.seeds, arguments.resume)))
         return 0

@@ -20,7 +20,7 @@ if TYPE_CHECKING:
 
 def tune(argv: list[str] | None = None) -> int:
     """The command; returns its exit status."""
-    parser = cli.Parser("tune", __doc__, "The search space is [tune.search] of the experiment's file.")
+    parser = cli.Parser("tune", __doc__)
     cli.add_experiment(parser)
     parser.add_argument("--trials", help="finished and pruned ones together, over all sittings (tune.trials)")
     parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time, a process each")
@@ -58,9 +58,9 @@ def tune(argv: list[str] | None = None) -> int:
     else:
         cli.refuse_output(parser, best_file, "--write-best")
 
+    from capexp.captioning.captioner import check_fits
     from capexp.data.dataset import Dataset
     from capexp.runs.folder import STUDIES
-    from capexp.runs.run import check_fits
     from capexp.runs.study import Trials, comparable_settings, study_plan, study_run
     from capexp.runs.workers import Program, Task, work, work_together
     from capexp.search.storage import find_storage

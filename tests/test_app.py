@@ -260,7 +260,7 @@ def test_what_is_wrong_is_told_in_one_line_before_there_is_a_page(
             ("--model", str(GOLDEN), "--port", "0"): "0 is not between 1 and 65535",
             ("--model", str(GOLDEN), "--host", "192.0.2.1"): "--host 192.0.2.1",
             ("--model", "nothing"): "--model nothing: neither a bundle",
-            ("--model", str(GOLDEN), "--model.dropout", "0.1"): "decides nothing here",
+            ("--model", str(GOLDEN), "--model.dropout", "0.1"): "has no effect on this command",
             ("--model", str(GOLDEN), "--decoding.beam_width", "0"): "beam_width",
             ("--model", str(GOLDEN)): "CAPEXP_OFFLINE forbids fetching",
         }

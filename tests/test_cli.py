@@ -2,18 +2,21 @@
 
 import subprocess
 import sys
+from collections.abc import Iterator
 from pathlib import Path
 
 import pytest
 import torch
 import torchvision
 import yaml
+from pydantic import BaseModel
 
 from capexp.captioning.captioner import Captioner
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
-from capexp.settings import DecodingConfig, ModelConfig
+from capexp.experiment import setting_names
+from capexp.settings import DecodingConfig, Experiment, ModelConfig
 
 ROOT = Path(__file__).parents[1]
 
@@ -55,6 +58,63 @@ def bundle_with_encoder(folder: Path) -> Path:
         layers = torchvision.models.vgg16(weights=None, init_weights=False).features.state_dict()
     encoder = {f"convolutions.{name}": torch.full(value.shape, 1e-3).half() for name, value in layers.items()}
     return captioner.save(folder / "bundle", encoder)
+
+
+def help_of(command: str, *arguments: str) -> str:
+    """The help as it is printed, in one line."""
+    words = [sys.executable, "-m", f"capexp.{command}", *arguments, "--help"]
+    done = subprocess.run(words, cwd=ROOT, capture_output=True, text=True, check=True)
+    return " ".join(done.stdout.split())
+
+
+@pytest.mark.parametrize("command", ["train", "tune"])
+def test_help_lists_every_setting_with_its_default_and_meaning(command: str) -> None:
+    text = help_of(command)
+    for name in setting_names():
+        assert f"--{name} " in text, name
+    assert "--training.epochs N Maximum number of epochs. Whole number, 1 to 1,000,000. [20]" in text
+    assert "--model.decoder merge|attention" in text
+    assert "--captions.root PATH Folder of the data. [required]" in text
+    assert "[~/.cache/capexp/features]" in text
+
+
+def test_help_shows_the_values_of_an_experiments_file() -> None:
+    text = help_of("train", "--experiment", "flickr8k-attention")
+    assert "Maximum number of epochs. Whole number, 1 to 1,000,000. [16]" in text
+    assert "[capexp-flickr8k]" in text
+
+
+@pytest.mark.parametrize(
+    ("command", "used", "unused"),
+    [
+        ("caption", "--decoding.beam_width", "--training.epochs"),
+        ("extract", "--features.layer", "--decoding.method"),
+        ("evaluate", "--training.batch_size", "--training.epochs"),
+        ("sync", "RUN_ID", "--training.epochs"),
+    ],
+)
+def test_help_lists_the_settings_that_have_an_effect_on_the_command_alone(command: str, used: str, unused: str) -> None:
+    text = help_of(command)
+    assert used in text and unused not in text
+
+
+def test_every_setting_is_explained_in_its_docstring() -> None:
+    def unexplained(section: type[BaseModel], prefix: str) -> Iterator[str]:
+        for name, field in section.model_fields.items():
+            if isinstance(field.annotation, type) and issubclass(field.annotation, BaseModel):
+                yield from unexplained(field.annotation, f"{prefix}{name}.")
+            elif not field.description:
+                yield f"{prefix}{name}"
+
+    assert list(unexplained(Experiment, "")) == []
+
+
+def test_the_settings_import_nothing_but_the_standard_library_and_pydantic() -> None:
+    code = "import sys; before = set(sys.modules); import capexp.settings; print(*(set(sys.modules) - before))"
+    done = subprocess.run([sys.executable, "-c", code], cwd=ROOT, capture_output=True, text=True, check=True)
+    imported = {name.partition(".")[0] for name in done.stdout.split()} - set(sys.stdlib_module_names)
+    pydantic = {"pydantic", "pydantic_core", "annotated_types", "typing_extensions", "typing_inspection"}
+    assert {name for name in imported if not name.startswith("_")} <= {"capexp"} | pydantic
 
 
 @pytest.mark.parametrize("command", [*COMMANDS, "app"])

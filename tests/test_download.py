@@ -270,8 +270,8 @@ def test_other_contents_than_expected_are_told(
         (["--source", "{tmp}", "--output", "{tmp}/out"], "{tmp}/Flickr8k_text.zip: no such archive;"),
         (["--source", "{mirror}", "--output", "{tmp}/mirror/Flickr8k_text.zip/x"], "Not a directory; choose another"),
         (["--source", "{mirror}", "--output", "/proc/x"], "; choose another --output"),
-        (["--training.epochs", "3"], "--training.epochs decides nothing here"),
-        (["--outptu", "x"], "--outptu decides nothing here"),
+        (["--training.epochs", "3"], "--training.epochs has no effect on this command"),
+        (["--outptu", "x"], "--outptu has no effect on this command"),
         (["extra"], "unexpected 'extra'"),
     ],
 )

@@ -13,15 +13,17 @@ from torch import nn
 
 from capexp.captioning.bundle import Settings, TrainingRecord, read_bundle, read_tensors, write_bundle
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
-from capexp.captioning.decoding import decode
+from capexp.captioning.decoding import decode, refuse_wide
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
+from capexp.data.dataset import Dataset
 from capexp.data.photos import read_photo, squash
 from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
 from capexp.data.vgg16_weights import NETS, State
 from capexp.data.vocabulary import PAD, Vocabulary
 from capexp.errors import InputError
-from capexp.settings import DecodingConfig, FeaturesConfig, ModelConfig
+from capexp.experiment import members_of
+from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig
 
 _BATCH = 32  # photos at a time through the encoder
 _DECODED = 256  # photos at a time through the decoder
@@ -252,3 +254,16 @@ class Captioner:
                 "give that file with --features.weights"
             )
         return FeaturesConfig(layer=identity.layer, pool=identity.pool, size=identity.size, weights=name)
+
+
+def check_fits(experiment: Experiment, data: Dataset) -> int:
+    """Refuse a model or a beam that does not fit the data, and weights that cannot be had, before hours of extraction.
+
+    Returns the number of trainable parameters.
+    """
+    refuse_wide(experiment.decoding, data.vocabulary)
+    members = members_of(experiment) if experiment.is_ensemble else (experiment,)
+    shape, words = experiment.features.shape, len(data.vocabulary)
+    parameters = outline_decoder([one.model for one in members], shape, words).parameter_count()
+    _ = data.encoder  # last: weights whose digest is not known are read, or fetched
+    return parameters

@@ -10,14 +10,12 @@ from pathlib import Path
 import torch
 
 from capexp import __version__
-from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoding import refuse_wide
+from capexp.captioning.captioner import Captioner, check_fits
 from capexp.captioning.evaluation import perplexity
-from capexp.captioning.model import outline_decoder
 from capexp.data.dataset import Dataset
 from capexp.distributed import ALONE, World, choose_device
 from capexp.errors import InputError, Unsent
-from capexp.experiment import members_of, to_toml
+from capexp.experiment import to_toml
 from capexp.files import writing
 from capexp.report.gallery import Card
 from capexp.report.plots import draw_losses
@@ -107,19 +105,6 @@ class Result:
     version: Version | None = None
     samples: tuple[Card, ...] = ()
     """Captions of some dev photos, drawn at random."""
-
-
-def check_fits(experiment: Experiment, data: Dataset) -> int:
-    """Refuse a model or a beam that does not fit the data, and weights that cannot be had, before hours of extraction.
-
-    Returns the number of trainable parameters.
-    """
-    refuse_wide(experiment.decoding, data.vocabulary)
-    members = members_of(experiment) if experiment.is_ensemble else (experiment,)
-    shape, words = experiment.features.shape, len(data.vocabulary)
-    parameters = outline_decoder([one.model for one in members], shape, words).parameter_count()
-    log.debug("features are those of %s", data.encoder)  # last: weights whose digest is not known are read, or fetched
-    return parameters
 
 
 @contextmanager

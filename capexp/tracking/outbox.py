@@ -164,7 +164,7 @@ class Outbox:
                     self._send_some()
 
     def drain(self, seconds: float) -> Exception | None:
-        """Wait until all is sent, or nothing was sent for so many seconds; return the fault that is in the way, if any."""
+        """Wait until all is sent, or nothing was sent for so many seconds; return the fault, if any."""
         if self._thread is None:
             self.flush()
             return None

@@ -131,7 +131,7 @@ class TrackedRun:
         self._journal.mark_sent(entry for entry in self._journal.waiting if entry.kind in (CLAIM, ENDED))
 
     def end(self, status: str, patience: float) -> None:
-        """End the run when all is sent; raises :class:`Unsent` where a server takes nothing for ``patience`` seconds."""
+        """End the run when all is sent; raise :class:`Unsent` where a server takes nothing for ``patience`` seconds."""
         content = {"status": status, "ended_at": time.time_ns() // 1_000_000}
         try:
             entry = self._journal.write(ENDED, content)
