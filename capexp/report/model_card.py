@@ -1,6 +1,9 @@
-"""The model card: what a registered version is, what it is worth, and how to use it."""
+"""Model card and run description: what a captioner or a run is, its scores, and how to use it."""
+
+from collections.abc import Sequence
 
 from capexp import __version__
+from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import SCORE_NAMES, Evaluation, perplexity
 from capexp.data.dataset import Dataset
@@ -47,17 +50,13 @@ def model_card(experiment: Experiment, data: Dataset, captioner: Captioner, eval
         if name.partition(".")[0] in ("vocabulary", "features", "model", "training", "ensemble", "decoding")
     )
     model = experiment.registry.model
-    decoders = {member.model.decoder for member in members}
-    kind = (
-        f"ensemble of {' and '.join(sorted(decoders))} decoders" if decoders else f"{experiment.model.decoder} decoder"
-    )
-    return f"""**{experiment.name}**: {kind} on {data.encoder}.
+    return f"""{_headline(experiment, data)}
 
 | | |
 | --- | --- |
 {table}
 
-It says what it has seen people say of such photos: of others it may be wrong, and sure of it.
+Reliable only on photos like those it was trained on; elsewhere it can be confidently wrong.
 
 ```python
 mlflow.pyfunc.load_model("models:/{model}@champion").predict(pandas.DataFrame({{"photo": [base64_text]}}))
@@ -70,3 +69,33 @@ Settings; the whole of them is `experiment.toml` among the run's artifacts:
 {settings}
 ```
 """
+
+
+def describe_run(experiment: Experiment, data: Dataset, lines: Sequence[str] = ()) -> str:
+    """Return the description of a run that MLflow shows, in Markdown: what it is, then a line for each result."""
+    return "\n\n".join([f"{_headline(experiment, data)} Seed {experiment.seed}.", *lines])
+
+
+def describe_result(experiment: Experiment, record: TrainingRecord, evaluation: Evaluation) -> str:
+    """Return a captioner's losses and scores on dev in a line."""
+    summary = evaluation.scores.summary
+    return (
+        f"Dev loss {record.dev_loss:.4f} nats per token ({evaluation.blind.per_token:.4f} image-blind), CIDEr "
+        f"{summary['cider']:.3f}, BLEU-4 {summary['bleu_4']:.3f} by {experiment.decoding.describe()}."
+    )
+
+
+def describe_use(model: str) -> str:
+    """Return how to use a model, by its bundle's folder or by its URI."""
+    use = f"Caption a photo with `python -m capexp.caption --model {model} PHOTO`"
+    return f"{use}; serve it with `mlflow models serve -m {model} --env-manager local`." if ":/" in model else f"{use}."
+
+
+def _headline(experiment: Experiment, data: Dataset) -> str:
+    """Return the experiment, its decoder and its encoder in a sentence."""
+    if experiment.is_ensemble:
+        decoders = sorted({member.model.decoder for member in members_of(experiment)})
+        kind = f"ensemble of {' and '.join(decoders)} decoders"
+    else:
+        kind = f"{experiment.model.decoder} decoder"
+    return f"**{experiment.name}**: {kind} on {data.encoder}."

@@ -14,10 +14,11 @@ from capexp.data.dataset import Dataset
 from capexp.errors import InputError
 from capexp.experiment import load_experiment, member_name, members_of, replace_settings, to_toml
 from capexp.files import write_whole, writing
+from capexp.report.model_card import describe_run, describe_use
 from capexp.runs.conclusion import conclude
 from capexp.runs.folder import CHECKPOINTS, SETTINGS, STUDY, RunFolder
 from capexp.runs.registration import encoder_weights, register, register_bundle
-from capexp.runs.run import EarlierRun, OpenRun, Plan, Result, child, comparable_tags, opened
+from capexp.runs.run import EarlierRun, OpenRun, Plan, Result, child, comparable_tags, describe_end, opened
 from capexp.settings import Experiment
 from capexp.tracking.known_runs import PARENT, FoundRun, fetch_artifacts, nested_runs, run_tags, runs_of
 from capexp.tracking.models import find_bundle
@@ -137,6 +138,11 @@ def _summarize(run: OpenRun, results: Mapping[int, Result]) -> SeedsResult:
     run.tracked.set_tags({"best_seed": str(best), "best_run": results[best].run_id})
     one = replace_settings(experiment, {"seed": best})
     version = register_bundle(one, run.plan.data, run.tracked, results[best].bundle, run.plan.promote)
+    told = [
+        f"{name} {spreads[name].mean:.4f} ± {spreads[name].deviation:.4f}" for name in ("best_dev_loss", "dev_cider")
+    ]
+    mean = f"Mean and standard deviation over {len(results)} seeds: {', '.join(told)}; the best is seed {best}."
+    run.tracked.describe(describe_run(experiment, run.plan.data, [mean, describe_use(version.numbered_uri)]))
     return SeedsResult(run.run_id, metrics, spreads, version)
 
 
@@ -177,6 +183,7 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
         metrics = {"dev_loss": loss, "dev_perplexity": perplexity(loss), "best_dev_loss": loss}
         evaluation, samples = conclude(experiment, data, run.tracked, captioner, metrics)
         version = register(experiment, data, run.tracked, captioner, evaluation, encoder, plan.promote)
+        describe_end(run, captioner, evaluation, bundle, version)
         blind = evaluation.blind.per_token
         result = Result(
             run.run_id, bundle, dev_loss=loss, dev_loss_blind=blind, version=version, samples=samples

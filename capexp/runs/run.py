@@ -11,13 +11,14 @@ import torch
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner, check_fits
-from capexp.captioning.evaluation import perplexity
+from capexp.captioning.evaluation import Evaluation, perplexity
 from capexp.data.dataset import Dataset
 from capexp.distributed import ALONE, World, choose_device
 from capexp.errors import InputError, Unsent
 from capexp.experiment import to_toml
 from capexp.files import writing
 from capexp.report.gallery import Card
+from capexp.report.model_card import describe_result, describe_run, describe_use
 from capexp.report.plots import draw_losses
 from capexp.runs.conclusion import conclude
 from capexp.runs.folder import CHECKPOINTS, RunFolder, may_differ
@@ -146,6 +147,7 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
             ]
         )
         tracked.log_artifact(settings)
+        tracked.describe(describe_run(experiment, plan.data, ["Not finished yet."]))
         if resume is not None:
             tracked.set_tags(
                 {f"resumed.{name}": value for name, value in experiment.flat().items() if may_differ(name)}
@@ -192,10 +194,22 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
         if plan.registers:
             on_cpu = Captioner.load(bundle)
             version = register(experiment, plan.data, run.tracked, on_cpu, evaluation, encoder, plan.promote)
+        describe_end(run, captioner, evaluation, bundle, version)
         return Result(
             run.run_id, bundle, best, dev_loss=best.dev_loss, dev_loss_blind=evaluation.blind.per_token,
             version=version, samples=samples,
         )  # fmt: skip
+
+
+def describe_end(
+    run: OpenRun, captioner: Captioner, evaluation: Evaluation, bundle: Path, version: Version | None
+) -> None:
+    """Describe a run that has ended: its scores, and how to use its captioner."""
+    assert captioner.record is not None
+    experiment = run.plan.experiment
+    result = describe_result(experiment, captioner.record, evaluation)
+    use = describe_use(str(bundle) if version is None else version.numbered_uri)
+    run.tracked.describe(describe_run(experiment, run.plan.data, [result, use]))
 
 
 def follow(plan: Plan, world: World) -> None:

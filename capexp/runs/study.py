@@ -12,6 +12,7 @@ import torch
 from capexp.data.dataset import Dataset
 from capexp.errors import InputError, Outage
 from capexp.experiment import replace_settings, to_toml
+from capexp.report.model_card import describe_run, describe_use
 from capexp.runs.folder import STUDIES, STUDY, RunFolder
 from capexp.runs.registration import register_bundle
 from capexp.runs.run import EarlierRun, OpenRun, Plan, Result, child, opened
@@ -148,9 +149,13 @@ class Trials:
             )
         experiment = replace_settings(self.experiment, best.values)
         run.tracked.log_metrics({"best_dev_loss": best.dev_loss}, best.number, time.time_ns() // 1_000_000)
-        values = {f"best.{name}": str(value) for name, value in best.values.items()}
-        run.tracked.set_tags({"best_trial": str(best.number), "best_run": best.run_id} | values)
-        return register_bundle(experiment, self.data, run.tracked, bundle, run.plan.promote)
+        tags = {f"best.{name}": str(value) for name, value in best.values.items()}
+        run.tracked.set_tags({"best_trial": str(best.number), "best_run": best.run_id} | tags)
+        version = register_bundle(experiment, self.data, run.tracked, bundle, run.plan.promote)
+        values = ", ".join(f"{name} = {value}" for name, value in best.values.items())
+        result = f"The best trial is {best.number}, with dev loss {best.dev_loss:.4f} nats per token and {values}."
+        run.tracked.describe(describe_run(self.experiment, self.data, [result, describe_use(version.numbered_uri)]))
+        return version
 
     def best_experiment(self, best: FinishedTrial, name: str) -> str:
         """Return the experiment with the best trial's values as a TOML file, whose head tells where they are from."""

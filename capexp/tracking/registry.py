@@ -92,7 +92,12 @@ class Version:
     @property
     def uri(self) -> str:
         """The URI by which commands and MLflow name it."""
-        return f"models:/{self.name}@{CHAMPION}" if self.champion else f"models:/{self.name}/{self.number}"
+        return f"models:/{self.name}@{CHAMPION}" if self.champion else self.numbered_uri
+
+    @property
+    def numbered_uri(self) -> str:
+        """The URI that names this version for good."""
+        return f"models:/{self.name}/{self.number}"
 
     def describe(self) -> str:
         """Return name, number, and whether and why it is the champion."""

@@ -14,6 +14,7 @@ from mlflow.data.sources import LocalArtifactDatasetSource
 from mlflow.entities import RunStatus
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from capexp.errors import Outage, Unsent
@@ -77,6 +78,10 @@ class TrackedRun:
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; those of the same name are replaced."""
         self._outbox.log(TAGS, dict(tags))
+
+    def describe(self, description: str) -> None:
+        """Set the description that MLflow shows of the run, in Markdown."""
+        self.set_tags({MLFLOW_RUN_NOTE: description})
 
     def log_inputs(self, inputs: list[Input]) -> None:
         """Log splits as MLflow datasets."""
