@@ -1,4 +1,4 @@
-"""A page to try a captioner in a browser: drop a photo, see its caption, and what else could be said of it."""
+"""Serves a page to try a captioner in a browser: drop a photo, see its caption and its alternatives."""
 
 import argparse
 import socket
@@ -7,7 +7,7 @@ from capexp import cli
 
 
 def app(argv: list[str] | None = None) -> int:
-    """The command; it serves the page until it is interrupted."""
+    """Run the command: serve the page until it is interrupted."""
     parser = cli.Parser("app", __doc__, ("features.weights", "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Captions photos, given by path, folder or pattern: one line each, the path, a tab, the caption."""
+"""Captions photos, given by path, folder or pattern: one line a photo, with path, tab and caption."""
 
 import json
 import sys
@@ -8,14 +8,17 @@ from capexp import cli
 
 
 def caption(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status: 1 where some photo could not be captioned."""
+    """Run the command; return its exit status, which is 1 where some photo could not be captioned."""
     parser = cli.Parser("caption", __doc__, ("features.weights", "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(
-        "--json", action="store_true", help="one JSON object a line, with log-probability and alternatives"
+        "--json", action="store_true", help="print one JSON object a line, with log-probability and alternatives"
     )
     parser.add_argument(
-        "--maps", metavar="FOLDER", type=Path, help="of an attention captioner, a PNG a photo: where it looked"
+        "--maps",
+        metavar="FOLDER",
+        type=Path,
+        help="draw the attention at each word, a PNG a photo (attention decoders only)",
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", help="files, folders, or patterns in quotes")
     arguments, settings = parser.parse(argv)

@@ -1,4 +1,4 @@
-"""Compares two captioners on the same photos: is the difference real? A paired bootstrap tells."""
+"""Compares two captioners on the same photos by a paired bootstrap."""
 
 import json
 from dataclasses import asdict
@@ -9,7 +9,7 @@ _SHOWN = 5  # photos at either end
 
 
 def compare(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = cli.Parser("compare", __doc__, ("captions.", "features.", "decoding.", "training.device", "seed"))
     cli.add_split(parser)
     parser.add_argument("models", metavar="MODEL", nargs=2, help="as --model of evaluate; the first is the base")

@@ -1,4 +1,4 @@
-"""Brings Flickr8k, photos and captions, into a folder, checked and ready to train on."""
+"""Downloads Flickr8k, photos and captions, into a folder, and checks it."""
 
 import shlex
 from functools import partial
@@ -12,7 +12,7 @@ RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 
 
 def download(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = cli.Parser("download", __doc__, ())
     parser.add_argument("data", choices=("flickr8k",), help="what to bring; two archives, about 1.0 GiB")
     parser.add_argument("--output", metavar="FOLDER", type=Path, default=OUTPUT, help="default: %(default)s")

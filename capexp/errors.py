@@ -1,4 +1,4 @@
-"""The error that a user can mend, told without anybody's password."""
+"""Errors that a user can mend, and how URIs are shown without passwords."""
 
 from urllib.parse import parse_qsl, unquote
 
@@ -12,14 +12,14 @@ class InputError(ValueError):
 
 
 class Outage(InputError):
-    """What work needs beside its input is away: a server, a database, room on the disk.
+    """Something that the work needs beside its input is unavailable: a server, a database, disk space.
 
     The same work may go well later, so a study runs the trial again instead of calling it failed.
     """
 
 
 class Unsent(Outage):
-    """A run has done its work, but MLflow's server has not taken all of it."""
+    """A run has ended, but MLflow's server has not received all that it logged."""
 
     def __init__(self, run_id: str, reason: str) -> None:
         super().__init__(run_id, reason)
@@ -34,13 +34,13 @@ class Unsent(Outage):
 
 
 def shown_uri(uri: str) -> str:
-    """A URI as it may be shown: without user, password and query."""
+    """Return a URI without user, password and query."""
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """A text with the URI, and whatever is secret in it, blotted out: libraries quote both in their errors."""
+    """Return a text without the secrets of a URI: libraries quote both in their errors."""
     rest, _, query = uri.partition("://")[2].partition("?")
     credentials = rest.rpartition("@")[0]
     secrets = {credentials, credentials.partition(":")[2]}
@@ -52,6 +52,6 @@ def without_secrets(text: str, uri: str) -> str:
 
 
 def listed(names: list[str], shown: int = 3) -> str:
-    """The first few of many names, for an error line: ``a, b, c and 12 more``."""
+    """Return the first few of many names, for an error line: ``a, b, c and 12 more``."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

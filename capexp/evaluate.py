@@ -1,4 +1,4 @@
-"""Measures a captioner on a split: losses, the scores of its captions, and both with photos shuffled."""
+"""Evaluates a captioner on a split: losses and scores, also with photos shuffled (image-blind)."""
 
 import json
 
@@ -6,7 +6,7 @@ from capexp import cli
 
 
 def evaluate(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     used = ("captions.", "features.", "decoding.", "training.batch_size", "training.device", "seed")
     parser = cli.Parser("evaluate", __doc__, used)
     cli.add_split(parser)

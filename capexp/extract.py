@@ -7,7 +7,7 @@ from capexp import cli
 
 
 def extract(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = cli.Parser("extract", __doc__, ("captions.", "features.", "training.device"))
     cli.add_experiment(parser)
     parser.add_argument(

@@ -1,4 +1,4 @@
-"""Files that are whole or not there, and a disk's faults in one line."""
+"""Atomic writes, and disk errors in one line."""
 
 import os
 from collections.abc import Iterator
@@ -14,11 +14,7 @@ _STREAMS = ("fd", "stdout", "stderr")
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Tells a disk that is full, or a folder that may not be written, in one line.
-
-    Raises:
-        Outage: in place of the system's error, or a library's about it.
-    """
+    """Turn errors of writing (a full disk, a folder without permission) into an :class:`Outage` of one line."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -29,12 +25,9 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Writes a text file beside and renames it, so that what it held before stays until all is there.
+    """Write a text file atomically: beside its place, then renamed. Return its path.
 
-    A link stays one, and the file that it leads to is written; a device or a pipe is written to.
-
-    Raises:
-        InputError: the disk is full, or the folder cannot be written.
+    Through a symbolic link the file that it points to is written; a device or a pipe is appended to.
     """
     shown, content = path, text.encode(errors="backslashreplace")  # names of files need not be UTF-8
     path = Path(os.path.realpath(path))
@@ -58,7 +51,7 @@ def write_whole(path: Path, text: str) -> Path:
 
 
 def sync(path: Path) -> None:
-    """Makes what was written to a file or folder survive a power cut."""
+    """Flush a file or folder to disk (fsync), so that it survives a power cut."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

@@ -1,12 +1,12 @@
-"""Sends what a run's journal holds and MLflow's server has not taken: metrics, files, the model, how the run ended."""
+"""Sends what MLflow's server has not received of a run: metrics, files, the model, the status of its end."""
 
 from capexp import cli
 
 
 def sync(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = cli.Parser("sync", __doc__, ())
-    parser.add_argument("run_id", metavar="RUN_ID", help="as the run's end has told it")
+    parser.add_argument("run_id", metavar="RUN_ID", help="the id that the run printed at its end")
     arguments, _ = parser.parse(argv)
 
     from capexp.runs.folder import RunFolder

@@ -19,7 +19,7 @@ if TYPE_CHECKING:
 
 
 def tune(argv: list[str] | None = None) -> int:
-    """The command; returns its exit status."""
+    """Run the command; return its exit status."""
     parser = cli.Parser("tune", __doc__)
     cli.add_experiment(parser)
     parser.add_argument("--trials", help="finished and pruned ones together, over all sittings (tune.trials)")
@@ -130,7 +130,7 @@ def _finish(trials: "Trials", run: "OpenRun", best_file: Path | None) -> int:
 
 
 class _Display:
-    """A line for each trial that ends; on a terminal, below them, one that tells how far the study is."""
+    """Prints a line for each trial that ends; on a terminal, a status line of the study below them."""
 
     def __init__(self, study: "Study") -> None:
         from tqdm import tqdm
@@ -142,7 +142,7 @@ class _Display:
         self.show(None)
 
     def show(self, line: str | None) -> None:
-        """Tells a line, if any, and how far the study is."""
+        """Print a line, if any, and update the status of the study."""
         if line is not None:
             self._bar.write(line)
         if self._is_live and (line is not None or time.monotonic() - self._shown_at > 1):
@@ -153,7 +153,7 @@ class _Display:
             sys.stdout.flush()
 
     def close(self) -> None:
-        """Takes the line below away."""
+        """Remove the status line."""
         self._bar.close()
 
 

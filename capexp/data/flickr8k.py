@@ -1,4 +1,4 @@
-"""Flickr8k: where it is published, what it must hold, and how it gets into a folder, checked."""
+"""Flickr8k: what it must contain, and how it is fetched, unpacked and checked."""
 
 import os
 from collections.abc import Callable
@@ -20,7 +20,7 @@ as a Ranking Task: Data, Models and Evaluation Metrics", Journal of Artificial I
 
 
 Say = Callable[[str], None]
-"""Prints a line of what is going on."""
+"""Prints a line of progress."""
 
 
 def _silent(line: str) -> None:
@@ -29,7 +29,7 @@ def _silent(line: str) -> None:
 
 @dataclass(frozen=True)
 class Contents:
-    """How much there is to be: photos, lines of captions, and photos a list names (0: there is no such list)."""
+    """The numbers of photos, caption lines, and photos in each list (0: there is no such list)."""
 
     photos: int = 8091
     captions: int = 40_460
@@ -38,21 +38,17 @@ class Contents:
     test: int = 1000
 
     def lists(self) -> dict[str, int]:
-        """The lists there are, with the photos each names."""
+        """Return the lists with the number of photos in each."""
         counts = {"train": self.train, "dev": self.dev, "test": self.test}
         return {f"Flickr_8k.{split}Images.txt": count for split, count in counts.items() if count}
 
     def archives(self) -> dict[str, tuple[str, ...]]:
-        """The archives, with what each must hold."""
+        """Return the archives with what each must contain."""
         return {"Flickr8k_text.zip": (CAPTIONS, *self.lists()), "Flickr8k_Dataset.zip": (PHOTOS,)}
 
 
 def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool = False, say: Say = _silent) -> None:
-    """Fetches, unpacks and checks what is not in ``output`` yet.
-
-    Raises:
-        InputError: a fault of the source, the network, the folder or an archive, or other contents than expected.
-    """
+    """Fetch, unpack and check what is not in ``output`` yet; ``source`` is a folder or the URL of the archives."""
     if "://" in source and not _is_url(source):
         raise InputError(f"--source {source}: neither a folder nor an http or https URL")
     archives = contents.archives()
@@ -87,7 +83,7 @@ def _is_url(source: str) -> bool:
 
 
 def _find(name: str, source: str, output: Path) -> Path:
-    """Where an archive lies, or is to be fetched to."""
+    """Return where an archive is, or where it is fetched to."""
     archive = (output if _is_url(source) else Path(source)) / name
     if not archive.is_file():
         if not _is_url(source):
@@ -98,11 +94,7 @@ def _find(name: str, source: str, output: Path) -> Path:
 
 
 def check(folder: Path, contents: Contents = Contents()) -> str:
-    """Whether what arrived is whole: its counts, in a line.
-
-    Raises:
-        InputError: a wrong count, or photos that a list names without file or captions.
-    """
+    """Refuse data that is not whole; return its counts in a line."""
     remedy = f"delete what is in {folder}, then give the same command again, or with another --source"
     photos = {path.name for path in (folder / PHOTOS).glob("*.jpg")}
     texts = (folder / CAPTIONS).read_text(encoding="utf-8", errors="replace")

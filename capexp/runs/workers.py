@@ -1,4 +1,4 @@
-"""The workers of a study: one in this process, or several in processes of their own.
+"""The workers of a study: one in this process, or several processes.
 
 The processes are spawned by ``multiprocessing`` rather than started as commands: what they need goes through a
 pipe, so that the address of a storage, with its password, is neither in a command line nor on disk.
@@ -31,7 +31,7 @@ _DEATHS_IN_A_ROW = 3  # workers that died while no trial ended: the next would t
 _LEAVE_WITHIN = 120.0  # seconds that an interrupted worker has for bringing its trial to an end
 
 Lines = Generator[str | None, None, None]
-"""What is to be told of trials, a line each, and None where something may have moved."""
+"""Yields a line for each trial that ends, and None where the status of the study may have changed."""
 
 
 @dataclass(frozen=True)
@@ -46,29 +46,29 @@ class Program:
 
 @dataclass(frozen=True)
 class Task:
-    """What a worker does."""
+    """The work of a worker: a study, and when to stop."""
 
     experiment: Experiment
     study: str
     storage: str | None
-    """As ``--storage`` gives it."""
+    """The value of ``--storage``."""
     deadline: float | None
-    """When no more trials are begun, in seconds since 1970."""
+    """The time after which no more trials are begun, in seconds since 1970."""
 
     def open(self, known: dict[str, str]) -> Study:
-        """The study; ``known`` is what makes its losses comparable."""
+        """Open the study; ``known`` are the settings that make its losses comparable."""
         config = self.experiment.tune
         storage = find_storage(self.storage, STUDIES, self.study, config.heartbeat)
         return Study(storage, self.study, config, self.experiment.seed, self.experiment.training.epochs, known)
 
     @property
     def is_over(self) -> bool:
-        """Whether its time is up."""
+        """Whether the time is up."""
         return self.deadline is not None and time.time() > self.deadline
 
 
 def work(task: Task, trials: Trials) -> Lines:
-    """Runs trials until the study is complete or the time is up."""
+    """Run trials until the study is complete or the time is up."""
     while not (trials.study.is_complete() or task.is_over):
         line = yield from trials.study.run_trial(trials.train)
         if line is None:  # others are at the last ones, and might fail
@@ -79,12 +79,9 @@ def work(task: Task, trials: Trials) -> Lines:
 
 
 def work_together(task: Task, count: int, program: Program) -> Lines:
-    """Has ``count`` processes work on the study, threads divided among them; one that is killed is replaced.
+    """Run trials in ``count`` processes, which share the threads; a process that is killed is replaced.
 
-    Closed, it interrupts them and waits until they have brought their trials to an end.
-
-    Raises:
-        InputError: what a worker could not go on from, or they die one after the other.
+    Closed, it interrupts the processes and waits until their trials have ended.
     """
     crew: dict[BaseProcess, Connection] = {}
     deaths = 0
@@ -125,11 +122,7 @@ def work_together(task: Task, count: int, program: Program) -> Lines:
 
 
 def _said(connection: Connection) -> Iterator[str | None]:
-    """What a worker has told since last time.
-
-    Raises:
-        InputError: in which it could not go on.
-    """
+    """Yield the lines of a worker since the last call; raise the error that ended it."""
     try:
         while connection.poll():
             said = connection.recv()
@@ -141,7 +134,7 @@ def _said(connection: Connection) -> Iterator[str | None]:
 
 
 def _start(task: Task, threads: int, program: Program) -> tuple[BaseProcess, Connection]:
-    """A worker's process, and the pipe by which it tells."""
+    """Start a worker; return its process, and the pipe that its lines come from."""
     context = multiprocessing.get_context("spawn")
     here, there = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(task, threads, there, program))
@@ -153,7 +146,7 @@ def _start(task: Task, threads: int, program: Program) -> tuple[BaseProcess, Con
 
 @contextmanager
 def _spawning(threads: int) -> Iterator[None]:
-    """What a new process inherits: its number of threads, and deafness to Ctrl-C until it can end in order."""
+    """Set what a new process inherits: its number of threads, and Ctrl-C ignored until it can end in order."""
     before = os.environ.get("OMP_NUM_THREADS")
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     os.environ["OMP_NUM_THREADS"] = str(threads)
@@ -168,7 +161,7 @@ def _spawning(threads: int) -> Iterator[None]:
 
 
 def _serve(task: Task, threads: int, connection: Connection, program: Program) -> None:
-    """The process of a worker."""
+    """Run a worker, in its process."""
 
     def tell() -> int:
         threading.Thread(target=_follow_parent, daemon=True).start()
@@ -190,7 +183,7 @@ def _serve(task: Task, threads: int, connection: Connection, program: Program) -
 
 
 def _follow_parent() -> None:
-    """Interrupts this process when the one that started it has died."""
+    """Interrupt this process when the one that started it has died."""
     parent = multiprocessing.parent_process()
     assert parent is not None
     parent.join()

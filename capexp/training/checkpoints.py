@@ -1,4 +1,4 @@
-"""What training leaves on disk: the best captioners, and the state to go on from."""
+"""Checkpoints on disk: the best captioners, and the training states to resume from."""
 
 import io
 import logging
@@ -27,40 +27,40 @@ _NAME = re.compile(r"ep(\d{3,})-train[\d.]+-dev[\d.]+")
 
 @dataclass(frozen=True)
 class EpochProgress:
-    """How far an epoch is."""
+    """The progress within an epoch."""
 
     steps: int = 0
     sums: tuple[float, ...] = ()
-    """What its losses are the means of, over the steps done."""
+    """Sums over the steps done: loss in nats, targets; in the self-critical phase also rewards and captions."""
     seconds: float = 0.0
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that training goes on from; what is drawn at random follows from seed, epoch and step."""
+    """All that a training is resumed from. Random numbers are not in it: they follow from seed, epoch and step."""
 
     decoder: dict[str, Any]
     optimizer: dict[str, Any]
     history: list[dict[str, Any]]
-    """The epochs done, as plain values."""
+    """The epochs done, as dictionaries."""
     average: dict[str, Any] | None = None
-    """The mean of the decoder's weights over the steps, where training keeps one."""
+    """The EMA of the decoder's weights, where training keeps one."""
     progress: EpochProgress = EpochProgress()
-    """Of the epoch after those done."""
+    """Within the epoch after those done."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "TrainingState":
-        """The state that ``dataclasses.asdict`` gave this record of; earlier versions kept no progress."""
+        """Return the state of a ``dataclasses.asdict`` record; earlier versions saved no progress."""
         return cls(**record | {"progress": EpochProgress(**record.get("progress", {}))})
 
     @property
     def epochs(self) -> int:
-        """How many are done."""
+        """The number of epochs done."""
         return len(self.history)
 
     @property
     def best_epoch(self) -> int:
-        """The last that was an improvement; 0 where none was."""
+        """The last epoch that was an improvement; 0 where none was."""
         return max((record["number"] for record in self.history if record["improved"]), default=0)
 
 
@@ -75,29 +75,25 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, begins_with: int = 1) -> None:
-        """``begins_with`` is the epoch of the captioner that is saved before the first state."""
+        """``begins_with`` is the epoch of the captioner that is saved before the first state is."""
         self.folder = folder
         self.keep = keep
         self.begins_with = begins_with
 
     def best(self) -> Path | None:
-        """The bundle of the best epoch so far: improvements are saved only, so the last one."""
+        """Return the bundle of the best epoch so far: the last one, as only improvements are saved."""
         bundles = self._numbered()
         return bundles[-1][1] if bundles else None
 
     def save_captioner(self, captioner: Captioner) -> Path:
-        """Saves an improvement under the name that tells its epoch and losses, in nats per token."""
+        """Save an improvement under a name with its epoch and its losses in nats per token."""
         record = captioner.record
         assert record is not None
         name = f"ep{record.epoch:03d}-train{record.train_loss:.3f}-dev{record.dev_loss:.3f}"
         return captioner.save(self.folder / name)
 
     def save_state(self, state: TrainingState) -> None:
-        """Makes this the state to go on from, keeps the one before it, and deletes captioners that neither needs.
-
-        Raises:
-            InputError: the disk is full, or the folder cannot be written.
-        """
+        """Save the state to resume from, keep the one before it, and delete captioners that neither needs."""
         beside = self.folder / f".{_LAST}.{os.getpid()}.part"
         content = io.BytesIO()
         torch.save(asdict(state), content)  # to memory first: torch hides what a disk has against it
@@ -121,7 +117,7 @@ class Checkpoints:
                 shutil.rmtree(bundle)
 
     def clear_parts(self) -> None:
-        """Deletes what a killed process has left half-written; only the process that owns the run may."""
+        """Delete what a killed process has left half-written; only the process that holds the run's lock may."""
         for part in self.folder.glob(".*.part"):
             if part.is_dir():
                 shutil.rmtree(part)
@@ -129,17 +125,16 @@ class Checkpoints:
                 part.unlink()
 
     def latest(self) -> TrainingState | None:
-        """The newest state that is whole, or None where nothing was saved yet; changes nothing.
+        """Return the newest state that is whole and has its captioner; None where nothing was saved yet.
 
-        Raises:
-            InputError: states are there, and none is whole and has its captioner.
+        Changes nothing on disk. States of which none is whole are an error.
         """
         return self._choose()[0]
 
     def go_back(self) -> TrainingState | None:
-        """As :meth:`latest`, and deletes what came after that state; only the process that owns the run may.
+        """Return the state of :meth:`latest`, and delete what is newer; only the process that holds the lock may.
 
-        A state that is passed over is told of in the log.
+        A state that is not whole is passed over with a warning.
         """
         state, faults = self._choose()
         for fault in faults:
@@ -152,7 +147,7 @@ class Checkpoints:
         return state
 
     def _choose(self) -> tuple[TrainingState | None, list[str]]:
-        """The state to go on from, and what is wrong with newer ones."""
+        """Return the state to resume from, and what is wrong with newer ones."""
         there = [path for path in (self.folder / _LAST, self.folder / _PREVIOUS) if path.is_file()]
         bundles = dict(self._numbered())
         faults: list[str] = []
@@ -180,7 +175,7 @@ class Checkpoints:
         return None, []
 
     def _numbered(self) -> list[tuple[int, Path]]:
-        """Bundles with their epochs, in order."""
+        """Return the bundles with their epochs, in order."""
         return sorted(
             (int(match[1]), path) for path in self.folder.glob("ep*") if (match := _NAME.fullmatch(path.name))
         )
