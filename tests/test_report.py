@@ -14,6 +14,7 @@ from capexp.data.views import Features
 from capexp.preparation import Prepared, read
 from capexp.report import report
 from capexp.tracking.run import tracked_run
+from capexp.tracking.store import database_uri
 
 
 @pytest.mark.slow
@@ -23,7 +24,7 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
     """On features drawn at random: fresh attention captioners together, and a map for each word that they say."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(database_uri(tmp_path / "mlflow.db"))
     small = {
         "model.decoder": "attention",
         "model.embedding_size": 16,

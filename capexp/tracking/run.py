@@ -32,6 +32,7 @@ from capexp.tracking.store import (
     no_retries,
     require_store,
     store_faults,
+    store_uri,
 )
 
 log = logging.getLogger(__name__)
@@ -194,7 +195,7 @@ def run_status(run_id: str) -> str:
     """
     run = _find(run_id)
     if run is None:
-        store = shown_uri(mlflow.get_tracking_uri())
+        store = shown_uri(store_uri())
         raise InputError(f"run {run_id}: no such run in {store}; `mlflow ui` lists them")
     return str(run.info.status)
 
