@@ -22,7 +22,7 @@ from capexp.tracking import registry
 from capexp.tracking.bundle import find_bundle
 from capexp.tracking.gallery import Card
 from capexp.tracking.registry import Version
-from capexp.tracking.run import PARENT, FoundRun, fetch_artifacts, runs_of, tracked_run
+from capexp.tracking.run import PARENT, FoundRun, fetch_artifacts, runs_of
 from capexp.tracking.store import prepare_store, store_faults
 from capexp.training.config import choose_device
 from capexp.training.epoch import Epoch
@@ -75,10 +75,9 @@ def run_ensemble(
         else:
             run_folder.refuse_other_data(resume, prepared)
         tracked = stack.enter_context(
-            tracked_run(experiment.name, experiment.name, run_folder.CHECKPOINTS, resume=resume)
+            run_folder.locked_run(experiment.name, experiment.name, run_folder.CHECKPOINTS, resume=resume)
         )
         folder = run_folder.CHECKPOINTS / tracked.run_id
-        stack.enter_context(run_folder.alone(folder))
         settings = write_whole(folder / run_folder.SETTINGS, experiment.to_toml())
         stack.enter_context(runs.log_file(folder / "log.txt", tracked))
         runs.log_beginning(tracked, experiment, prepared, str(device), settings)

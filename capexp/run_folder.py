@@ -1,8 +1,9 @@
 """A run's folder: what it leaves there, whether it may be gone on with, and by which process."""
 
-from collections.abc import Iterator
-from contextlib import contextmanager
+from collections.abc import Iterator, Mapping
+from contextlib import ExitStack, contextmanager
 from pathlib import Path
+from typing import NoReturn
 
 from filelock import FileLock, Timeout
 
@@ -11,7 +12,8 @@ from capexp.data.errors import InputError
 from capexp.data.files import writing
 from capexp.experiment import Experiment
 from capexp.preparation import Prepared
-from capexp.tracking.run import PARENT, adopted_run, git_commit, run_status, run_tags
+from capexp.tracking.journal import JOURNAL
+from capexp.tracking.run import PARENT, TrackedRun, adopted_run, git_commit, run_status, run_tags, tracked_run
 from capexp.training.checkpoints import Checkpoints
 from capexp.training.epoch import Epoch
 from capexp.training.fit import is_finished
@@ -19,6 +21,7 @@ from capexp.training.fit import is_finished
 CHECKPOINTS = Path("checkpoints")
 SETTINGS = "experiment.toml"
 """What a run is resumed by, among its checkpoints."""
+_VERSION = "capexp_version"  # the tag that each run of this project has from its beginning
 _SELF_CRITICAL = "self-critical"  # the folder of the second phase
 _SECOND_PHASE = "training.self_critical."
 _ALWAYS_FREE = ("training.epochs", "training.patience", "training.save_steps", f"{_SECOND_PHASE}epochs")
@@ -75,7 +78,7 @@ def tags_of(prepared: Prepared) -> dict[str, str]:
         "vocabulary_digest": prepared.vocabulary.digest(),
         "encoder": str(prepared.encoder),
         "encoder_key": prepared.encoder.key(),
-        "capexp_version": __version__,
+        _VERSION: __version__,
     }
 
 
@@ -121,6 +124,33 @@ def alone(folder: Path) -> Iterator[None]:
         lock.release()
 
 
+@contextmanager
+def locked_run(
+    name: str,
+    experiment: str,
+    folder: Path,
+    *,
+    resume: str | None = None,
+    parent: str | None = None,
+    tags: Mapping[str, str] | None = None,
+) -> Iterator[TrackedRun]:
+    """Open a run as :func:`capexp.tracking.run.tracked_run` does, and lock its folder for this process.
+
+    A run that exists already, because it is resumed or ``mlflow run`` has made it, is locked before MLflow opens it:
+    where another process is training it, nothing of the run or its journal changes.
+    """
+    existing = resume or adopted_run()
+    with ExitStack() as stack:
+        if existing is not None:
+            stack.enter_context(alone(folder / existing))
+            if resume is None and (folder / existing / JOURNAL).exists():
+                _refuse_adopted(existing)  # another process has trained it since it was asked
+        tracked = stack.enter_context(tracked_run(name, experiment, folder, resume=resume, parent=parent, tags=tags))
+        if existing is None:
+            stack.enter_context(alone(folder / tracked.run_id))
+        yield tracked
+
+
 def is_training(folder: Path) -> bool:
     """Whether a process is at work on the run with these checkpoints."""
     try:
@@ -131,13 +161,17 @@ def is_training(folder: Path) -> bool:
 
 
 def refuse_trained(folder: Path) -> None:
-    """A new run that adopts one by ``MLFLOW_RUN_ID`` must not train over what an earlier process left."""
+    """Refuse to adopt a run, by ``MLFLOW_RUN_ID``, that was trained already, in this folder or elsewhere."""
     adopted = adopted_run()
     if adopted is None:
         return
     run_status(adopted)  # refuses an unknown one
-    if (folder / adopted).exists():
-        raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
+    if (folder / adopted).exists() or _VERSION in run_tags(adopted):
+        _refuse_adopted(adopted)
+
+
+def _refuse_adopted(run_id: str) -> NoReturn:
+    raise InputError(f"MLFLOW_RUN_ID={run_id}: was trained already; unset it, or give --resume {run_id}")
 
 
 def refuse_other_data(run_id: str, prepared: Prepared) -> None:

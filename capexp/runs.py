@@ -20,8 +20,8 @@ from capexp.report import report
 from capexp.run_folder import (
     CHECKPOINTS,
     SETTINGS,
-    alone,
     has_second_phase,
+    locked_run,
     may_differ,
     phases,
     refuse_other_data,
@@ -34,7 +34,7 @@ from capexp.search.trial import Pruned
 from capexp.tracking.gallery import Card
 from capexp.tracking.plots import draw_losses
 from capexp.tracking.registry import Version
-from capexp.tracking.run import Input, TrackedRun, tracked_run
+from capexp.tracking.run import Input, TrackedRun
 from capexp.tracking.store import discreet, prepare_store, store_faults
 from capexp.training.checkpoints import Checkpoints, refuse_cramped
 from capexp.training.config import choose_device
@@ -92,14 +92,11 @@ def run(
             refuse_trained(folder)
         else:
             refuse_other_data(resume, prepared)
-            stack.enter_context(alone(folder / resume))  # before the run's state is touched
         tracked = stack.enter_context(
-            tracked_run(name or experiment.name, experiment.name, folder, resume=resume, parent=parent, tags=tags)
+            locked_run(name or experiment.name, experiment.name, folder, resume=resume, parent=parent, tags=tags)
         )
         checkpoints = Checkpoints(folder / tracked.run_id, experiment.training.keep)
-        if resume is None:
-            stack.enter_context(alone(checkpoints.folder))
-        else:
+        if resume is not None:
             checkpoints.clear_parts()
         settings = write_whole(checkpoints.folder / SETTINGS, experiment.to_toml())  # what a run is resumed by
         with log_file(checkpoints.folder / "log.txt", tracked):

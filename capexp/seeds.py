@@ -4,6 +4,7 @@ import logging
 import statistics
 import time
 from collections.abc import Generator
+from contextlib import ExitStack
 from dataclasses import dataclass
 
 from capexp import experiment as experiments, run_folder, runs
@@ -13,8 +14,8 @@ from capexp.experiment import Experiment
 from capexp.preparation import Prepared
 from capexp.registration import register_bundle
 from capexp.tracking.registry import Version
-from capexp.tracking.run import TrackedRun, nested_runs, run_tags, tracked_run
-from capexp.tracking.store import await_store, prepare_store
+from capexp.tracking.run import TrackedRun, nested_runs, run_tags
+from capexp.tracking.store import await_store, prepare_store, store_faults
 from capexp.training.epoch import Epoch
 
 log = logging.getLogger(__name__)
@@ -63,35 +64,38 @@ def run_seeds(
         InputError: as :func:`capexp.runs.run`.
     """
     prepare_store()
-    if resume is None:
-        run_folder.refuse_trained(run_folder.CHECKPOINTS)
-    else:
-        run_folder.refuse_other_data(resume, prepared)
-        for seed, run_id in _begun(resume).items():  # before the new settings are written
-            one = experiments.replace(experiment, {"seed": seed})
-            run_folder.is_complete(run_id, one, run_folder.CHECKPOINTS / resume)
     name, tags = f"{experiment.name}, {count} seeds", {SEEDS: str(count)}
-    with tracked_run(name, experiment.name, run_folder.CHECKPOINTS, resume=resume, tags=tags) as tracked:
-        folder = run_folder.CHECKPOINTS / tracked.run_id
-        with run_folder.alone(folder):
-            write_whole(folder / run_folder.SETTINGS, experiment.to_toml())
-            tracked.log_params(experiment.flat())
-            tracked.set_tags(run_folder.tags_of(prepared) | tags | {"device": experiment.training.device})
-            begun = _begun(tracked.run_id)
-            done: dict[int, str] = {}
-            for seed in range(experiment.seed, experiment.seed + count):
+    with ExitStack() as stack:
+        stack.enter_context(store_faults())
+        if resume is None:
+            run_folder.refuse_trained(run_folder.CHECKPOINTS)
+        else:
+            run_folder.refuse_other_data(resume, prepared)
+            for seed, run_id in _begun(resume).items():  # before the new settings are written
                 one = experiments.replace(experiment, {"seed": seed})
-                held = begun.get(seed)
-                await_store()
-                if held is None or not run_folder.is_complete(held, one, folder):
-                    epochs = runs.run(
-                        one, prepared, resume=held, parent=tracked.run_id, name=f"{experiment.name}, seed {seed}",
-                        tags={SEED: str(seed)}, folder=folder, register_model=False,
-                    )  # fmt: skip
-                    result = yield from _with_seed(seed, epochs)
-                    held = result.run_id
-                done[seed] = held
-            return _summarize(tracked, experiment, prepared, done, promote)
+                run_folder.is_complete(run_id, one, run_folder.CHECKPOINTS / resume)
+        tracked = stack.enter_context(
+            run_folder.locked_run(name, experiment.name, run_folder.CHECKPOINTS, resume=resume, tags=tags)
+        )
+        folder = run_folder.CHECKPOINTS / tracked.run_id
+        write_whole(folder / run_folder.SETTINGS, experiment.to_toml())
+        tracked.log_params(experiment.flat())
+        tracked.set_tags(run_folder.tags_of(prepared) | tags | {"device": experiment.training.device})
+        begun = _begun(tracked.run_id)
+        done: dict[int, str] = {}
+        for seed in range(experiment.seed, experiment.seed + count):
+            one = experiments.replace(experiment, {"seed": seed})
+            held = begun.get(seed)
+            await_store()
+            if held is None or not run_folder.is_complete(held, one, folder):
+                epochs = runs.run(
+                    one, prepared, resume=held, parent=tracked.run_id, name=f"{experiment.name}, seed {seed}",
+                    tags={SEED: str(seed)}, folder=folder, register_model=False,
+                )  # fmt: skip
+                result = yield from _with_seed(seed, epochs)
+                held = result.run_id
+            done[seed] = held
+        return _summarize(tracked, experiment, prepared, done, promote)
 
 
 def _with_seed(

@@ -147,6 +147,7 @@ def study_run(experiment: Experiment, prepared: Prepared, study: Study, name: st
 
     with ExitStack() as stack:
         with study.alone():  # of two that begin the study at once, the second must find the first's run
+            run_folder.refuse_trained(run_folder.CHECKPOINTS)
             held = study.parent_runs()
             resume = held[0] if held and adopted_run() is None and run_tags(held[0]) else None
             stack.callback(leave)

@@ -43,6 +43,7 @@ PATIENCE = 60.0
 """Seconds that a run's end waits for a server that takes nothing."""
 SHORT_PATIENCE = 10.0
 """The same where the run was interrupted or has failed."""
+_ADOPTED = "MLFLOW_RUN_ID"
 _PARAM_LENGTH = 6000  # MLflow's limit
 CLAIM, ENDED = "claim", "ended"
 """Kinds of entries that wait for what is before them: a model to be logged and registered; the run's end."""
@@ -276,7 +277,7 @@ def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun
 
 def adopted_run() -> str | None:
     """The run that ``mlflow run`` has made for this process, if any."""
-    return os.environ.get("MLFLOW_RUN_ID")
+    return os.environ.get(_ADOPTED)
 
 
 def _find(run_id: str) -> Run | None:
@@ -313,6 +314,8 @@ def tracked_run(
     """
     client = MlflowClient()
     with store_faults(), local_write():
+        if resume is not None:
+            os.environ.pop(_ADOPTED, None)  # or MLflow would open that run for the first nested one
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
         run = mlflow.start_run(
