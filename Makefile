@@ -4,7 +4,7 @@ PYTHON ?= python3
 BIN := .venv/bin
 export PATH := $(CURDIR)/$(BIN):$(PATH)
 
-.PHONY: help install demo test test-all check bench soak format clean
+.PHONY: help install folder demo test test-all check bench soak format clean
 
 help:
 	@echo "make demo      train, track and register a captioner on the embedded scenes"
@@ -17,8 +17,12 @@ help:
 
 install: .venv/installed
 
+# MLflow cannot open a database where a % stands in the path that it is installed in, and .venv is in this folder.
+folder:
+	@case "$$PWD" in *%*) echo "$$PWD: MLflow cannot work where a folder's name holds %; rename the folder" >&2; exit 2;; esac
+
 # The pins of conda.yaml, the one place that holds versions.
-.venv/installed: conda.yaml
+.venv/installed: conda.yaml | folder
 	@$(PYTHON) -c 'import sys; sys.exit(sys.version_info < (3, 11))' || { echo "capexp needs Python 3.11 or later; make PYTHON=python3.11 ..." >&2; exit 2; }
 	$(PYTHON) -m venv .venv
 	sed -n 's/^      - \(.*==.*\)$$/\1/p' conda.yaml > .venv/requirements.txt
@@ -32,7 +36,10 @@ install: .venv/installed
 	touch $@
 
 # Threads that spin for a moment before they sleep: a third faster for a small model that has the cores to itself.
+# The store is MLflow's default one, named: for its default MLflow leaves an empty folder of the percent-encoded name
+# beside one whose name has a blank.
 demo: .venv/installed
+	MLFLOW_TRACKING_URI="$${MLFLOW_TRACKING_URI:-sqlite:///mlflow.db}" \
 	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 

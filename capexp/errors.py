@@ -35,12 +35,16 @@ class Unsent(Outage):
 
 def shown_uri(uri: str) -> str:
     """Return a URI without user, password and query."""
+    if uri.startswith("sqlite"):  # a file: an @ in its path ends no password
+        return uri
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def without_secrets(text: str, uri: str) -> str:
     """Return a text without the secrets of a URI: libraries quote both in their errors."""
+    if uri.startswith("sqlite"):
+        return text
     rest, _, query = uri.partition("://")[2].partition("?")
     credentials = rest.rpartition("@")[0]
     secrets = {credentials, credentials.partition(":")[2]}

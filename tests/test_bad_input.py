@@ -27,6 +27,7 @@ from capexp.caption import caption
 from capexp.compare import compare
 from capexp.evaluate import evaluate
 from capexp.extract import extract
+from capexp.tracking.store import database_uri
 from capexp.train import train
 from capexp.tune import tune
 
@@ -71,7 +72,7 @@ def folder(earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.chdir(there)
     monkeypatch.setenv("CAPEXP_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    mlflow.set_tracking_uri(f"sqlite:///{there}/mlflow.db")
+    mlflow.set_tracking_uri(database_uri(there / "mlflow.db"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
     yield there

@@ -21,6 +21,7 @@ from user_folder import ROOT, Folder, wait_for
 
 from capexp.captioning.captioner import Captioner
 from capexp.errors import InputError
+from capexp.tracking.store import database_uri
 from capexp.train import train
 
 SMALL = (
@@ -433,7 +434,7 @@ def test_bad_settings_are_refused_in_one_line_before_any_run(
     monkeypatch.chdir(tmp_path)
     monkeypatch.setenv("CAPEXP_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(database_uri(tmp_path / "mlflow.db"))
     with pytest.raises((InputError, SystemExit)) as caught:
         train(arguments.split())
     line = capsys.readouterr().err if isinstance(caught.value, SystemExit) else f"{caught.value}\n"
@@ -455,7 +456,7 @@ def test_a_refusal_is_one_line_on_stderr_and_exit_status_2(tmp_path: Path, argum
 
 def assert_tells_the_truth(folder: Folder, version: ModelVersion) -> None:
     """The score that a version is compared by is that of the weights it holds."""
-    mlflow.set_tracking_uri(f"sqlite:///{folder.path}/mlflow.db")
+    mlflow.set_tracking_uri(folder.store)
     local = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
     record = Captioner.load(local / "artifacts/bundle").record
     assert record is not None
@@ -593,7 +594,7 @@ def test_a_study_goes_on_where_it_stopped_and_registers_its_best_once(tmp_path: 
 @pytest.mark.slow
 def test_ctrl_c_under_mlflow_run_tags_the_run_and_keeps_the_model(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    folder.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    folder.environment["MLFLOW_TRACKING_URI"] = database_uri(tmp_path / "mlflow.db")
     project = tmp_path / "project"  # checkpoints go where the project is: a copy, to look into it
     shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "mlruns", "checkpoints", "*.db"))
     given = ["-P", "training.epochs=500", "-P", "training.patience=500", "-P", "model.lstm_units=32"]
@@ -611,7 +612,7 @@ def test_ctrl_c_under_mlflow_run_tags_the_run_and_keeps_the_model(tmp_path: Path
 @pytest.mark.slow
 def test_mlflow_run_trains_in_the_run_that_mlflow_made(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    folder.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
+    folder.environment["MLFLOW_TRACKING_URI"] = database_uri(tmp_path / "mlflow.db")
     settings = {"training.epochs": "1", "training.learning_rate": "5e-3", "model.lstm_units": "32"}
     given = [word for name, value in settings.items() for word in ("-P", f"{name}={value}")]
     process = folder.start("mlflow", "run", str(ROOT), "--env-manager", "local", *given)

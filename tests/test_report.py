@@ -15,6 +15,7 @@ from capexp.data.features import Features
 from capexp.experiment import find_experiment, load_experiment
 from capexp.runs.conclusion import conclude
 from capexp.tracking.run import tracked_run
+from capexp.tracking.store import database_uri
 
 
 @pytest.mark.slow
@@ -24,7 +25,7 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
     """On features drawn at random: fresh attention captioners together, and a map for each word that they say."""
     monkeypatch.chdir(tmp_path)
     monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
-    mlflow.set_tracking_uri(f"sqlite:///{tmp_path}/mlflow.db")
+    mlflow.set_tracking_uri(database_uri(tmp_path / "mlflow.db"))
     small = {
         "model.decoder": "attention",
         "model.embedding_size": 16,

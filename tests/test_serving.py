@@ -15,6 +15,7 @@ import pytest
 from bench_serving import measure, served
 
 from capexp.captioning.captioner import Caption, Captioner
+from capexp.tracking.store import database_uri
 
 ROOT = Path(__file__).parents[1]
 MODEL = "models:/capexp-scenes@champion"
@@ -38,14 +39,14 @@ def registered(vgg16: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         subprocess.run(
             [sys.executable, "-m", "capexp.train", *words], env=environment, check=True, capture_output=True
         )  # fmt: skip
-        patch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{folder}/mlflow.db")
+        patch.setenv("MLFLOW_TRACKING_URI", database_uri(folder / "mlflow.db"))
         yield folder
 
 
 @pytest.fixture(scope="module")
 def artifacts(registered: Path) -> Path:
     """The registered model's files."""
-    mlflow.set_tracking_uri(f"sqlite:///{registered}/mlflow.db")
+    mlflow.set_tracking_uri(database_uri(registered / "mlflow.db"))
     return Path(mlflow.artifacts.download_artifacts(MODEL, dst_path=str(registered / "artifacts")))
 
 

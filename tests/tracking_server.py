@@ -16,6 +16,8 @@ from typing import Any
 
 from user_folder import Folder, wait_for
 
+from capexp.tracking.store import database_uri
+
 
 def free_port() -> int:
     with socket.socket() as free:
@@ -35,7 +37,7 @@ class Server:
     def start(self) -> None:
         with (self.folder / "server.log").open("a") as log:
             process = self._process = subprocess.Popen(
-                ["mlflow", "server", "--backend-store-uri", f"sqlite:///{self.folder}/server.db", "--workers", "1",
+                ["mlflow", "server", "--backend-store-uri", database_uri(self.folder / "server.db"), "--workers", "1",
                  "--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1",
                  "--port", str(self.port)],
                 cwd=self.folder, env=Folder(self.folder).environment, stdout=log, stderr=log, start_new_session=True,

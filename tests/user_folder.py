@@ -12,6 +12,8 @@ import mlflow
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
+from capexp.tracking.store import database_path, database_uri
+
 ROOT = Path(__file__).parents[1]
 
 
@@ -44,14 +46,17 @@ class Folder:
 
     @property
     def store(self) -> str:
-        return self.environment.get("MLFLOW_TRACKING_URI", f"sqlite:///{self.path}/mlflow.db")
+        given = self.environment.get("MLFLOW_TRACKING_URI")
+        database = self.path / "mlflow.db" if given is None else database_path(given)
+        return str(given) if database is None else database_uri(database)
 
     @property
     def client(self) -> MlflowClient:
         return MlflowClient(self.store)
 
     def runs(self) -> list[Run]:
-        if self.store.startswith("sqlite") and not (self.path / "mlflow.db").exists():
+        database = database_path(self.store)
+        if database is not None and not database.exists():
             return []
         experiments = [experiment.experiment_id for experiment in self.client.search_experiments()]
         return list(self.client.search_runs(experiments, order_by=["attributes.start_time"]))

@@ -3,7 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Generator, Iterator, Mapping
-from contextlib import AbstractContextManager, ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, nullcontext
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -26,6 +26,7 @@ from capexp.runs.registration import encoder_weights, log_interrupted, register
 from capexp.search.trial import Pruned
 from capexp.settings import Experiment, SplitName
 from capexp.tracking.known_runs import adopted_run, git_commit, run_status, run_tags
+from capexp.tracking.outbox import JOURNAL
 from capexp.tracking.registry import Version
 from capexp.tracking.run import Input, TrackedRun, tracked_run
 from capexp.tracking.store import await_store, discreet, prepare_store, store_faults
@@ -36,6 +37,7 @@ from capexp.training.teacher_forcing import CrossEntropy
 
 log = logging.getLogger(__name__)
 
+_VERSION = "capexp_version"  # the tag that each run of this project has from its beginning
 _CONTEXTS: Mapping[SplitName, str] = {"train": "training", "dev": "validation"}  # as MLflow names them
 
 
@@ -118,15 +120,19 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
     """
     experiment, device = plan.experiment, choose_device(plan.experiment.training.device)
 
-    def lock(run_id: str) -> AbstractContextManager[None]:
-        return nullcontext() if plan.is_shared else RunFolder(plan.folder / run_id).lock()
+    @contextmanager
+    def lock(run_id: str) -> Iterator[None]:
+        with nullcontext() if plan.is_shared else RunFolder(plan.folder / run_id).lock():
+            if resume is None:
+                _refuse_trained(plan.folder)  # by another process, since it was asked
+            yield
 
     prepare_store()
     with ExitStack() as stack:
         stack.enter_context(store_faults())
         if resume is not None:
             _require_same_data(resume, plan.data)
-        elif not plan.is_shared:
+        else:
             _refuse_trained(plan.folder)
         tracked = stack.enter_context(
             tracked_run(
@@ -293,7 +299,7 @@ def _data_tags(data: Dataset) -> dict[str, str]:
     return comparable_tags(data) | {
         "git_commit": git_commit(),
         "encoder": str(data.encoder),
-        "capexp_version": __version__,
+        _VERSION: __version__,
     }
 
 
@@ -318,12 +324,12 @@ def _require_same_data(run_id: str, data: Dataset) -> None:
 
 
 def _refuse_trained(folder: Path) -> None:
-    """Refuse to adopt a run by ``MLFLOW_RUN_ID`` that an earlier process has trained, or still trains."""
+    """Refuse to adopt a run by ``MLFLOW_RUN_ID`` that a process has trained, here or elsewhere, or still trains."""
     adopted = adopted_run()
     if adopted is None:
         return
     run_status(adopted)  # refuses an unknown one
-    if (folder / adopted).exists():
+    if (folder / adopted / JOURNAL).exists() or _VERSION in run_tags(adopted):
         raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
 
 

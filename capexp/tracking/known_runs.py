@@ -12,10 +12,12 @@ from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
 
 from capexp.errors import InputError, shown_uri
-from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults
+from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults, store_uri
 
 PARENT = "mlflow.parentRunId"
 """MLflow's tag of the run that a run is nested under."""
+ADOPTED = "MLFLOW_RUN_ID"
+"""The variable by which ``mlflow run`` names the run that it has made for this process."""
 
 
 @dataclass(frozen=True)
@@ -31,7 +33,7 @@ def run_status(run_id: str) -> str:
     """Return the status of a run, such as ``FINISHED``; refuse one that does not exist or was deleted."""
     run = _find(run_id)
     if run is None:
-        store = shown_uri(mlflow.get_tracking_uri())
+        store = shown_uri(store_uri())
         raise InputError(f"run {run_id}: no such run in {store}; `mlflow ui` lists them")
     return str(run.info.status)
 
@@ -112,7 +114,7 @@ def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun
 
 def adopted_run() -> str | None:
     """Return the run that ``mlflow run`` has made for this process, if any."""
-    return os.environ.get("MLFLOW_RUN_ID")
+    return os.environ.get(ADOPTED)
 
 
 def _find(run_id: str) -> Run | None:

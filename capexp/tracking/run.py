@@ -1,6 +1,7 @@
 """One MLflow run from start to end: params, tags, inputs, metrics, artifacts, and the state it ends in."""
 
 import logging
+import os
 import time
 from collections.abc import Callable, Iterator, Mapping
 from contextlib import AbstractContextManager, ExitStack, contextmanager, suppress
@@ -18,7 +19,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_RUN_NOTE
 from sqlalchemy.exc import SQLAlchemyError
 
 from capexp.errors import Outage, Unsent
-from capexp.tracking.known_runs import adopted_run
+from capexp.tracking.known_runs import ADOPTED, adopted_run
 from capexp.tracking.outbox import ARTIFACT, INPUT, JOURNAL, METRICS, PARAMS, TAGS, Entry, Journal, Outbox
 from capexp.tracking.sampler import Sampler
 from capexp.tracking.store import (
@@ -239,6 +240,8 @@ def _start(name: str, experiment: str, resume: str | None, parent: str | None, t
     """Have MLflow make a run, or go on with one; return its id."""
     client = MlflowClient()
     with store_faults(), local_write():
+        if resume is not None:
+            os.environ.pop(ADOPTED, None)  # or MLflow would open that run for the first nested one
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
         run = mlflow.start_run(

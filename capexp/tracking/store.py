@@ -1,12 +1,14 @@
-"""MLflow's store: made once, told of in one line when it fails, locked while a decision is taken."""
+"""MLflow's store: where it is, made once, told of in one line when it fails, locked while a decision is taken."""
 
 import os
+import re
 import signal
 import threading
 import time
 from collections.abc import Iterator
 from contextlib import contextmanager, nullcontext
 from pathlib import Path
+from urllib.parse import quote, unquote
 
 import mlflow
 from filelock import FileLock
@@ -19,12 +21,95 @@ from capexp.errors import InputError, Outage, shown_uri, without_secrets
 from capexp.files import sync
 
 _LOCK = ".mlflow.lock"
-_SQLITE = "sqlite:///"
+_SQLITE, _WITH_DRIVER = "sqlite:///", "sqlite+pysqlite:///"
+_ENCODED = re.compile("%[0-9A-Fa-f]{2}")
 _TIMEOUTS = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # of each one's driver
 _CONNECT_SECONDS = 10
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _QUICK = {_RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
 _PATIENCE = 240.0  # seconds; MLflow's own, without what is set here
+
+
+def database_path(uri: str) -> Path | None:
+    """Return the file of a local database, as SQLAlchemy opens it; None where the URI names something else.
+
+    Percent-encoded characters are decoded: MLflow encodes the URI of its default store, a user may or may not.
+    """
+    for prefix in (_SQLITE, _WITH_DRIVER):
+        if uri.startswith(prefix):
+            return Path(unquote(uri.removeprefix(prefix).partition("?")[0]))
+    return None
+
+
+def database_uri(path: Path) -> str:
+    """Return the URI of a local database, in a spelling for which MLflow makes no folder of another name.
+
+    MLflow makes the folder of a ``sqlite:///`` URI without decoding it, so the path stands there as it is. What
+    SQLAlchemy would not read back (``?``, or ``%`` with two hexadecimal digits) is encoded, with the driver named: then
+    MLflow makes no folder.
+    """
+    name = str(path)
+    return f"{_WITH_DRIVER}{quote(name)}" if "?" in name or _ENCODED.search(name) else f"{_SQLITE}{name}"
+
+
+def store_uri() -> str:
+    """Return the URI of MLflow's store. Everything here that needs it asks this function.
+
+    Where the user or MLflow has spelt the URI of a local database in another way than :func:`database_uri`, MLflow, and
+    by the environment each process that is started from here, is told the new spelling. The registry's URI is treated
+    alike.
+
+    Raises:
+        InputError: the name of the working directory is not UTF-8, which MLflow's default store needs.
+    """
+    try:
+        given = str(mlflow.get_tracking_uri())
+    except UnicodeEncodeError:
+        raise InputError(f"{Path.cwd()}: MLflow needs a folder whose name is UTF-8; rename the folder") from None
+    uri = _spell(given)
+    if uri != given:
+        mlflow.set_tracking_uri(uri)
+    registry = str(mlflow.get_registry_uri())
+    if _spell(registry) != registry:
+        mlflow.set_registry_uri(_spell(registry))
+    return uri
+
+
+def _spell(uri: str) -> str:
+    """Return the URI of a local database in the spelling of :func:`database_uri`, and any other as it is."""
+    path = database_path(uri)
+    if path is None:
+        return uri
+    _, separator, query = uri.partition("?")
+    return f"{database_uri(path)}{separator}{query}"
+
+
+def _refuse_folder() -> None:
+    """Refuse folders with which MLflow cannot use a database: the working directory, and the one that holds MLflow.
+
+    MLflow decodes the path of a local artifact folder, even where nobody has encoded it. For the database's schema it
+    reads files of its own by a setting in which ``%`` has a meaning.
+    """
+    folder, kind = str(Path.cwd()), store_uri().partition(":")[0].partition("+")[0]
+    if kind != "sqlite" and kind not in _TIMEOUTS:
+        return  # a server has both
+    installed = str(Path(mlflow.__file__).parent)
+    if "%" in installed:
+        raise InputError(
+            f"{installed}: MLflow cannot work where it is installed in a folder whose name holds %; rename the folder, "
+            "or install it elsewhere"
+        )
+    encoded = _ENCODED.search(folder)
+    if encoded is not None:
+        raise InputError(
+            f"{folder}: MLflow takes {encoded[0]} in a folder's name for another letter; rename the folder"
+        )
+    if ".." in folder.partition("?")[2]:
+        raise InputError(f"{folder}: MLflow takes no folder whose path has .. after a question mark; rename the folder")
+    try:
+        folder.encode()
+    except UnicodeEncodeError:
+        raise InputError(f"{folder}: MLflow needs a folder whose name is UTF-8; rename the folder") from None
 
 
 def prepare_store() -> None:
@@ -33,9 +118,11 @@ def prepare_store() -> None:
     Raises:
         InputError: the tracking server or the store cannot be used.
     """
+    _refuse_folder()
     with store_lock(), store_faults():
-        if not store_exists():
-            _make_local(Path(mlflow.get_tracking_uri().removeprefix(_SQLITE).partition("?")[0]))
+        path = database_path(store_uri())
+        if path is not None and not path.is_file():
+            _make_local(path)
         MlflowClient().search_experiments(max_results=1)
 
 
@@ -49,7 +136,7 @@ def _make_local(path: Path) -> None:
     beside = path.with_name(f".{path.name}.part")
     for left in (beside, beside.with_name(f"{beside.name}-journal")):
         left.unlink(missing_ok=True)
-    MlflowClient(f"{_SQLITE}{beside}").search_experiments(max_results=1)
+    MlflowClient(database_uri(beside)).search_experiments(max_results=1)
     try:
         path.hardlink_to(beside)
     except FileExistsError:
@@ -66,8 +153,9 @@ def check_store() -> None:
     Raises:
         InputError: it cannot.
     """
+    _refuse_folder()
     artifacts = Path("mlruns").absolute()
-    if mlflow.get_tracking_uri().startswith(_SQLITE) and artifacts.exists():
+    if is_local() and artifacts.exists():
         if not artifacts.is_dir():
             raise InputError(f"{artifacts}: MLflow's artifacts go into a folder of that name; move the file away")
         if not os.access(artifacts, os.W_OK):
@@ -105,7 +193,7 @@ def await_store() -> None:
 
 def is_local() -> bool:
     """Whether the store is a file of this machine, which needs no patience."""
-    return str(mlflow.get_tracking_uri()).startswith(_SQLITE)
+    return database_path(store_uri()) is not None
 
 
 @contextmanager
@@ -131,15 +219,15 @@ def require_store() -> None:
     """
     _refuse_unreachable()
     if not store_exists():
-        uri = shown_uri(mlflow.get_tracking_uri())
+        uri = shown_uri(store_uri())
         raise InputError(f"{uri}: nothing was tracked here; go to the folder of the runs, or set MLFLOW_TRACKING_URI")
 
 
 def _refuse_unreachable() -> None:
     """Asks a database for a connection: MLflow itself would ask again and again, for minutes."""
-    uri = str(mlflow.get_tracking_uri())
-    if uri.startswith(_SQLITE):
-        path = Path(uri.removeprefix(_SQLITE))
+    uri = store_uri()
+    path = database_path(uri)
+    if path is not None:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: MLflow's database is to be a file; move it away")
     elif (kind := uri.partition(":")[0].partition("+")[0]) in _TIMEOUTS:
@@ -156,18 +244,18 @@ def _refuse_unreachable() -> None:
 
 def store_exists() -> bool:
     """Whether there is a store; a server is taken to be there."""
-    uri = mlflow.get_tracking_uri()
-    return not uri.startswith(_SQLITE) or Path(uri.removeprefix(_SQLITE).partition("?")[0]).is_file()
+    path = database_path(store_uri())
+    return path is None or path.is_file()
 
 
 @contextmanager
 def store_lock() -> Iterator[None]:
     """Keeps other processes on this machine from changing the same local store meanwhile."""
-    uri = mlflow.get_tracking_uri()
-    if not uri.startswith(_SQLITE):
+    path = database_path(store_uri())
+    if path is None:
         yield
         return
-    lock = FileLock(Path(uri.removeprefix(_SQLITE)).parent / _LOCK)
+    lock = FileLock(path.parent / _LOCK)
     try:
         lock.acquire()
     except OSError as error:
@@ -243,12 +331,12 @@ def fault_of(error: Exception) -> str:
     lines = str(error).strip().splitlines()
     told = [line for line in lines if not line.startswith("(raised as a result of")]  # where, not what
     reason = discreet((told or lines or [type(error).__name__])[0])[:200]
-    return reason if isinstance(error, Outage) else f"MLflow's store {shown_uri(mlflow.get_tracking_uri())}: {reason}"
+    return reason if isinstance(error, Outage) else f"MLflow's store {shown_uri(store_uri())}: {reason}"
 
 
 def discreet(text: str) -> str:
     """A text without what is secret in the tracking URI."""
-    return without_secrets(text, mlflow.get_tracking_uri())
+    return without_secrets(text, store_uri())
 
 
 def is_missing(error: MlflowException) -> bool:

@@ -95,7 +95,9 @@ class Folder:
         """MLflow's client of the folder's store."""
         import mlflow
 
-        mlflow.set_tracking_uri(f"sqlite:///{self.path}/mlflow.db")
+        from capexp.tracking.store import database_uri
+
+        mlflow.set_tracking_uri(database_uri(self.path / "mlflow.db"))
         return mlflow.MlflowClient()
 
     def runs(self) -> list[Any]:
@@ -134,7 +136,7 @@ class Folder:
 
     def _registered(self) -> list[Path]:
         """The bundles of the models that are ready, and of all versions and champions."""
-        from urllib.parse import unquote, urlparse
+        from mlflow.utils.file_utils import local_file_uri_to_path
 
         client = self.client
         experiments = [one.experiment_id for one in client.search_experiments()]
@@ -151,7 +153,7 @@ class Folder:
             champion = model.aliases.get("champion")
             if champion is not None and champion not in {one.version for one in versions}:
                 raise Lost(f"{model.name}@champion is version {champion}, which is not there")
-        return [Path(unquote(urlparse(str(one)).path)) / "artifacts" / "bundle" for one in found]
+        return [Path(local_file_uri_to_path(str(one))) / "artifacts" / "bundle" for one in found]
 
 
 def kill(process: subprocess.Popen[str]) -> bool:

@@ -219,11 +219,13 @@ def main() -> int:
     else:
         words += ["--features.weights", str(flags.weights.absolute())]
     folder.run("train", *words)
-    os.environ.update(ENVIRONMENT, MLFLOW_TRACKING_URI=f"sqlite:///{folder.path}/mlflow.db")
+    os.environ.update(ENVIRONMENT)
     import mlflow
 
     from capexp.captioning.captioner import Caption, Captioner
+    from capexp.tracking.store import database_uri
 
+    mlflow.set_tracking_uri(database_uri(folder.path / "mlflow.db"))
     local = Path(mlflow.artifacts.download_artifacts(MODEL, dst_path=str(root / "local")))
     photos = sorted((ROOT / "experiments/scenes/Scenes_Dataset").iterdir())[:50]
     captioner = Captioner.load(local / "artifacts/bundle")

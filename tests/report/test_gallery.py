@@ -28,6 +28,7 @@ from capexp.captioning.evaluation import score_captions
 from capexp.data.captions import Split
 from capexp.report.gallery import Card, Heading, choose, make_cards, write_gallery
 from capexp.tracking.run import tracked_run
+from capexp.tracking.store import database_uri
 
 if TYPE_CHECKING:
     from selenium.webdriver import Chrome
@@ -490,7 +491,7 @@ def test_mlflows_artifact_view_shows_it_and_its_search_and_light_work_there(
     folder = page.parent
     monkeypatch.chdir(folder)
     monkeypatch.setattr(mlflow, "get_tracking_uri", mlflow.get_tracking_uri)
-    mlflow.set_tracking_uri(f"sqlite:///{folder}/mlflow.db")
+    mlflow.set_tracking_uri(database_uri(folder / "mlflow.db"))
     with tracked_run("gallery", "gallery", folder / "checkpoints", lock=lambda _: nullcontext()) as tracked:
         for one in (page, looking):
             tracked.log_artifact(Path(shutil.copy(one, tracked.folder)))

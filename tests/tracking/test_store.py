@@ -17,7 +17,7 @@ def database(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[Path]:
     monkeypatch.chdir(tmp_path)
     path = tmp_path / "mlflow.db"
     before = mlflow.get_tracking_uri()
-    mlflow.set_tracking_uri(f"sqlite:///{path}")
+    mlflow.set_tracking_uri(store.database_uri(path))
     yield path
     mlflow.set_tracking_uri(before)
 
@@ -31,9 +31,9 @@ def test_what_a_kill_has_left_of_a_database_is_made_anew(database: Path) -> None
 
 
 def test_a_database_that_another_has_made_meanwhile_stays(database: Path) -> None:
-    run = MlflowClient(f"sqlite:///{database}").create_run("0")  # MLflow itself takes no lock
+    run = MlflowClient(store.database_uri(database)).create_run("0")  # MLflow itself takes no lock
     store._make_local(database)
-    assert MlflowClient(f"sqlite:///{database}").get_run(run.info.run_id).info.status == "RUNNING"
+    assert MlflowClient(store.database_uri(database)).get_run(run.info.run_id).info.status == "RUNNING"
     assert not list(database.parent.glob(".mlflow.db.part*"))
 
 
