@@ -110,7 +110,7 @@ def _is_used(name: str, used: tuple[str, ...]) -> bool:
 
 def _value_of(flag: str, words: list[str]) -> str | None:
     """Return the value of a flag among the words of a command line, before they are parsed."""
-    for word, following in zip(words, [*words[1:], None], strict=True):
+    for word, following in zip(words, [*words[1:], None], strict=False):
         if word == flag:
             return following
         if word.startswith(f"{flag}="):
