@@ -20,7 +20,7 @@ def refuse_blind(captioner: Captioner) -> None:
     Raises:
         InputError: it has no attention decoder, or one on features without a grid.
     """
-    if not captioner.decoder.looks:
+    if not captioner.decoder.has_attention:
         raise InputError(
             f"--maps: the captioner looks at the photo as a whole ({captioner.encoder_identity}); give one with "
             "model.decoder = 'attention' on a grid"
@@ -34,7 +34,7 @@ def where_it_looked(captioner: Captioner, photo: Path | bytes, caption: str) -> 
         InputError: the photo cannot be read, or the encoder's weights cannot be had.
     """
     pixels = squash(read_photo(photo), captioner.encoder_identity.size)
-    (maps,) = captioner.look_back(captioner.use_encoder().encode([pixels]), [caption])
+    (maps,) = captioner.attention_maps(captioner.use_encoder().encode([pixels]), [caption])
     return maps
 
 

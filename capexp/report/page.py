@@ -90,7 +90,7 @@ def show() -> None:
         return
     with left:
         _answer(result)
-    if shown.captioner.decoder.looks and result.text:
+    if shown.captioner.decoder.has_attention and result.text:
         with shown.turn:
             looked = maps.where_it_looked(shown.captioner, content, result.text)
         lit = maps.light_up(content, result.text, looked)

@@ -46,9 +46,9 @@ def conclude(
         scores=evaluation.scores,
     )
     maps = {}
-    if captioner.decoder.looks:
+    if captioner.decoder.has_attention:
         features = data.features["dev"].gather(np.array(choice.shown))
-        of_shown = captioner.look_back(features, [cards[position].caption for position in choice.shown])
+        of_shown = captioner.attention_maps(features, [cards[position].caption for position in choice.shown])
         maps = dict(zip(choice.shown, of_shown, strict=True))
     tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html", maps))
     return evaluation, tuple(cards[position] for position in choice.random)

@@ -11,7 +11,7 @@ import torch
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoding import refuse_wide
+from capexp.captioning.decoding import check_beam_width
 from capexp.captioning.evaluation import perplexity
 from capexp.captioning.model import outline_decoder
 from capexp.data.dataset import Dataset
@@ -113,7 +113,7 @@ def check_fits(experiment: Experiment, data: Dataset) -> int:
 
     Returns the number of trainable parameters.
     """
-    refuse_wide(experiment.decoding, data.vocabulary)
+    check_beam_width(experiment.decoding, data.vocabulary)
     members = members_of(experiment) if experiment.is_ensemble else (experiment,)
     shape, words = experiment.features.shape, len(data.vocabulary)
     parameters = outline_decoder([one.model for one in members], shape, words).parameter_count()
