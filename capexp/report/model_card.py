@@ -1,4 +1,4 @@
-"""The model card: what a registered version is, what it is worth, and how to use it."""
+"""The model card: the description of a registered version, its scores, and how to use it."""
 
 from capexp import __version__
 from capexp.captioning.captioner import Captioner
@@ -8,7 +8,7 @@ from capexp.experiment import member_name, members_of
 from capexp.settings import Experiment
 from capexp.tracking.run import git_commit
 
-_SETTING_LENGTH = 80  # of one on the card, which may hold 5,000 letters in all
+_SETTING_LENGTH = 80  # characters of a setting on the card, which can hold 5,000 in all
 
 
 def model_card(experiment: Experiment, data: Dataset, captioner: Captioner, evaluation: Evaluation) -> str:

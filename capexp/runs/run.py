@@ -19,7 +19,7 @@ from capexp.distributed import ALONE, World, choose_device
 from capexp.errors import InputError, Unsent
 from capexp.experiment import members_of, to_toml
 from capexp.files import writing
-from capexp.report.gallery import Card
+from capexp.report.gallery import GalleryCard
 from capexp.report.plots import draw_losses
 from capexp.runs.conclusion import conclude
 from capexp.runs.folder import CHECKPOINTS, RunFolder, may_differ
@@ -104,7 +104,7 @@ class Result:
     dev_loss_blind: float | None = None
     """None where it was pruned, or found."""
     version: Version | None = None
-    samples: tuple[Card, ...] = ()
+    samples: tuple[GalleryCard, ...] = ()
     """Captions of some dev photos, drawn at random."""
 
 
