@@ -181,6 +181,7 @@ class Captioner:
         results: list[Caption | InputError] = []
         for start in range(0, len(photos), _ENCODER_BATCH):
             batch = photos[start : start + _ENCODER_BATCH]
+            # Read the photos; one that cannot be read does not stop the others.
             pixels: dict[int, NDArray[np.uint8]] = {}
             faults: dict[int, InputError] = {}
             for i, photo in enumerate(batch):
@@ -188,6 +189,7 @@ class Captioner:
                     pixels[i] = squash(read_photo(photo), self.encoder_identity.size)
                 except InputError as error:
                     faults[i] = error
+            # Caption those that were read, and put captions and errors in the order of the photos.
             captions: dict[int, Caption] = {}
             if pixels:
                 features = self.use_encoder().encode(list(pixels.values()))

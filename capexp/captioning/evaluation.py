@@ -247,6 +247,7 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
 
     Each captioner has its own decoding settings, and the features of its own layer, pool and size.
     """
+    # Each captioner's captions of all photos.
     hypotheses = []
     for captioner in captioners:
         encoder = captioner.encoder_identity
@@ -256,6 +257,7 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
         if data.encoder.key() != encoder.key():
             raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.weights")
         hypotheses.append(caption_all(captioner, data.with_features(own).features[split]))
+    # Their scores, and the photos by the difference in CIDEr.
     photos, references = data.splits[split].photos, data.splits[split].references
     first, second = (score([caption.text for caption in captions], references) for captions in hypotheses)
     order = np.argsort(first.cider - second.cider, kind="stable")

@@ -23,6 +23,7 @@ def run(
     ``counts[t]`` captions have a t-th word; ``hidden`` and ``cell`` ``(B, H)`` are the initial state. Return the
     outputs ``(M, H)``, and the hidden and cell state ``(B, H)`` after each caption's last word.
     """
+    # On a GPU, torch's own LSTM: over a dense batch where all captions are equally long, else over a packed one.
     if embedded.device.type != "cpu" and counts[0] == counts[-1]:
         by_step = embedded.view(len(counts), counts[0], -1)
         outputs, (hidden, cell) = lstm(by_step, (hidden.unsqueeze(0), cell.unsqueeze(0)))
@@ -31,6 +32,7 @@ def run(
         packed = PackedSequence(embedded, torch.tensor(counts))
         outputs, (hidden, cell) = lstm(packed, (hidden.unsqueeze(0), cell.unsqueeze(0)))
         return outputs.data, hidden[0], cell[0]
+    # On a CPU, the loop over steps below.
     weights = dict(lstm.named_parameters())
     gates = nn.functional.linear(embedded, weights["weight_ih_l0"], weights["bias_ih_l0"] + weights["bias_hh_l0"])
     outputs, cells = _Lstm.apply(gates, weights["weight_hh_l0"], hidden, cell, tuple(counts))

@@ -38,6 +38,7 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> fl
     jar = _program("meteor/meteor-1.5.jar")
     if isinstance(jar, Unavailable):
         return jar
+    # Send the captions of one photo at a time; send the statistics that come back as one request for the scores.
     command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
     answer = ""
     with tempfile.TemporaryFile() as errors:

@@ -43,7 +43,7 @@ def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
 def draw_scores(scores: CaptionScores, seed: int, title: str, path: Path) -> Path:
     """Plot BLEU, ROUGE-L and CIDEr with 95% intervals, beside the image-blind baseline, as a PNG; return ``path``.
 
-    CIDEr has axes of its own, because its values are not between 0 and 1.
+    CIDEr has axes of its own, because its values have another range.
     """
     figure = _figure()
     bleu_rouge, cider = figure.subplots(1, 2, width_ratios=(4, 1))

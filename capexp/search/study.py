@@ -110,7 +110,7 @@ class Study:
         trials = self._trials()
         running, ended = trials["RUNNING"], trials["COMPLETE"] + trials["PRUNED"]
         seconds_left = None
-        # The remaining work is divided by the number of trials that are running now.
+        # Estimate the time left: the remaining work, shared by as many workers as there are running trials.
         if ended:
             mean = statistics.mean(max(0.0, trial.duration.total_seconds()) for trial in ended)
             now = datetime.datetime.now()  # local time, as Optuna records it
@@ -168,6 +168,7 @@ class Study:
             if started is None:
                 return None
             trial, pending = started
+            # Train; report the dev loss of each epoch, and prune if Optuna says so.
             losses: list[float] = []
             updates = train(pending)
             state, note = TrialState.FAIL, ""
@@ -182,6 +183,7 @@ class Study:
                     if prune:
                         updates.throw(Pruned())
                     yield
+            # The outcome: finished or pruned, lost to another worker, to be run again, or failed.
             except StopIteration as stop:
                 pruned = stop.value.is_pruned
                 state = TrialState.PRUNED if pruned else TrialState.COMPLETE
@@ -204,6 +206,7 @@ class Study:
                 is_lost = self._end_trial(trial, value, state, attributes)
             if is_lost:
                 return f"trial {pending.number}: was taken for lost, and is run elsewhere; given up here"
+        # Stop the study if failures do not depend on the sampled values.
         self._failed_in_a_row = self._failed_in_a_row + 1 if state == TrialState.FAIL else 0
         if self._failed_in_a_row == _FAILED_IN_A_ROW:
             raise InputError(f"{_FAILED_IN_A_ROW} trials in a row have failed, the last so: {note}")
