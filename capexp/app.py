@@ -34,7 +34,7 @@ def app(argv: list[str] | None = None) -> int:
     decoding = override_decoding(captioner.decoding, settings)
     captioner.use_encoder(weights)
     print(f"a page to try {arguments.model}: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
-    page.serve(page.Shown(captioner, arguments.model, decoding), arguments.host, arguments.port)
+    page.serve(page.ServedCaptioner(captioner, arguments.model, decoding), arguments.host, arguments.port)
     return 0
 
 

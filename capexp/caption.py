@@ -35,13 +35,13 @@ def caption(argv: list[str] | None = None) -> int:
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
     decoding = override_decoding(captioner.decoding, settings)
     if arguments.maps is not None:
-        maps.refuse_blind(captioner)
+        maps.require_attention(captioner)
     captioner.use_encoder(weights)
     status = 0
     results = captioner.caption_photos([*photos], decoding)
     for number, (photo, result) in enumerate(zip(photos, results, strict=True), start=1):
         if arguments.maps is not None and isinstance(result, Caption) and result.text:
-            looked = maps.where_it_looked(captioner, photo, result.text)
+            looked = maps.attention_of(captioner, photo, result.text)
             maps.draw_maps(photo, result.text, looked, arguments.maps / f"{number:03d}-{photo.stem}.png")
         if not isinstance(result, Caption):
             print(f"capexp.caption: {result}", file=sys.stderr)

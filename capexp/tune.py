@@ -64,7 +64,7 @@ def tune(argv: list[str] | None = None) -> int:
     from capexp.runs.study import Trials, comparable_settings, study_plan, study_run
     from capexp.runs.workers import Program, Task, work, work_together
     from capexp.search.storage import find_storage
-    from capexp.search.study import refuse_other
+    from capexp.search.study import require_comparable
     from capexp.tracking.store import check_store
 
     storage = find_storage(arguments.storage, STUDIES, name, experiment.tune.heartbeat)
@@ -72,7 +72,7 @@ def tune(argv: list[str] | None = None) -> int:
     data = Dataset.read(experiment)
     check_fits(experiment, data)
     known = comparable_settings(experiment, data)
-    refuse_other(storage, name, known)
+    require_comparable(storage, name, known)
     data = data.with_features(experiment)
     deadline = None if arguments.timeout is None else time.time() + arguments.timeout
     task = Task(experiment, name, arguments.storage, deadline)
@@ -99,7 +99,7 @@ def tune(argv: list[str] | None = None) -> int:
             if study.at_work():
                 print("others are at work on the study: the last of them registers the best")
                 return 0
-        with study.alone():  # of two that end at once, the second finds what the first has registered
+        with study.lock():  # of two that end at once, the second finds what the first has registered
             return _finish(trials, run, best_file)
 
 

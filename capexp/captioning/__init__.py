@@ -1,1 +1,1 @@
-"""The decoders, how they are decoded, and the captioner that holds all that a caption needs."""
+"""The captioner: its decoders, their decoding, its bundle on disk, and its evaluation on a split."""

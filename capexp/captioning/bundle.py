@@ -1,9 +1,14 @@
-"""A captioner as a folder: what it needs, together, so that it cannot be mixed with another's.
+"""The bundle: a captioner as a folder that holds everything it needs, checksummed so that no parts get mixed up.
 
-A bundle holds ``captioner.json`` (model and decoding settings, encoder identity, what it was trained
-to), ``vocabulary.json``, ``decoder.safetensors``, where it travels alone ``encoder.safetensors`` (VGG16's
-layers that it needs, float16), and ``manifest.json`` with the format's version and the SHA-256 of each.
-That of an ensemble holds the settings of each member's model, and the weights of all of them.
+A bundle holds
+
+* ``captioner.json``: settings of model and decoding, the encoder's identity, the training record;
+* ``vocabulary.json``;
+* ``decoder.safetensors``: the decoder's weights, float32;
+* optionally ``encoder.safetensors``: the VGG16 layers that it needs, float16, so that it works without downloads;
+* ``manifest.json``: the version of the format, and the SHA-256 of each of the other files.
+
+The bundle of an ensemble holds the model settings of each member, and the weights of all members in one file.
 """
 
 import hashlib
@@ -27,7 +32,7 @@ from capexp.files import sync, writing
 from capexp.settings import DecodingConfig, ModelConfig
 
 FORMAT_VERSIONS = (1, 2)
-"""Of bundles: 1 holds one decoder, and 2, which a capexp that knows no ensembles refuses, those of an ensemble."""
+"""Of bundles: 1 holds one decoder, 2 the decoders of an ensemble. A capexp without ensembles refuses version 2."""
 
 _MANIFEST = "manifest.json"
 _SETTINGS = "captioner.json"
@@ -39,31 +44,31 @@ M = TypeVar("M", bound=BaseModel)
 
 
 class TrainingRecord(BaseModel):
-    """What the captioner's training came to: the epoch it is from, and losses in nats per token."""
+    """The result of the captioner's training: its epoch, and its losses in nats per token."""
 
     model_config = ConfigDict(frozen=True, extra="forbid")
 
     epoch: int | None
-    """None of an ensemble, which is not trained as one; so is the train loss."""
+    """None for an ensemble, as is the train loss: its members are trained, not the whole."""
     train_loss: float | None
     dev_loss: float
     dev_digest: str = ""
 
 
 class Settings(BaseModel):
-    """What ``captioner.json`` holds."""
+    """The content of ``captioner.json``."""
 
     model_config = ConfigDict(extra="forbid")
 
     model: ModelConfig | Annotated[tuple[ModelConfig, ...], Field(min_length=2)]
-    """Of an ensemble one a member."""
+    """For an ensemble, one per member."""
     decoding: DecodingConfig
     encoder: EncoderIdentity
     training: TrainingRecord | None
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
-        """The decoders' settings: one, or one a member of an ensemble."""
+        """Return the model settings of all decoders: one, or one per member of an ensemble."""
         return self.model if isinstance(self.model, tuple) else (self.model,)
 
 
@@ -76,7 +81,7 @@ class _Manifest(BaseModel):
 
 @dataclass(frozen=True)
 class Bundle:
-    """What a bundle holds, read and checked file by file, but not yet whether the weights fit the settings."""
+    """The content of a bundle. Each file has been checked, but not whether the weights fit the settings."""
 
     settings: Settings
     vocabulary: Vocabulary
@@ -88,21 +93,17 @@ class Bundle:
 def write_bundle(
     folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: State, encoder: State | None
 ) -> None:
-    """Writes a bundle, whole or not at all, with the encoder's weights where these are given.
-
-    Raises:
-        InputError: the disk is full, or the folder cannot be written.
-    """
-    beside = folder.with_name(f".{folder.name}.{os.getpid()}.part")
-    shutil.rmtree(beside, ignore_errors=True)
+    """Write a bundle atomically, with the encoder's weights if they are given."""
+    partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
+    shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(folder):
-            _write(beside, settings, vocabulary, decoder, encoder)
+            _write(partial, settings, vocabulary, decoder, encoder)
             shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
-            beside.rename(folder)
+            partial.rename(folder)
             sync(folder.parent)
     except BaseException:
-        shutil.rmtree(beside, ignore_errors=True)
+        shutil.rmtree(partial, ignore_errors=True)
         raise
 
 
@@ -121,40 +122,32 @@ def _write(folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: St
 
 
 def read_bundle(folder: Path) -> Bundle:
-    """Reads a bundle and checks every file of it.
-
-    Raises:
-        InputError: no bundle, one of another format, or a file that is missing or altered.
-    """
+    """Read a bundle and check every file of it."""
     files = verify_bundle(folder)
     settings = _parse(Settings, folder / _SETTINGS)
     vocabulary = _parse_vocabulary(folder / _VOCABULARY)
     path = folder / _DECODER
     decoder = read_tensors(path)
-    strange = [name for name, value in decoder.items() if value.dtype != torch.float32]
-    if strange:
-        raise InputError(f"{path}: {strange[0]} is {decoder[strange[0]].dtype}, not float32")
-    strange = [name for name, value in decoder.items() if not value.isfinite().all()]
-    if strange:
-        raise InputError(f"{path}: {strange[0]} holds values that are not finite; take another captioner")
+    invalid = [name for name, value in decoder.items() if value.dtype != torch.float32]
+    if invalid:
+        raise InputError(f"{path}: {invalid[0]} is {decoder[invalid[0]].dtype}, not float32")
+    invalid = [name for name, value in decoder.items() if not value.isfinite().all()]
+    if invalid:
+        raise InputError(f"{path}: {invalid[0]} holds values that are not finite; take another captioner")
     return Bundle(settings, vocabulary, decoder, path, folder / _ENCODER if _ENCODER in files else None)
 
 
 def verify_bundle(folder: Path) -> set[str]:
-    """The names of a bundle's files, each of which is as it was saved.
-
-    Raises:
-        InputError: no bundle, one of another format, or a file that is missing or altered.
-    """
+    """Check the SHA-256 of every file of a bundle, and return the files' names."""
     manifest_path = folder / _MANIFEST
     if not manifest_path.is_file():
         raise InputError(f"{folder}: not a captioner's bundle ({_MANIFEST} is missing)")
     manifest = _parse(_Manifest, manifest_path)
     required = {_SETTINGS, _VOCABULARY, _DECODER}
     unlisted = sorted(required - set(manifest.sha256))
-    strange = sorted(set(manifest.sha256) - required - {_ENCODER})
-    if unlisted or strange:
-        raise InputError(f"{manifest_path}: {', '.join(unlisted + strange)} should (not) be listed; copy it again")
+    unknown = sorted(set(manifest.sha256) - required - {_ENCODER})
+    if unlisted or unknown:
+        raise InputError(f"{manifest_path}: {', '.join(unlisted + unknown)} should (not) be listed; copy it again")
     for name, digest in manifest.sha256.items():
         path = folder / name
         if not path.is_file():
@@ -187,11 +180,7 @@ def _parse_vocabulary(path: Path) -> Vocabulary:
 
 
 def read_tensors(path: Path) -> State:
-    """Weights by name.
-
-    Raises:
-        InputError: the file cannot be read.
-    """
+    """Return the tensors of a safetensors file by name."""
     try:
         state: State = load_file(path)
         return state

@@ -1,4 +1,4 @@
-"""The captioner: decoder, vocabulary and encoder, which belong together and are kept in one bundle."""
+"""The captioner: a decoder, its vocabulary and its encoder, which belong together and are saved in one bundle."""
 
 import hashlib
 import math
@@ -13,7 +13,7 @@ from torch import nn
 
 from capexp.captioning.bundle import Settings, TrainingRecord, read_bundle, read_tensors, write_bundle
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
-from capexp.captioning.decoding import decode, refuse_wide
+from capexp.captioning.decoding import check_beam_width, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
 from capexp.data.dataset import Dataset
@@ -25,23 +25,23 @@ from capexp.errors import InputError
 from capexp.experiment import members_of
 from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig
 
-_BATCH = 32  # photos at a time through the encoder
-_DECODED = 256  # photos at a time through the decoder
+_ENCODER_BATCH = 32  # photos
+_DECODER_BATCH = 256  # photos
 
 
 @dataclass(frozen=True)
 class Caption:
-    """What a captioner says of a photo, and how probable it holds that."""
+    """A photo's caption and its probability."""
 
     text: str
     log_probability: float
-    """In nats, of the whole caption."""
+    """The natural logarithm of the whole caption's probability."""
     alternatives: tuple["Caption", ...] = ()
-    """The other captions that beam search has kept, the best first."""
+    """The other hypotheses of the beam, the best first."""
 
 
 class Captioner:
-    """All that turns photos into captions."""
+    """Everything needed to turn photos into captions."""
 
     def __init__(
         self,
@@ -70,7 +70,7 @@ class Captioner:
         decoding: DecodingConfig,
         seed: int,
     ) -> "Captioner":
-        """An untrained captioner; the same seed gives the same weights."""
+        """Return an untrained captioner; the same seed gives the same weights."""
         with torch.random.fork_rng(devices=[]):
             torch.manual_seed(seed)
             decoder = build_decoder(model, encoder.shape, len(vocabulary))
@@ -78,10 +78,9 @@ class Captioner:
 
     @classmethod
     def ensemble(cls, members: Sequence["Captioner"], decoding: DecodingConfig) -> "Captioner":
-        """Captioners that say a caption together; they stay as they are, and share their decoders with it.
+        """Return an ensemble of captioners, which must have the same vocabulary and features.
 
-        Raises:
-            InputError: they have other words or features than the first.
+        The members are not changed, and share their decoders with the ensemble.
         """
         first = members[0]
         for number, member in enumerate(members[1:], start=2):
@@ -105,17 +104,17 @@ class Captioner:
 
     @property
     def device(self) -> torch.device:
-        """Where the decoder is."""
+        """Return the device of the decoder."""
         return next(self.decoder.parameters()).device
 
     def describe(self) -> str:
-        """Which one of its experiment's it is, in words."""
+        """Return in words which of its experiment's captioners it is, such as "the captioner of epoch 3"."""
         if len(self.models) > 1:
             return f"the ensemble of {len(self.models)} captioners"
         return "a fresh captioner" if self.record is None else f"the captioner of epoch {self.record.epoch}"
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of the decoder's weights and what is needed to read them."""
+        """Return the SHA-256, in hexadecimal, of the decoder's weights, the vocabulary and the encoder's identity."""
         digest = hashlib.sha256(f"{self.vocabulary.digest()} {self.encoder_identity.key()}".encode())
         for name, value in sorted(self.decoder.state_dict().items()):
             digest.update(name.encode())
@@ -123,10 +122,10 @@ class Captioner:
         return digest.hexdigest()
 
     def use_encoder(self, weights: str | None = None) -> Encoder:
-        """The encoder: the bundle's own, or from ``weights`` (a name or a path), or fetched by its name.
+        """Return the encoder, loaded at the first call.
 
-        Raises:
-            InputError: weights that cannot be had, or that are not those the captioner was trained with.
+        Its weights are ``weights`` (a name or a path) if given, else those in the bundle, else downloaded by the name
+        of the net. They must be those that the captioner was trained with.
         """
         if self._encoder is None:
             if self._bundled_encoder is not None and weights is None:
@@ -142,51 +141,49 @@ class Captioner:
         return self._encoder
 
     def caption_features(self, features: NDArray[np.float16], decoding: DecodingConfig | None = None) -> list[Caption]:
-        """Captions of photos from their features ``(B, P, F)``, decoded as the bundle says unless told otherwise.
+        """Return a caption of each photo from its features ``(B, P, F)``.
 
-        Raises:
-            InputError: a beam wider than the vocabulary.
+        ``decoding`` overrides the captioner's own decoding settings.
         """
         captions = []
-        for start in range(0, len(features), _DECODED):
-            part = torch.from_numpy(features[start : start + _DECODED]).float().to(self.device)
+        for start in range(0, len(features), _DECODER_BATCH):
+            part = torch.from_numpy(features[start : start + _DECODER_BATCH]).float().to(self.device)
             for hypotheses in decode(self.decoder, part, self.vocabulary, decoding or self.decoding):
                 best, *others = [Caption(self.vocabulary.decode(h.tokens), h.log_probability) for h in hypotheses]
                 captions.append(replace(best, alternatives=tuple(others)))
         return captions
 
-    def look_back(self, features: NDArray[np.float16], captions: Sequence[str]) -> list[NDArray[np.float32]]:
-        """Where it looks as it says each word of a photo's caption: ``(T, side, side)`` of each, of those it can say.
+    def attention_maps(self, features: NDArray[np.float16], captions: Sequence[str]) -> list[NDArray[np.float32]]:
+        """Return the attention weights ``(T, side, side)`` of each caption, from the photos' features ``(B, P, F)``.
 
-        From features ``(B, P, F)``. At each word the weights sum to 1; of an ensemble they are the mean of those of
-        the members that look.
+        There is one map for each word that the vocabulary encodes; its weights sum to 1. For an ensemble they are the
+        mean over the members with attention.
         """
-        assert self.decoder.looks
+        assert self.decoder.has_attention
         words = [torch.tensor(self.vocabulary.encode(caption), dtype=torch.long) for caption in captions]
         side = math.isqrt(self.encoder_identity.shape[0])
         maps: list[NDArray[np.float32]] = []
-        for start in range(0, len(words), _DECODED):
-            some = words[start : start + _DECODED]
-            padded = nn.utils.rnn.pad_sequence(some, batch_first=True, padding_value=PAD).to(self.device)
-            part = torch.from_numpy(features[start : start + _DECODED]).float().to(self.device)
-            if padded.shape[1] == 0:  # nothing but captions without words
-                maps += [np.empty((0, side, side), np.float32)] * len(some)
+        for start in range(0, len(words), _DECODER_BATCH):
+            batch = words[start : start + _DECODER_BATCH]
+            padded = nn.utils.rnn.pad_sequence(batch, batch_first=True, padding_value=PAD).to(self.device)
+            part = torch.from_numpy(features[start : start + _DECODER_BATCH]).float().to(self.device)
+            if padded.shape[1] == 0:  # no caption has a word
+                maps += [np.empty((0, side, side), np.float32)] * len(batch)
                 continue
-            looked = self.decoder.look_back(part, padded).float().cpu().numpy()  # (N, T, P)
-            maps += [one[: len(said)].reshape(-1, side, side) for one, said in zip(looked, some, strict=True)]
+            weights = self.decoder.attention_maps(part, padded).float().cpu().numpy()  # (N, T, P)
+            maps += [
+                of_photo[: len(tokens)].reshape(-1, side, side) for of_photo, tokens in zip(weights, batch, strict=True)
+            ]
         return maps
 
     def caption_photos(
         self, photos: list[Path | bytes], decoding: DecodingConfig | None = None
     ) -> list[Caption | InputError]:
-        """A caption of each photo, or what is wrong with it.
-
-        Raises:
-            InputError: the encoder's weights cannot be had, or a beam wider than the vocabulary.
-        """
+        """Return for each photo its caption, or the error if the photo cannot be read."""
         results: list[Caption | InputError] = []
-        for start in range(0, len(photos), _BATCH):
-            batch = photos[start : start + _BATCH]
+        for start in range(0, len(photos), _ENCODER_BATCH):
+            batch = photos[start : start + _ENCODER_BATCH]
+            # Read the photos; one that cannot be read does not stop the others.
             pixels: dict[int, NDArray[np.uint8]] = {}
             faults: dict[int, InputError] = {}
             for i, photo in enumerate(batch):
@@ -194,6 +191,7 @@ class Captioner:
                     pixels[i] = squash(read_photo(photo), self.encoder_identity.size)
                 except InputError as error:
                     faults[i] = error
+            # Caption those that were read, and put captions and errors in the order of the photos.
             captions: dict[int, Caption] = {}
             if pixels:
                 features = self.use_encoder().encode(list(pixels.values()))
@@ -202,11 +200,7 @@ class Captioner:
         return results
 
     def save(self, folder: Path, encoder: State | None = None) -> Path:
-        """Writes the bundle, whole or not at all, with the encoder's weights where these are given.
-
-        Raises:
-            InputError: the disk is full, or the folder cannot be written.
-        """
+        """Write the captioner's bundle atomically, with the encoder's weights if they are given."""
         settings = Settings(
             model=self.models if len(self.models) > 1 else self.models[0],
             decoding=self.decoding,
@@ -218,11 +212,7 @@ class Captioner:
 
     @classmethod
     def load(cls, folder: Path, device: torch.device | None = None) -> "Captioner":
-        """Reads a bundle and checks every file of it.
-
-        Raises:
-            InputError: no bundle, one of another format, or a file that is missing or altered.
-        """
+        """Read a captioner from its bundle and check every file of it."""
         bundle = read_bundle(folder)
         settings = bundle.settings
         decoder = outline_decoder(settings.models, settings.encoder.shape, len(bundle.vocabulary))
@@ -261,7 +251,7 @@ def check_fits(experiment: Experiment, data: Dataset) -> int:
 
     Returns the number of trainable parameters.
     """
-    refuse_wide(experiment.decoding, data.vocabulary)
+    check_beam_width(experiment.decoding, data.vocabulary)
     members = members_of(experiment) if experiment.is_ensemble else (experiment,)
     shape, words = experiment.features.shape, len(data.vocabulary)
     parameters = outline_decoder([one.model for one in members], shape, words).parameter_count()

@@ -1,6 +1,6 @@
-"""Which of several captions of a photo the others agree with most.
+"""The agreement of several captions of one photo: how similar each is to the others.
 
-Shapes: C candidates, R others, G n-grams that they hold.
+Shapes: C candidates, R other captions, G distinct n-grams of all of them.
 """
 
 from collections import Counter
@@ -14,40 +14,43 @@ from capexp.data.vocabulary import EOS
 Tokens = tuple[int, ...]
 
 _ORDERS = 4  # n-grams of 1 to 4 words
-_SIGMA = 6.0  # words by which lengths may differ
+_SIGMA = 6.0  # of the Gaussian penalty on differences in length, in words
 
 
 def agreement(candidates: Sequence[Tokens], others: Sequence[Tokens]) -> NDArray[np.float64]:
-    """The mean likeness of each candidate to the others, 0 to 1: ``(C,)``.
+    """Return the mean similarity ``(C,)`` of each candidate to the other captions, from 0 to 1.
 
-    Likeness is CIDEr-D's (Vedantam et al., CVPR 2015) with all n-grams alike, rare or not: of each order the cosine of
-    the counts, clipped at the other's, less where the lengths differ. The end counts as a word. The mean is over those
-    orders alone that the longer of the two has, so that captions of a word or two are wholly like themselves.
+    The similarity is CIDEr-D (Vedantam et al., CVPR 2015) without TF-IDF weights, so that rare and frequent n-grams
+    count alike: for each order, the cosine of the n-gram counts, with the candidate's counts clipped at the other
+    caption's, and reduced where the lengths differ. EOS counts as a word. The mean is taken only over the orders of
+    which the longer of the two captions has n-grams, so that a caption of one or two words has similarity 1 to itself.
     """
     lengths = [
         np.array([len(tokens) + 1 for tokens in captions], dtype=np.float64) for captions in (candidates, others)
     ]
-    likeness = np.zeros((len(candidates), len(others)))
+    similarity = np.zeros((len(candidates), len(others)))
     for order in range(1, _ORDERS + 1):
-        own, theirs = _counted(candidates, others, order)  # (C, G), (R, G)
+        own, theirs = _count_ngrams(candidates, others, order)  # (C, G), (R, G)
         norms = np.linalg.norm(own, axis=1)[:, None] * np.linalg.norm(theirs, axis=1)  # (C, R)
-        clipped = np.stack([(np.minimum(one, theirs) * theirs).sum(1) for one in own])  # (C, R)
-        likeness += np.divide(clipped, norms, out=np.zeros_like(norms), where=norms > 0)
-    likeness /= np.minimum(np.maximum(lengths[0][:, None], lengths[1]), _ORDERS)
-    apart = lengths[0][:, None] - lengths[1]
-    mean: NDArray[np.float64] = (likeness * np.exp(-(apart**2) / (2 * _SIGMA**2))).mean(1)
+        clipped = np.stack([(np.minimum(counts, theirs) * theirs).sum(1) for counts in own])  # (C, R)
+        similarity += np.divide(clipped, norms, out=np.zeros_like(norms), where=norms > 0)
+    similarity /= np.minimum(np.maximum(lengths[0][:, None], lengths[1]), _ORDERS)
+    length_difference = lengths[0][:, None] - lengths[1]
+    mean: NDArray[np.float64] = (similarity * np.exp(-(length_difference**2) / (2 * _SIGMA**2))).mean(1)
     return mean
 
 
-def _counted(candidates: Sequence[Tokens], others: Sequence[Tokens], order: int) -> list[NDArray[np.float64]]:
-    """How often each caption holds each n-gram of one order that any of them holds."""
+def _count_ngrams(candidates: Sequence[Tokens], others: Sequence[Tokens], order: int) -> list[NDArray[np.float64]]:
+    """Return the n-gram counts of candidates and others, ``(C, G)`` and ``(R, G)``, for n-grams of one order."""
     counts = [[_ngrams((*tokens, EOS), order) for tokens in captions] for captions in (candidates, others)]
-    columns = {ngram: i for i, ngram in enumerate(dict.fromkeys(n for some in counts for one in some for n in one))}
+    columns = {
+        ngram: i for i, ngram in enumerate(dict.fromkeys(n for group in counts for caption in group for n in caption))
+    }
     tables = []
-    for some in counts:
-        table = np.zeros((len(some), len(columns)))
-        for row, one in zip(table, some, strict=True):
-            row[[columns[ngram] for ngram in one]] = list(one.values())
+    for group in counts:
+        table = np.zeros((len(group), len(columns)))
+        for row, caption in zip(table, group, strict=True):
+            row[[columns[ngram] for ngram in caption]] = list(caption.values())
         tables.append(table)
     return tables
 

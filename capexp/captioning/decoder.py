@@ -1,9 +1,10 @@
-"""What every decoder is: photo features and the words so far to the next word, step by step or a caption at once.
+"""The interface of all decoders: from photo features and the words so far to the logits of the next word.
 
-Decoding, scoring and training know decoders by this interface alone.
+Decoding, scoring and training use decoders through this interface alone, step by step or a whole caption at once.
 
-Captions are read packed: the longest first, the first word of each, then the second of those that have one, and so on;
-``counts[t]`` captions have a t-th word. So none of the work is padding.
+Captions are read as a packed batch, without padding: the captions are sorted by length, the longest first; the batch
+holds the first word of each caption, then the second word of each caption that has one, and so on. ``counts[t]`` is the
+number of captions that have a t-th word.
 
 Shapes: N photos, B captions, M words, T steps, V vocabulary, P grid positions, F feature, H hidden.
 """
@@ -19,79 +20,80 @@ from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.vocabulary import PAD
 
 
-class State(ABC):
-    """What a decoder carries from one step to the next, for B captions in work."""
+class DecoderState(ABC):
+    """What a decoder carries from one step to the next, for B captions."""
 
     @abstractmethod
     def select(self, rows: Tensor) -> Self:
-        """The state of some of the captions, each as often as ``rows`` ``(B',)`` names it."""
+        """Return the state of the captions ``rows`` ``(B',)``; a caption may be named several times."""
 
     @abstractmethod
     def repeat(self, times: int) -> Self:
-        """The state of as many captions in place of each, one behind the other; a GPU is not waited for."""
+        """Return the state with each caption repeated ``times`` times in a row, without synchronising with the GPU."""
 
 
 class Decoder(nn.Module, ABC):
-    """A decoder: what decoding, scoring and training need of it."""
+    """The base class of decoders: the methods that decoding, scoring and training need."""
 
-    looks: bool = False
-    """Whether it looks at places of the photo, so that :meth:`look_back` can tell where."""
-
-    @abstractmethod
-    def start(self, features: Tensor) -> State:
-        """The state before the first word, of a caption a photo, from features ``(N, P, F)``."""
+    has_attention: bool = False
+    """Whether the decoder attends to the positions of a grid, so that it has :meth:`attention_maps`."""
 
     @abstractmethod
-    def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
-        """Reads one more word ``(B,)`` of each caption and gives the logits ``(B, V)`` of the next."""
+    def start(self, features: Tensor) -> DecoderState:
+        """Return the state before the first word, for one caption per photo, from features ``(N, P, F)``."""
+
+    @abstractmethod
+    def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
+        """Read one more word ``(B,)`` of each caption; return the logits ``(B, V)`` of the next one, and the state."""
 
     @abstractmethod
     def forward(
-        self, features: Tensor, inputs: Tensor, where: Tensor | None = None, photos: Tensor | None = None
+        self, features: Tensor, inputs: Tensor, mask: Tensor | None = None, photos: Tensor | None = None
     ) -> Tensor:
-        """Teacher forcing: the logits at each step of inputs ``(B, T)``, PAD behind the shorter ones: ``(B, T, V)``.
+        """Return the logits ``(B, T, V)`` at each step of inputs ``(B, T)``, with teacher forcing.
 
-        Caption i is of the photo in row ``photos[i]`` of the features, in row i where ``photos`` is None. With a mask
-        ``where`` ``(B, T)``, only the steps it marks pass the vocabulary layer, the largest by far: ``(M, V)``.
+        Shorter captions are padded with PAD at the end. ``photos[i]`` is the row of caption i's photo in the features;
+        without ``photos`` it is row i. With a ``mask`` ``(B, T)``, only the steps where it is true pass the vocabulary
+        layer, which is by far the largest layer, and the logits are ``(M, V)``.
         """
 
     @abstractmethod
     def cross_entropy(
         self, features: Tensor, photos: Tensor | None, words: Tensor, targets: Tensor, counts: Sequence[int]
     ) -> Tensor:
-        """What targets ``(M,)`` cost after packed words ``(M,)``, in nats, the mean over targets.
+        """Return the mean cross-entropy, in nats, of targets ``(M,)`` after packed words ``(M,)``.
 
         ``photos`` is as in :meth:`forward`.
         """
 
-    def look_back(self, features: Tensor, words: Tensor) -> Tensor:
-        """Where each photo, of features ``(N, P, F)``, was looked at for each of its caption's words ``(N, T)``.
+    def attention_maps(self, features: Tensor, words: Tensor) -> Tensor:
+        """Return the attention weights ``(N, T, P)`` for each word ``(N, T)`` of a caption of each photo ``(N, P, F)``.
 
-        ``(N, T, P)``, without meaning where a caption has ended, in PAD. Only of a decoder that looks.
+        The weights are meaningless where a caption has ended and holds PAD. Only for a decoder with attention.
         """
         raise NotImplementedError
 
     def parameter_count(self) -> int:
-        """Trainable parameters."""
+        """Return the number of trainable parameters."""
         return sum(value.numel() for value in self.parameters() if value.requires_grad)
 
 
 class RecurrentDecoder(Decoder):
-    """A decoder of one network: ``start`` and ``read`` are its own, the rest follows from them."""
+    """A decoder of one network. A subclass defines ``start`` and ``read``; all other methods are built on these."""
 
     embedding: nn.Embedding
     vocabulary: VocabularyLayer
     """From the output of a step to the logits of the next word."""
 
     @abstractmethod
-    def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, State]:
-        """Reads packed words ``(M,)``: the outputs before the vocabulary layer, ``(M, H)``, and the state at the end.
+    def read(self, state: DecoderState, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, DecoderState]:
+        """Read packed words ``(M,)``; return the outputs ``(M, H)`` before the vocabulary layer, and the final state.
 
-        The state is of as many captions as have a first word.
+        The given state has one row for each caption that has a first word, and so has the final one.
         """
 
     def outputs(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
-        """Teacher forcing: the outputs before the vocabulary layer after each of packed words ``(M,)``: ``(M, H)``.
+        """Return the outputs ``(M, H)`` before the vocabulary layer for packed words ``(M,)``, with teacher forcing.
 
         ``photos`` is as in :meth:`forward`.
         """
@@ -101,47 +103,49 @@ class RecurrentDecoder(Decoder):
     def cross_entropy(
         self, features: Tensor, photos: Tensor | None, words: Tensor, targets: Tensor, counts: Sequence[int]
     ) -> Tensor:
-        """What targets cost, as :meth:`Decoder.cross_entropy`."""
+        """Return the mean cross-entropy in nats, as :meth:`Decoder.cross_entropy`."""
         return self.vocabulary.cross_entropy(self.outputs(features, photos, words, counts), targets)[0]
 
-    def step(self, state: State, words: Tensor) -> tuple[Tensor, State]:
-        """Reads one more word ``(B,)`` of each caption and gives the logits ``(B, V)`` of the next."""
+    def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
+        """Read one more word ``(B,)`` of each caption; return the logits ``(B, V)`` of the next one, and the state."""
         outputs, state = self.read(state, words, [len(words)])
         return self.vocabulary(outputs), state
 
-    def advance(self, state: State, words: Tensor) -> tuple[Tensor, State]:
-        """Reads words ``(B, T)``, PAD behind the shorter captions: ``read`` for those who hold them so.
+    def advance(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
+        """Read words ``(B, T)`` that are padded with PAD at the end instead of packed.
 
-        The outputs, ``(B, T, H)``, are zero where PAD is, and the state stays where the caption ended.
+        Return the outputs ``(B, T, H)``, which are zero at PAD, and the state after each caption's last word.
         """
         packed = Packed.of(words)
-        read, state = self.read(state.select(packed.order), packed.words, packed.counts)
-        outputs = read.new_zeros(*words.shape, read.shape[1]).index_put((packed.rows, packed.steps), read)
+        packed_outputs, state = self.read(state.select(packed.order), packed.words, packed.counts)
+        outputs = packed_outputs.new_zeros(*words.shape, packed_outputs.shape[1]).index_put(
+            (packed.rows, packed.steps), packed_outputs
+        )
         return outputs, state.select(packed.order.argsort())
 
     def forward(
-        self, features: Tensor, inputs: Tensor, where: Tensor | None = None, photos: Tensor | None = None
+        self, features: Tensor, inputs: Tensor, mask: Tensor | None = None, photos: Tensor | None = None
     ) -> Tensor:
-        """The logits at each step of captions, as :meth:`Decoder.forward`."""
+        """Return the logits at each step of the inputs, as :meth:`Decoder.forward`."""
         state = self.start(features)
         outputs, _ = self.advance(state if photos is None else state.select(photos), inputs)
-        logits: Tensor = self.vocabulary(outputs if where is None else outputs[where])
+        logits: Tensor = self.vocabulary(outputs if mask is None else outputs[mask])
         return logits
 
 
 @dataclass(frozen=True)
 class Packed:
-    """The words of B captions that were padded."""
+    """The words of B padded captions as a packed batch."""
 
     order: Tensor  # (B,): the captions, the longest first
     rows: Tensor  # (M,): the caption of each word
-    steps: Tensor  # (M,): and its place there
+    steps: Tensor  # (M,): the position of each word in its caption
     words: Tensor  # (M,)
-    counts: list[int]  # words of each step
+    counts: list[int]  # number of words at each step
 
     @classmethod
     def of(cls, words: Tensor) -> "Packed":
-        """From words ``(B, T)``; every caption has one at least."""
+        """Pack words ``(B, T)``; every caption has at least one word."""
         real = words != PAD  # (B, T)
         order = real.sum(1).argsort(descending=True, stable=True)
         steps, captions = real[order].t().nonzero(as_tuple=True)
@@ -150,7 +154,7 @@ class Packed:
 
 
 def normalize(features: Tensor, kind: str) -> Tensor:
-    """Features ``(N, P, F)``, each vector scaled as ``model.photo_norm`` says."""
+    """Return features ``(N, P, F)`` with each vector scaled as ``model.photo_norm`` says."""
     if kind == "unit":
         return nn.functional.normalize(features, dim=-1)
     if kind == "standard":

@@ -1,18 +1,18 @@
-"""Dropout whose masks cost little to draw on a CPU."""
+"""Dropout whose masks are cheap to draw on a CPU."""
 
 import torch
 from torch import Tensor, nn
 
 
 class Dropout(nn.Dropout):
-    """Torch's dropout, with a byte of randomness a value on a CPU, where torch draws a number of 64 bits for each.
+    """``nn.Dropout`` with one random byte per value on a CPU, where torch draws a 64-bit number for each.
 
-    So the share that is dropped is a multiple of 1/256 there: the nearest to ``p``. Values that are kept grow by what
-    the share is, as in torch.
+    On a CPU the dropped share is therefore ``p`` rounded to a multiple of 1/256. Kept values are divided by the share
+    that is really kept, as torch does.
     """
 
     def forward(self, values: Tensor) -> Tensor:
-        """The values in evaluation mode, otherwise each with probability ``p`` as zero."""
+        """Return the values as they are in evaluation mode; while training, set each to zero with probability ``p``."""
         dropped = round(self.p * 256)
         if not self.training or values.device.type != "cpu" or dropped in (0, 256):
             return super().forward(values)

@@ -1,6 +1,7 @@
-"""A captioner on a split: cross-entropy, scores of its captions, the image-blind baseline, and two compared.
+"""Evaluates captioners on a split: cross-entropy, scores of captions, the image-blind baseline, a paired comparison.
 
-Image-blind is a captioner whose photos are shuffled among the captions: what it loses is what the photo is worth.
+The image-blind baseline is the same captioner with the photos shuffled among the captions. The difference from it shows
+how much the captioner gains from the photo.
 
 Shapes: M targets, H hidden.
 """
@@ -34,7 +35,7 @@ _PART = 512  # photos whose features are in memory at once
 
 @dataclass(frozen=True)
 class Loss:
-    """Cross-entropy of the next word over all targets of a split, EOS counted."""
+    """The cross-entropy of the next word over all targets of a split, EOS included."""
 
     total: float
     """In nats."""
@@ -42,38 +43,38 @@ class Loss:
 
     @property
     def per_token(self) -> float:
-        """Nats per token."""
+        """The mean cross-entropy in nats per token."""
         return self.total / self.targets
 
     @property
     def perplexity(self) -> float:
-        """exp of nats per token."""
+        """The exponential of the nats per token."""
         return perplexity(self.per_token)
 
 
 def perplexity(nats_per_token: float) -> float:
-    """exp of a cross-entropy in nats per token; where that is beyond floats, the largest power below."""
+    """Return the exponential of a cross-entropy in nats per token, capped at exp(709): a float holds no more."""
     return math.exp(min(nats_per_token, 709.0))
 
 
 @torch.inference_mode()
 def cross_entropy(decoder: Decoder, batches: Iterable[Batch]) -> Loss:
-    """The decoder's loss in evaluation mode, in float32, summed over all targets."""
+    """Return the decoder's loss in evaluation mode and float32, summed over all targets."""
     decoder.eval()
     device = next(decoder.parameters()).device
     total, targets = 0.0, 0
     for batch in batches:
-        here = batch.to(device)
-        nats = decoder.cross_entropy(here.features, here.photos, here.words, here.targets, here.counts)
-        total += float(nats) * len(here.targets)
-        targets += len(here.targets)
+        moved = batch.to(device)
+        nats = decoder.cross_entropy(moved.features, moved.photos, moved.words, moved.targets, moved.counts)
+        total += float(nats) * len(moved.targets)
+        targets += len(moved.targets)
     return Loss(total, targets)
 
 
 def blind_cross_entropy(decoder: Decoder, batches: CaptionBatches, seed: int) -> Loss:
-    """The loss where each photo's captions are read beside another photo: what the photo is not worth.
+    """Return the loss of the image-blind baseline: each photo's captions are scored given another photo.
 
-    The photos are shuffled so that none stays in its place (a cycle in random order).
+    The photos are shuffled so that none keeps its own captions (a cycle in random order).
     """
     return cross_entropy(decoder, batches.in_order(_shuffled(len(batches.split.photos), seed)))
 
@@ -82,33 +83,34 @@ SCORE_NAMES = {
     "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
     "rouge_l": "ROUGE-L", "cider": "CIDEr",
 }  # fmt: skip
-"""What papers report, by the names of ``PhotoScores.corpus``."""
+"""The scores that papers report: from the keys of ``PhotoScores.corpus`` to the papers' names."""
 
 
 @dataclass(frozen=True)
 class CaptionScores:
-    """What a captioner's captions of a split are worth."""
+    """The scores of a captioner's captions of a split."""
 
     photos: PhotoScores
-    """Of each photo: for corpus scores, intervals and comparisons."""
+    """By photo, from which corpus scores, intervals and comparisons are computed."""
     blind: PhotoScores
-    """The same captions, each held against another photo's references."""
+    """The image-blind baseline: the same captions, each scored against another photo's references."""
     summary: dict[str, float]
-    """By the names under which they are reported."""
+    """The corpus scores and statistics by the names under which they are reported."""
 
 
 def score_captions(
     captions: list[Caption], split: Split, seed: int, train: Iterable[str] | None = None
 ) -> CaptionScores:
-    """Scores captions of a split's photos against its references, which no vocabulary has cut.
+    """Score captions of a split's photos against its references, whose words are not limited to any vocabulary.
 
-    Beside BLEU, ROUGE-L and CIDEr: ``cider_blind``, where each caption is held against another photo's references;
-    ``distinct_captions``, the share of captions that are unlike all before them; ``words_used``, how many words occur
-    at all; ``mean_length`` in tokens; with the train captions, ``copied_from_train``, the share of captions that stand
-    in it word for word; and the tutorial's own protocol, which compares with the tutorial only.
+    The summary holds BLEU, ROUGE-L and CIDEr, and
 
-    Raises:
-        InputError: no photos.
+    * ``cider_blind``: CIDEr with each caption scored against another photo's references;
+    * ``distinct_captions``: the number of distinct captions divided by the number of captions;
+    * ``words_used``: the number of distinct words in all captions;
+    * ``mean_length``: in tokens;
+    * ``copied_from_train``, only with the ``train`` captions: the share of captions that occur in them word for word;
+    * ``tutorial_bleu_1`` to ``4``: the tutorial's own protocol, comparable with the tutorial only.
     """
     texts = [caption.text for caption in captions]
     scores = score(texts, split.references)
@@ -127,7 +129,7 @@ def score_captions(
 
 
 def _shuffled(photos: int, seed: int) -> NDArray[np.int64]:
-    """An order in which no photo stays in its place, as one alone must: a cycle through all of them."""
+    """Return a random order, one cycle through all photos, in which none keeps its position (a single photo must)."""
     order = np.random.default_rng(seed).permutation(photos)
     shuffled = np.empty_like(order)
     shuffled[order] = np.roll(order, 1)
@@ -136,34 +138,34 @@ def _shuffled(photos: int, seed: int) -> NDArray[np.int64]:
 
 @dataclass(frozen=True)
 class Evaluation:
-    """A trained captioner on a split, in all that a run reports."""
+    """The evaluation of a trained captioner on a split, as a run reports it."""
 
     blind: Loss
-    """Image-blind."""
+    """The loss of the image-blind baseline."""
     captions: list[Caption]
     scores: CaptionScores
 
     def metrics(self) -> dict[str, float]:
-        """Return the values by the names under which MLflow has those of dev."""
+        """Return the values by the names of MLflow's dev metrics."""
         return {f"dev_{name}": value for name, value in self.scores.summary.items()} | {
             "dev_loss_blind": self.blind.per_token
         }
 
 
 def evaluate_dev(captioner: Captioner, batches: CaptionBatches, train: Iterable[str], seed: int) -> Evaluation:
-    """Evaluate a captioner on dev ``batches``; ``train`` are the train captions, to count what is copied from them."""
+    """Evaluate a captioner on dev ``batches``; ``train`` are the train captions, for the share that is copied."""
     blind = blind_cross_entropy(captioner.decoder, batches, seed)
     captions = caption_all(captioner, batches.features)
     return Evaluation(blind, captions, score_captions(captions, batches.split, seed, train))
 
 
 def caption_all(captioner: Captioner, features: Features) -> list[Caption]:
-    """Caption each photo; the features are read a part at a time."""
+    """Return a caption of each photo; only a part of the features is in memory at a time."""
     return [caption for part in features.parts(_PART) for caption in captioner.caption_features(part)]
 
 
 def require_trained_on(experiment: Experiment, captioner: Captioner) -> None:
-    """Refuse a captioner that was trained beside another dev split than that of an experiment nobody named."""
+    """Refuse a captioner that was not trained with the dev split of an experiment that the user has not named."""
     digest = read_splits(experiment.captions, ("dev",))["dev"].digest()
     if captioner.record is None or captioner.record.dev_digest != digest:
         raise InputError(
@@ -172,9 +174,9 @@ def require_trained_on(experiment: Experiment, captioner: Captioner) -> None:
 
 
 def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, java: bool = False) -> dict[str, object]:
-    """Return the losses of a captioner on a split of an experiment's data, and the scores of its captions.
+    """Return a captioner's losses on a split of an experiment's data, the scores of its captions, and its settings.
 
-    With ``java`` METEOR and SPICE too: None where they cannot be had, with the reason in the log.
+    With ``java`` also METEOR and SPICE. Where one of them cannot run, its value is None and the log gives the reason.
     """
     data = Dataset.read(experiment, (split,), captioner.vocabulary)
     if data.encoder.key() != captioner.encoder_identity.key():
@@ -210,18 +212,18 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
 
 def _java_scores(captions: list[Caption], split: Split) -> dict[str, float | None]:
     texts = [caption.text for caption in captions]
-    found: dict[str, float | None] = {}
+    scores: dict[str, float | None] = {}
     for name, metric in (("meteor", meteor), ("spice", spice)):
         value = metric(texts, split.references)
         if isinstance(value, Unavailable):
             log.warning("%s: left out: %s", name, value.reason)
-        found[name] = None if isinstance(value, Unavailable) else value
-    return found
+        scores[name] = None if isinstance(value, Unavailable) else value
+    return scores
 
 
 @dataclass(frozen=True)
 class PhotoDifference:
-    """A photo of which two captioners say things of different worth."""
+    """A photo to which two captioners give different captions, and the CIDEr of each caption."""
 
     photo: str
     captions: tuple[str, str]
@@ -230,30 +232,32 @@ class PhotoDifference:
 
 @dataclass(frozen=True)
 class Comparison:
-    """Two captioners on the same photos."""
+    """The comparison of two captioners on the same photos."""
 
     photos: int
     scores: tuple[dict[str, float], dict[str, float]]
     differences: dict[str, Difference]
-    """By score: that of the second minus that of the first, with interval and p."""
+    """For each score, the second captioner's minus the first's, with interval and p-value."""
     most: tuple[PhotoDifference, ...]
-    """Photos from the one where the second is most ahead in CIDEr to the one where the first is."""
+    """All photos with different captions, sorted by CIDEr: from the second captioner's greatest lead to the first's."""
 
 
 def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:
-    """Compare two captioners on a split of an experiment's data, each decoded by its own settings (paired bootstrap).
+    """Compare two captioners on a split of an experiment's data, by a paired bootstrap.
 
-    Each gets the features of its own layer, pool and size.
+    Each captioner has its own decoding settings, and the features of its own layer, pool and size.
     """
+    # Each captioner's captions of all photos.
     hypotheses = []
     for captioner in captioners:
         encoder = captioner.encoder_identity
-        taken = {"features.layer": encoder.layer, "features.pool": encoder.pool, "features.size": encoder.size}
-        own = replace_settings(experiment, taken)
+        own_features = {"features.layer": encoder.layer, "features.pool": encoder.pool, "features.size": encoder.size}
+        own = replace_settings(experiment, own_features)
         data = Dataset.read(own, (split,), captioner.vocabulary)
         if data.encoder.key() != encoder.key():
             raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.weights")
         hypotheses.append(caption_all(captioner, data.with_features(own).features[split]))
+    # Their scores, and the photos by the difference in CIDEr.
     photos, references = data.splits[split].photos, data.splits[split].references
     first, second = (score([caption.text for caption in captions], references) for captions in hypotheses)
     order = np.argsort(first.cider - second.cider, kind="stable")

@@ -1,9 +1,9 @@
-"""An LSTM over captions of unlike length, word after word, without a step of padding.
+"""An LSTM over a packed batch, without any work on padding.
 
-Torch's own takes a padded batch on a CPU, and most steps of Flickr8k's captions would be padding.
+Torch's own LSTM needs a padded batch on a CPU, where most steps of Flickr8k's captions would be padding.
 
-Shapes: B captions, the longest first; M words, the first of each caption, then the second of those that have one, and
-so on; H hidden, 4H gates: input, forget, cell and output, torch's order.
+Shapes: B captions, the longest first; M words: the first of each caption, then the second of those that have one, and
+so on; E embedding; H hidden; 4H gates in torch's order: input, forget, cell (candidate), output.
 """
 
 from collections.abc import Sequence
@@ -15,113 +15,122 @@ from torch import Tensor, nn
 from torch.nn.utils.rnn import PackedSequence
 
 
-def read(
+def run(
     lstm: nn.LSTM, embedded: Tensor, counts: Sequence[int], hidden: Tensor, cell: Tensor
 ) -> tuple[Tensor, Tensor, Tensor]:
-    """Reads embedded words ``(M, E)``, ``counts[t]`` captions a t-th one, from hidden and cell ``(B, H)``.
+    """Run an LSTM of one layer and one direction over a packed batch of embedded words ``(M, E)``.
 
-    Gives the outputs ``(M, H)``, and hidden and cell where each caption ended. ``lstm`` has one layer, one direction.
+    ``counts[t]`` captions have a t-th word; ``hidden`` and ``cell`` ``(B, H)`` are the initial state. Return the
+    outputs ``(M, H)``, and the hidden and cell state ``(B, H)`` after each caption's last word.
     """
+    # On a GPU, torch's own LSTM: over a dense batch where all captions are equally long, else over a packed one.
     if embedded.device.type != "cpu" and counts[0] == counts[-1]:
-        stepwise = embedded.view(len(counts), counts[0], -1)
-        outputs, (hidden, cell) = lstm(stepwise, (hidden.unsqueeze(0), cell.unsqueeze(0)))
+        by_step = embedded.view(len(counts), counts[0], -1)
+        outputs, (hidden, cell) = lstm(by_step, (hidden.unsqueeze(0), cell.unsqueeze(0)))
         return outputs.flatten(0, 1), hidden[0], cell[0]
     if embedded.device.type != "cpu":
         packed = PackedSequence(embedded, torch.tensor(counts))
         outputs, (hidden, cell) = lstm(packed, (hidden.unsqueeze(0), cell.unsqueeze(0)))
         return outputs.data, hidden[0], cell[0]
+    # On a CPU, the loop over steps below.
     weights = dict(lstm.named_parameters())
     gates = nn.functional.linear(embedded, weights["weight_ih_l0"], weights["bias_ih_l0"] + weights["bias_hh_l0"])
     outputs, cells = _Lstm.apply(gates, weights["weight_hh_l0"], hidden, cell, tuple(counts))
-    return outputs, ends(outputs, counts), ends(cells, counts)
+    return outputs, last_of_each(outputs, counts), last_of_each(cells, counts)
 
 
-def ends(values: Tensor, counts: Sequence[int]) -> Tensor:
-    """Of values ``(M, ...)`` those of each caption's last word: ``(B, ...)``."""
+def last_of_each(values: Tensor, counts: Sequence[int]) -> Tensor:
+    """Return the values at each caption's last word, ``(B, ...)``, from packed values ``(M, ...)``."""
     starts = accumulate(counts, initial=0)
     parts = [
-        values[start + after : start + count]
-        for start, count, after in zip(starts, counts, [*counts[1:], 0], strict=False)
+        values[start + next_count : start + count]
+        for start, count, next_count in zip(starts, counts, [*counts[1:], 0], strict=False)
     ]
     return torch.cat(parts[::-1])
 
 
 class _Lstm(torch.autograd.Function):
-    """The steps of an LSTM, from the part of its gates that is known beforehand: outputs and cells, ``(M, H)`` each.
+    """The recurrent part of an LSTM (Hochreiter and Schmidhuber, 1997, with a forget gate).
 
-    The products of matrices are in the gates' precision, all else is in float32. Hochreiter and Schmidhuber, 1997, with
-    a forget gate. Weights are differentiated in one product for all steps.
+    ``gates`` ``(M, 4H)`` is the part of the gates that does not depend on earlier steps. Returns outputs and cells,
+    ``(M, H)`` each. Matrix products are in the precision of ``gates``, everything else is in float32. The gradient of
+    the recurrent weight is one matrix product over all steps.
     """
 
     @staticmethod
     def forward(ctx: Any, gates: Tensor, weight: Tensor, hidden: Tensor, cell: Tensor, counts: tuple[int, ...]) -> Any:
         dtype, size = gates.dtype, weight.shape[1]
         recurrent = weight.to(dtype).t()  # (H, 4H)
-        active = gates.new_empty(gates.shape, dtype=torch.float32)  # (M, 4H) the gates, after their functions
+        active = gates.new_empty(gates.shape, dtype=torch.float32)  # (M, 4H): the gates after their activations
         outputs = gates.new_empty(len(gates), size, dtype=torch.float32)
-        cells, squashed = torch.empty_like(outputs), torch.empty_like(outputs)
+        cells, tanh_cells = torch.empty_like(outputs), torch.empty_like(outputs)
         h, c = hidden.float(), cell.float()
         for start, count in zip(accumulate(counts, initial=0), counts, strict=False):
-            here = slice(start, start + count)
-            a = active[here]
+            rows = slice(start, start + count)
+            a = active[rows]
             if dtype == torch.float32:
-                torch.addmm(gates[here], h[:count], recurrent, out=a)
+                torch.addmm(gates[rows], h[:count], recurrent, out=a)
             else:
-                a.copy_(torch.addmm(gates[here], h[:count].to(dtype), recurrent))
-            enter, keep, new, leave = a.chunk(4, 1)
+                a.copy_(torch.addmm(gates[rows], h[:count].to(dtype), recurrent))
+            input_gate, forget_gate, candidate, output_gate = a.chunk(4, 1)
             a[:, : 2 * size].sigmoid_()
-            new.tanh_()
-            leave.sigmoid_()
-            c = torch.mul(keep, c[:count], out=cells[here]).addcmul_(enter, new)
-            h = torch.mul(leave, torch.tanh(c, out=squashed[here]), out=outputs[here])
-        ctx.save_for_backward(weight, hidden, cell, active, outputs, cells, squashed)
+            candidate.tanh_()
+            output_gate.sigmoid_()
+            c = torch.mul(forget_gate, c[:count], out=cells[rows]).addcmul_(input_gate, candidate)
+            h = torch.mul(output_gate, torch.tanh(c, out=tanh_cells[rows]), out=outputs[rows])
+        ctx.save_for_backward(weight, hidden, cell, active, outputs, cells, tanh_cells)
         ctx.counts, ctx.dtype = counts, dtype
         ctx.set_materialize_grads(False)
         return outputs, cells
 
     @staticmethod
     def backward(ctx: Any, *gradients: Tensor | None) -> Any:
-        weight, hidden, cell, active, outputs, cells, squashed = ctx.saved_tensors
+        weight, hidden, cell, active, outputs, cells, tanh_cells = ctx.saved_tensors
         counts, dtype = ctx.counts, ctx.dtype
-        of_outputs, of_cells = gradients
+        grad_outputs, grad_cells = gradients
         starts = list(accumulate(counts, initial=0))
         recurrent = weight.to(dtype)  # (4H, H)
-        # Of each gate, and of the cell: what its gradient is a multiple of, for all steps at once. Of a sigmoid that is
-        # s (1 - s), of a hyperbolic tangent 1 - t^2.
-        enter, keep, new, leave = active.chunk(4, 1)
+        # For all steps at once: the factor that turns the gradient of cell or output into the gradient of each gate
+        # before its activation. The derivative of a sigmoid s is s (1 - s), that of a tanh t is 1 - t^2.
+        input_gate, forget_gate, candidate, output_gate = active.chunk(4, 1)
         factors = torch.empty_like(active)
-        f_enter, f_keep, f_new, f_leave = factors.chunk(4, 1)
-        torch.mul(new, enter, out=f_enter).mul_(1 - enter)
-        torch.mul(_before(cells, cell, counts, starts), keep, out=f_keep).mul_(1 - keep)
-        torch.mul(enter, 1 - new * new, out=f_new)
-        torch.mul(squashed, leave, out=f_leave).mul_(1 - leave)
-        passed = leave * (1 - squashed * squashed)
-        of_gates = torch.empty_like(active)
+        input_factor, forget_factor, candidate_factor, output_factor = factors.chunk(4, 1)
+        torch.mul(candidate, input_gate, out=input_factor).mul_(1 - input_gate)
+        torch.mul(_previous(cells, cell, counts, starts), forget_gate, out=forget_factor).mul_(1 - forget_gate)
+        torch.mul(input_gate, 1 - candidate * candidate, out=candidate_factor)
+        torch.mul(tanh_cells, output_gate, out=output_factor).mul_(1 - output_gate)
+        cell_factor = output_gate * (1 - tanh_cells * tanh_cells)  # from the gradient of the output to that of the cell
+        grad_gates = torch.empty_like(active)
         dh, dc = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(cell, dtype=torch.float32)
-        three = factors.view(len(factors), 4, -1)[:, :3]
-        of_three = of_gates.view(len(factors), 4, -1)[:, :3]
-        of_leave = of_gates.chunk(4, 1)[3]
+        # The first three gates act on the cell, the output gate on the output.
+        cell_gate_factors = factors.view(len(factors), 4, -1)[:, :3]
+        grad_cell_gates = grad_gates.view(len(factors), 4, -1)[:, :3]
+        grad_output_gate = grad_gates.chunk(4, 1)[3]
+        # Backpropagation through time; dh and dc are the gradients of the state after the step.
         for step in reversed(range(len(counts))):
-            here = slice(starts[step], starts[step + 1])
+            rows = slice(starts[step], starts[step + 1])
             h, c = dh[: counts[step]], dc[: counts[step]]
-            if of_outputs is not None:
-                h.add_(of_outputs[here])
-            if of_cells is not None:
-                c.add_(of_cells[here])
-            c.addcmul_(h, passed[here])
-            torch.mul(h, f_leave[here], out=of_leave[here])
-            torch.mul(c.unsqueeze(1), three[here], out=of_three[here])
-            c.mul_(keep[here])
+            if grad_outputs is not None:
+                h.add_(grad_outputs[rows])
+            if grad_cells is not None:
+                c.add_(grad_cells[rows])
+            c.addcmul_(h, cell_factor[rows])
+            torch.mul(h, output_factor[rows], out=grad_output_gate[rows])
+            torch.mul(c.unsqueeze(1), cell_gate_factors[rows], out=grad_cell_gates[rows])
+            c.mul_(forget_gate[rows])
             if dtype == torch.float32:
-                torch.mm(of_gates[here], recurrent, out=h)
+                torch.mm(grad_gates[rows], recurrent, out=h)
             else:
-                h.copy_(of_gates[here].to(dtype) @ recurrent)
-        of_gates = of_gates.to(dtype)
-        of_weight = (of_gates.t() @ _before(outputs, hidden, counts, starts).to(dtype)).to(weight.dtype)
-        return of_gates, of_weight, dh.to(hidden.dtype), dc.to(cell.dtype), None
+                h.copy_(grad_gates[rows].to(dtype) @ recurrent)
+        grad_gates = grad_gates.to(dtype)
+        grad_weight = (grad_gates.t() @ _previous(outputs, hidden, counts, starts).to(dtype)).to(weight.dtype)
+        return grad_gates, grad_weight, dh.to(hidden.dtype), dc.to(cell.dtype), None
 
 
-def _before(values: Tensor, first: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
-    """Of values after each word, ``(M, H)``, and those before the first ones, ``(B, H)``: what was before each word."""
+def _previous(values: Tensor, first: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
+    """Return the value before each word, ``(M, H)``.
+
+    ``values`` ``(M, H)`` are those after each word, ``first`` ``(B, H)`` are those before the first words.
+    """
     earlier = [first.float(), *(values[start:] for start in starts[:-2])]
     return torch.cat([part[:count] for part, count in zip(earlier, counts, strict=True)])

@@ -1,4 +1,4 @@
-"""The decoders by the names that ``model.decoder`` gives them."""
+"""Builds the decoder that ``model.decoder`` names."""
 
 from collections.abc import Mapping, Sequence
 from typing import Any
@@ -19,14 +19,17 @@ _DECODERS: dict[str, type[MergeDecoder] | type[AttentionDecoder]] = {
 
 
 def build_decoder(config: ModelConfig, features: tuple[int, int], vocabulary_size: int) -> RecurrentDecoder:
-    """Return a decoder with fresh weights, for features ``(P, F)`` of a photo and V words."""
+    """Return a decoder with newly initialised weights.
+
+    ``features`` is the shape ``(P, F)`` of a photo's features: P grid positions, F values at each.
+    """
     return _DECODERS[config.decoder](config, features, vocabulary_size)
 
 
 def outline_decoder(models: Sequence[ModelConfig], features: tuple[int, int], vocabulary_size: int) -> Decoder:
-    """Return a decoder, of several models an ensemble, without memory for its weights.
+    """Return a decoder whose weights are on the meta device; several models make an ensemble.
 
-    It is there to be counted, or to take the weights of a file.
+    It allocates no memory. It serves to count parameters, or to be filled with the weights of a file.
     """
     with torch.device("meta"), _SkipInit():
         decoders = [build_decoder(model, features, vocabulary_size) for model in models]
@@ -34,7 +37,7 @@ def outline_decoder(models: Sequence[ModelConfig], features: tuple[int, int], vo
 
 
 class _SkipInit(TorchFunctionMode):
-    """Skips initialisation: without memory there are no values, and torch would import its compiler for the shapes."""
+    """Skips weight initialisation: on the meta device it sets nothing, yet torch would import its compiler for it."""
 
     def __torch_function__(
         self, func: Any, types: Sequence[type], args: Sequence[Any] = (), kwargs: Mapping[str, Any] | None = None

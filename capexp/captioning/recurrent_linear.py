@@ -1,6 +1,6 @@
-"""A linear layer that a loop applies step after step, whose weight is differentiated once for all steps.
+"""A linear layer for use in a loop over steps, whose weight gradient is computed once for all steps.
 
-Autograd differentiates it step by step: as many products as there are steps, each of few rows, and as many sums as
+Autograd would compute it step by step: one matrix product per step, each of few rows, and one sum per step, each as
 large as the weight.
 
 Shapes: B rows of one step, M rows of all steps, I inputs, O outputs.
@@ -14,10 +14,13 @@ from torch import Tensor, nn
 
 
 class RecurrentLinear(nn.Linear):
-    """A linear layer; for a loop, see :meth:`over_steps`."""
+    """A linear layer; :meth:`over_steps` gives its form for a loop."""
 
     def over_steps(self) -> Callable[[Tensor], Tensor]:
-        """The layer for the steps of one forward pass: from ``(B, I)`` to ``(B, O)``, in the autocast's precision."""
+        """Return a function from ``(B, I)`` to ``(B, O)``, for all steps of one forward pass.
+
+        It computes in the precision of autocast, where that is on.
+        """
         if not torch.is_grad_enabled():
             return self
         kind = self.weight.device.type
@@ -29,26 +32,31 @@ class RecurrentLinear(nn.Linear):
         return lambda values: _Step.apply(values.to(dtype), handle, weight, bias, steps)
 
 
-_Steps = list[tuple[Tensor, Tensor]]  # each step's inputs (B, I), and its outputs' gradient (B, O)
+_Steps = list[tuple[Tensor, Tensor]]  # of each step, the inputs (B, I) and the gradient of the outputs (B, O)
 
 
 class _Weight(torch.autograd.Function):
-    """Stands before all steps, so that backwards it comes after them."""
+    """Placed before the loop, so that its backward runs last, when the gradients of all steps are known.
+
+    The steps depend on it through its empty output, the handle.
+    """
 
     @staticmethod
     def forward(ctx: Any, weight: Tensor, bias: Tensor | None, steps: _Steps) -> Tensor:
-        ctx.steps, ctx.dtype, ctx.biased = steps, weight.dtype, bias is not None
+        ctx.steps, ctx.dtype, ctx.has_bias = steps, weight.dtype, bias is not None
         return weight.new_empty(0)
 
     @staticmethod
     def backward(ctx: Any, _: Tensor) -> Any:
         inputs, gradients = (torch.cat(values) for values in zip(*ctx.steps, strict=True))  # (M, I), (M, O)
         ctx.steps.clear()
-        of_bias = gradients.sum(0, dtype=ctx.dtype) if ctx.biased else None
-        return (gradients.t() @ inputs).to(ctx.dtype), of_bias, None
+        grad_bias = gradients.sum(0, dtype=ctx.dtype) if ctx.has_bias else None
+        return (gradients.t() @ inputs).to(ctx.dtype), grad_bias, None
 
 
 class _Step(torch.autograd.Function):
+    """One step of the loop. Its backward gives the gradient of the inputs, and records what ``_Weight`` needs."""
+
     @staticmethod
     def forward(ctx: Any, values: Tensor, handle: Tensor, weight: Tensor, bias: Tensor | None, steps: _Steps) -> Tensor:
         ctx.save_for_backward(values, weight)

@@ -1,6 +1,6 @@
-"""The last layer of a decoder, by far its largest: from outputs to the next word, and to what a target costs.
+"""The last and by far the largest layer of a decoder: from outputs to logits, and to the cross-entropy of targets.
 
-Shapes: M outputs, H hidden, V vocabulary, C outputs at a time.
+Shapes: M outputs, H hidden, V vocabulary, C outputs in one chunk.
 """
 
 from collections.abc import Callable
@@ -9,43 +9,49 @@ from typing import Any
 import torch
 from torch import Tensor, nn
 
-_AT_ONCE = 2**23
-"""Logits that are in memory at a time (32 MiB); eight times as many on a GPU."""
+_CHUNK_LOGITS = 2**23
+"""Logits in memory at a time (32 MiB); eight times as many on a GPU."""
 _LINE = 16
-"""Values of a line of memory; and what GPUs like sizes of matrices to be a multiple of."""
+"""Float32 values in a cache line (64 bytes). GPUs too are fastest on matrices whose sizes are multiples of it."""
 _SMALL = 40.0
-"""Sums of exponentials of logits as small as this, or less what they have in common, are held by float32 alike."""
+"""While all logits are smaller than this in absolute value, float32 can hold the sum of their exponentials: the largest
+logit need not be subtracted first."""
 
 
 class VocabularyLayer(nn.Linear):
-    """A dense layer over the vocabulary; called, it gives logits."""
+    """A linear layer over the vocabulary. Calling it gives logits."""
 
     def cross_entropy(
         self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0, real: Tensor | None = None
     ) -> tuple[Tensor, Tensor]:
-        """What targets ``(M,)`` cost after outputs ``(M, H)``, in nats: the mean over them, or over the ``real`` ones.
+        """Compute the cross-entropy of targets ``(M,)`` given outputs ``(M, H)``, in chunks.
 
-        First as it is, without a gradient; then with so much of each target's probability spread over the vocabulary
-        (label smoothing: Szegedy et al., CVPR 2016), to be minimised. The logits are never held all at once, each
-        target's pass the layer once, and their gradient is not stored at all. The products of matrices are in the
-        precision of the autocast around, all else is in float32.
+        Return ``(loss, smoothed_loss)``, means in nats over all targets, or over those where ``real`` ``(M,)`` is true.
+        The first is the plain cross-entropy and is not differentiable. The second has label smoothing (Szegedy et al.,
+        CVPR 2016), which spreads the share ``smoothing`` of each target's probability over the vocabulary; it is the
+        one to minimise.
+
+        The ``(M, V)`` logits are never in memory all at once: each chunk passes the layer once, and the gradient of its
+        logits is not stored. Matrix products are in the precision of the surrounding autocast, everything else is in
+        float32.
         """
         kind = outputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
-        learning = torch.is_grad_enabled()
+        needs_gradient = torch.is_grad_enabled()
         counted = torch.ones_like(targets) if real is None else real
-        shares = counted / counted.sum()  # (M,): of each target in the mean
+        shares = counted / counted.sum()  # (M,): the weight of each target in the mean
         layer = self.weight, self.bias
         with torch.autocast(kind, enabled=False):
-            nats, minimised = _CrossEntropy.apply(outputs, *layer, targets, shares, smoothing, dtype, learning)
-        return nats, minimised
+            loss, smoothed = _CrossEntropy.apply(outputs, *layer, targets, shares, smoothing, dtype, needs_gradient)
+        return loss, smoothed
 
 
 class _CrossEntropy(torch.autograd.Function):
-    """Softmax and its gradient in one pass, as the gradient is needed in any case where one is at all.
+    """Softmax and gradient in one pass: ``forward`` computes the gradients too, since training needs both anyway.
 
-    With p a target's probabilities and s the smoothing, the logits' gradient is p - (1 - s) onehot - s / V. Of the
-    three only p is made: the rest are sums over the rows of the layer or of the outputs.
+    With p the probabilities of the vocabulary at a target and s the smoothing, the gradient of its logits is
+    p - (1 - s) onehot - s / V. Only the term p is materialised; the other two are sums over rows of the layer or of the
+    outputs.
     """
 
     @staticmethod
@@ -58,115 +64,126 @@ class _CrossEntropy(torch.autograd.Function):
         shares: Tensor,
         smoothing: float,
         dtype: torch.dtype,
-        learning: bool,
+        needs_gradient: bool,
     ) -> tuple[Tensor, Tensor]:
         count, words = len(outputs), len(weight)
-        by_word = _stand_by_word(weight.device)
+        # Divide the outputs into chunks of equal size.
+        by_word = _is_by_word(weight.device)
         layer = weight.to(dtype)  # (V, H)
         if not by_word:
             layer = nn.functional.pad(layer, (0, 0, 0, -words % _LINE))
-        parts = -(-count * words // (_AT_ONCE if by_word else 8 * _AT_ONCE))
-        size = -(-count // parts // _LINE) * _LINE  # of a part, each as large as the others
-        # Outputs of zero behind the last ones, whose shares are zero too: whole lines of memory are read much faster.
-        read = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
-        shared = nn.functional.pad(shares, (0, -count % size)).unsqueeze(1)
-        softmax = _by_word(outputs, weight, bias, layer, size) if by_word else _by_output(bias, layer, learning)
-        top, normals = shares.amax(), []
-        of_outputs = torch.empty_like(read, dtype=torch.float32)
-        of_weight, of_bias = None, torch.zeros_like(bias)
+        chunks = -(-count * words // (_CHUNK_LOGITS if by_word else 8 * _CHUNK_LOGITS))
+        size = -(-count // chunks // _LINE) * _LINE
+        # The last chunk is padded with outputs of zero whose shares are zero: whole cache lines are read much faster.
+        padded_outputs = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
+        padded_shares = nn.functional.pad(shares, (0, -count % size)).unsqueeze(1)
+        softmax = (
+            _softmax_by_word(outputs, weight, bias, layer, size)
+            if by_word
+            else _softmax_by_output(bias, layer, needs_gradient)
+        )
+        # The log-normalisers of all chunks, and the term p of the gradients.
+        largest_share, log_sums = shares.amax(), []
+        grad_outputs = torch.empty_like(padded_outputs, dtype=torch.float32)
+        grad_weight, grad_bias = None, torch.zeros_like(bias)
         for start in range(0, count, size):
-            part, share = read[start : start + size], shared[start : start + size]  # (C, H), (C, 1)
-            normal, product, sums = softmax(part)
-            normals.append(normal)
-            if not learning:
+            chunk, share = padded_outputs[start : start + size], padded_shares[start : start + size]  # (C, H), (C, 1)
+            log_sum, probabilities, sums = softmax(chunk)
+            log_sums.append(log_sum)
+            if not needs_gradient:
                 continue
             scale = share if sums is None else share / sums.unsqueeze(1)  # (C, 1)
-            rounded = product.to(dtype)
-            of_outputs[start : start + size] = (rounded.t() @ layer) * scale
-            added = rounded @ (part * scale).to(dtype)
-            if of_weight is None:
-                of_weight = added[:words].float()
+            rounded = probabilities.to(dtype)
+            grad_outputs[start : start + size] = (rounded.t() @ layer) * scale
+            chunk_grad_weight = rounded @ (chunk * scale).to(dtype)
+            if grad_weight is None:
+                grad_weight = chunk_grad_weight[:words].float()
             else:
-                of_weight += added[:words]
-            # In lower precision shares that are alike are not rounded, only what they come to.
-            of_bias += (product @ (scale[:, 0] / top).to(product.dtype))[:words] * top
-        normal = torch.cat(normals)[:count]  # (M,)
-        chosen = weight[targets]  # (M, H)
-        nats = ((normal - (outputs * chosen).sum(1) - bias[targets]) * shares).sum()
-        minimised = nats
+                grad_weight += chunk_grad_weight[:words]
+            # In lower precision, equal shares divided by the largest are exactly 1: only the result is rounded.
+            grad_bias += (probabilities @ (scale[:, 0] / largest_share).to(probabilities.dtype))[:words] * largest_share
+        # The losses.
+        log_sum = torch.cat(log_sums)[:count]  # (M,)
+        target_weights = weight[targets]  # (M, H)
+        loss = ((log_sum - (outputs * target_weights).sum(1) - bias[targets]) * shares).sum()
+        smoothed = loss
         if smoothing:
-            # The mean over the vocabulary of minus the log-probabilities.
-            middle = weight.mean(0)
-            spread = ((normal - outputs.float() @ middle - bias.mean()) * shares).sum()
-            minimised = (1 - smoothing) * nats + smoothing * spread
-        if learning:
-            assert of_weight is not None
-            each = shares.unsqueeze(1)  # (M, 1)
-            of_outputs = of_outputs[:count].addcmul_(chosen, each, value=smoothing - 1)
-            of_weight.index_add_(0, targets, outputs.float() * each, alpha=smoothing - 1)
-            of_bias.index_add_(0, targets, shares, alpha=smoothing - 1)
+            # Cross-entropy against the uniform distribution: minus the mean log-probability over the vocabulary.
+            mean_weight = weight.mean(0)
+            uniform = ((log_sum - outputs.float() @ mean_weight - bias.mean()) * shares).sum()
+            smoothed = (1 - smoothing) * loss + smoothing * uniform
+        # The other terms of the gradients: of the target, and of the smoothing.
+        if needs_gradient:
+            assert grad_weight is not None
+            share_column = shares.unsqueeze(1)  # (M, 1)
+            grad_outputs = grad_outputs[:count].addcmul_(target_weights, share_column, value=smoothing - 1)
+            grad_weight.index_add_(0, targets, outputs.float() * share_column, alpha=smoothing - 1)
+            grad_bias.index_add_(0, targets, shares, alpha=smoothing - 1)
             if smoothing:
-                of_outputs -= smoothing * each * middle
-                of_weight -= smoothing / words * (shares @ outputs.float())
-                of_bias -= smoothing / words
-            ctx.save_for_backward(of_outputs.to(outputs.dtype), of_weight, of_bias)
-        ctx.mark_non_differentiable(nats)
-        return nats, minimised.clone()
+                grad_outputs -= smoothing * share_column * mean_weight
+                grad_weight -= smoothing / words * (shares @ outputs.float())
+                grad_bias -= smoothing / words
+            ctx.save_for_backward(grad_outputs.to(outputs.dtype), grad_weight, grad_bias)
+        ctx.mark_non_differentiable(loss)
+        return loss, smoothed.clone()
 
     @staticmethod
     def backward(ctx: Any, _: Any, gradient: Tensor) -> Any:
-        of_outputs, of_weight, of_bias = ctx.saved_tensors
+        grad_outputs, grad_weight, grad_bias = ctx.saved_tensors
         if gradient.device.type != "cpu" or gradient != 1:
-            of_outputs, of_weight, of_bias = of_outputs * gradient, of_weight * gradient, of_bias * gradient
-        return of_outputs, of_weight, of_bias, None, None, None, None, None
+            grad_outputs, grad_weight, grad_bias = grad_outputs * gradient, grad_weight * gradient, grad_bias * gradient
+        return grad_outputs, grad_weight, grad_bias, None, None, None, None, None
 
 
-def _stand_by_word(device: torch.device) -> bool:
-    """Whether logits stand by word on a device, and not by output."""
+def _is_by_word(device: torch.device) -> bool:
+    """Return whether logits are laid out by word, ``(V, C)``, on a device, and not by output, ``(C, V)``."""
     return device.type == "cpu"
 
 
 Softmax = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
-"""From outputs ``(C, H)``: the logarithms of the sums of their logits' exponentials, ``(C,)``; the probabilities
-``(V, C)``; and, where those do not sum to one, what they sum to, ``(C,)``."""
+"""From outputs ``(C, H)`` to three results: the log-sum-exp of their logits, ``(C,)``; the probabilities ``(V, C)``;
+and, where these are not normalised, their sums ``(C,)``, else None."""
 
 
-def _by_word(outputs: Tensor, weight: Tensor, bias: Tensor, layer: Tensor, size: int) -> Softmax:
-    """On a CPU, logits stand by word: the product is faster that way round."""
-    held = weight.new_empty(len(weight) * size).view(len(weight), size)
-    small = _largest(outputs, weight, bias) < _SMALL
+def _softmax_by_word(outputs: Tensor, weight: Tensor, bias: Tensor, layer: Tensor, size: int) -> Softmax:
+    """Return a softmax over logits laid out by word: on a CPU the matrix product is faster that way round."""
+    buffer = weight.new_empty(len(weight) * size).view(len(weight), size)
+    small = _logit_bound(outputs, weight, bias) < _SMALL
 
-    def softmax(part: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+    def softmax(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         if layer.dtype == torch.float32:
-            values = torch.addmm(bias.unsqueeze(1), layer, part.t(), out=held)  # (V, C)
+            logits = torch.addmm(bias.unsqueeze(1), layer, chunk.t(), out=buffer)  # (V, C)
         else:
-            values = torch.add(layer @ part.t(), bias.unsqueeze(1), out=held)
+            logits = torch.add(layer @ chunk.t(), bias.unsqueeze(1), out=buffer)
         if small:
-            sums = values.exp_().sum(0)
-            return sums.log(), values, sums
-        top = values.amax(0)
-        sums = values.sub_(top).exp_().sum(0)
-        return top + sums.log(), values, sums
+            sums = logits.exp_().sum(0)
+            return sums.log(), logits, sums
+        top = logits.amax(0)
+        sums = logits.sub_(top).exp_().sum(0)
+        return top + sums.log(), logits, sums
 
     return softmax
 
 
-def _by_output(bias: Tensor, layer: Tensor, learning: bool) -> Softmax:
-    """On a GPU logits stand by output, as its softmax takes them; probabilities are told where they are learnt from."""
-    # Words of probability zero are behind the last one: products of matrices of uneven width take six times as long.
-    padded = nn.functional.pad(bias, (0, len(layer) - len(bias)), value=-torch.inf)
+def _softmax_by_output(bias: Tensor, layer: Tensor, needs_gradient: bool) -> Softmax:
+    """Return a softmax over logits laid out by output, as torch's softmax on a GPU takes them.
 
-    def softmax(part: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
-        product = part @ layer.t()
-        logits = product + padded  # (C, V)
-        logarithms = logits.log_softmax(1)
-        normal = logits[:, 0] - logarithms[:, 0]
-        return normal, (torch.exp(logarithms, out=product) if learning else product).t(), None
+    Its second result holds probabilities only if a gradient is needed.
+    """
+    # The vocabulary is padded with words of probability zero: matrix products of uneven width take six times as long.
+    padded_bias = nn.functional.pad(bias, (0, len(layer) - len(bias)), value=-torch.inf)
+
+    def softmax(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
+        product = chunk @ layer.t()
+        logits = product + padded_bias  # (C, V)
+        log_probabilities = logits.log_softmax(1)
+        log_sum = logits[:, 0] - log_probabilities[:, 0]
+        return log_sum, (torch.exp(log_probabilities, out=product) if needs_gradient else product).t(), None
 
     return softmax
 
 
-def _largest(outputs: Tensor, weight: Tensor, bias: Tensor) -> float:
-    """What no logit is larger than, whatever its sign (Cauchy and Schwarz), without a look at the logits."""
-    lengths = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).max() for rows in (outputs, weight)]
-    return float(lengths[0] * lengths[1] + bias.abs().max())
+def _logit_bound(outputs: Tensor, weight: Tensor, bias: Tensor) -> float:
+    """Return an upper bound of the logits' absolute values, by the Cauchy-Schwarz inequality, without the logits."""
+    norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).max() for rows in (outputs, weight)]
+    return float(norms[0] * norms[1] + bias.abs().max())

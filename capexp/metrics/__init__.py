@@ -1,1 +1,1 @@
-"""What a captioner is worth on a split."""
+"""The metrics of captions against reference captions."""

@@ -1,7 +1,8 @@
-"""METEOR, SPICE and the PTB tokenizer: the field's programs in Java, where pycocoevalcap and Java are.
+"""METEOR, SPICE and the PTB tokenizer: the field's Java programs, if pycocoevalcap and Java are installed.
 
-pycocoevalcap carries the programs. They are started here and not by its classes, because those write into the
-package's folder, print, and (METEOR) hang when Java dies. Where one cannot run the answer is ``Unavailable``.
+pycocoevalcap contains the programs. They are started here and not by its classes, because those write into the
+package's folder, print to the terminal, and (METEOR) hang when Java dies. A program that cannot run gives
+``Unavailable``.
 """
 
 import importlib.util
@@ -19,27 +20,25 @@ from capexp.metrics.scores import tokenized
 
 @dataclass(frozen=True)
 class Unavailable:
-    """A score that cannot be had on this machine."""
+    """A score that cannot be computed on this machine."""
 
     reason: str
-    """One line: what is missing, and the remedy."""
+    """What is missing and how to install it, in one line."""
 
 
 def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | Unavailable:
-    """METEOR 1.5 (Denkowski and Lavie, 2014) over all photos, English, on the tokens of ``metrics.tokenize``.
+    """Return the corpus score of METEOR 1.5 (Denkowski and Lavie, 2014), English, on the tokens of ``tokenize``.
 
-    Takes some seconds to start and up to 2 GB of memory.
-
-    Raises:
-        InputError: no photos, or a photo without references.
+    The program takes some seconds to start and up to 2 GB of memory.
     """
-    questions = [
-        " ||| ".join(["SCORE", *(_words(one) for one in captions), _words(hypothesis)])
+    requests = [
+        " ||| ".join(["SCORE", *(_words(reference) for reference in captions), _words(hypothesis)])
         for hypothesis, captions in tokenized(hypotheses, references)
     ]
     jar = _program("meteor/meteor-1.5.jar")
     if isinstance(jar, Unavailable):
         return jar
+    # Send the captions of one photo at a time; send the statistics that come back as one request for the scores.
     command = ["java", "-Dfile.encoding=UTF-8", "-Xmx2G", "-jar", jar.name, "-", "-", "-stdio", "-l", "en", "-norm"]
     answer = ""
     with tempfile.TemporaryFile() as errors:
@@ -55,33 +54,31 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> fl
                 assert java.stdin and java.stdout
                 try:
                     counts = []
-                    for question in questions:
-                        print(question, file=java.stdin, flush=True)
+                    for request in requests:
+                        print(request, file=java.stdin, flush=True)
                         counts.append(java.stdout.readline().strip())
                         if not counts[-1]:
                             raise EOFError("no answer")
                     print(" ||| ".join(["EVAL", *counts]), file=java.stdin, flush=True)
-                    for _ in range(len(questions) + 1):  # one a photo, then the corpus's
+                    for _ in range(len(requests) + 1):  # a score per photo, then that of the corpus
                         answer = java.stdout.readline().strip()
                 finally:
                     java.kill()
             return float(answer)
-        except (OSError, EOFError, ValueError) as error:  # Java has gone, or says something else than a number
+        except (OSError, EOFError, ValueError) as error:  # Java has died, or its answer is not a number
             errors.seek(0)
             return Unavailable(_failure("METEOR", errors.read().decode(errors="replace") or f"{answer}\n{error}"))
 
 
 def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | Unavailable:
-    """SPICE 1.0 (Anderson et al., ECCV 2016): the mean F-measure of the photos' scene graphs.
+    """Return SPICE 1.0 (Anderson et al., ECCV 2016): the mean over photos of the F-measure of scene graphs.
 
-    It parses with Stanford CoreNLP 3.6.0, half a gigabyte of models that pycocoevalcap does not carry; they are never
-    fetched from here, the reason names the command that does. A photo whose captions hold no scene at all counts 0.
-
-    Raises:
-        InputError: no photos, or a photo without references.
+    SPICE parses with Stanford CoreNLP 3.6.0, whose models (half a gigabyte) pycocoevalcap does not contain. They are
+    never downloaded from here; the reason of ``Unavailable`` names the command for it. A photo for which SPICE gives no
+    number, because its captions have no scene graph, counts as 0.
     """
     photos = [
-        {"image_id": position, "test": " ".join(hypothesis), "refs": [" ".join(one) for one in captions]}
+        {"image_id": position, "test": " ".join(hypothesis), "refs": [" ".join(reference) for reference in captions]}
         for position, (hypothesis, captions) in enumerate(tokenized(hypotheses, references))
     ]
     jar = _program("spice/spice-1.0.jar")
@@ -93,21 +90,22 @@ def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> flo
                 f"SPICE's {name} is not here; `python -m pycocoevalcap.spice.get_stanford_models` downloads it"
             )
     with tempfile.TemporaryDirectory() as folder:
-        questions, answers = Path(folder, "photos.json"), Path(folder, "scores.json")
-        questions.write_text(json.dumps(photos), encoding="utf-8")
-        options = ["-Xmx8G", "-jar", str(jar), str(questions), "-out", str(answers), "-subset", "-silent"]
-        said = _java("SPICE", options, Path(folder))
-        if isinstance(said, Unavailable):
-            return said
+        requests, answers = Path(folder, "photos.json"), Path(folder, "scores.json")
+        requests.write_text(json.dumps(photos), encoding="utf-8")
+        options = ["-Xmx8G", "-jar", str(jar), str(requests), "-out", str(answers), "-subset", "-silent"]
+        output = _java("SPICE", options, Path(folder))
+        if isinstance(output, Unavailable):
+            return output
         scores = [photo["scores"]["All"]["f"] for photo in json.loads(answers.read_text(encoding="utf-8"))]
     numbers = [0.0 if score is None or math.isnan(float(score)) else float(score) for score in scores]
     return math.fsum(numbers) / len(photos)
 
 
 def ptb_tokenize(captions: Sequence[str]) -> list[str] | Unavailable:
-    """Captions as COCO's evaluation reads them: Penn Treebank tokens, lower-case, blanks between, punctuation off.
+    """Tokenize captions as COCO's evaluation does: lower-case Penn Treebank tokens, without punctuation.
 
-    Brackets stay, as ``-lrb-`` and ``-rrb-``: COCO's list of punctuation has them in capitals only.
+    Return each caption's tokens, joined by blanks. Brackets stay, as ``-lrb-`` and ``-rrb-``: COCO's list of
+    punctuation has them in capitals only.
     """
     jar = _program("tokenizer/stanford-corenlp-3.4.1.jar")
     if isinstance(jar, Unavailable):
@@ -117,22 +115,22 @@ def ptb_tokenize(captions: Sequence[str]) -> list[str] | Unavailable:
     name = "edu.stanford.nlp.process.PTBTokenizer"
     options = ["-cp", str(jar), name, "-preserveLines", "-lowerCase", "-encoding", "UTF-8"]
     lines = "".join(" ".join(caption.split()) + "\n" for caption in captions)
-    said = _java("the PTB tokenizer", ["-Dfile.encoding=UTF-8", *options], Path.cwd(), lines)
-    if isinstance(said, Unavailable):
-        return said
-    rows = said.splitlines()
+    output = _java("the PTB tokenizer", ["-Dfile.encoding=UTF-8", *options], Path.cwd(), lines)
+    if isinstance(output, Unavailable):
+        return output
+    rows = output.splitlines()
     if len(rows) != len(captions):
         return Unavailable(f"the PTB tokenizer answers {len(captions)} captions with {len(rows)} lines")
     return [" ".join(token for token in row.split() if token not in PUNCTUATIONS) for row in rows]
 
 
 def _words(tokens: Sequence[str]) -> str:
-    """Tokens as METEOR reads them, whose lines are divided by three bars."""
+    """Join tokens for METEOR, without the ``|||`` that separates the fields of its input lines."""
     return " ".join(token.replace("|||", "") for token in tokens)
 
 
 def _program(jar: str) -> Path | Unavailable:
-    """The file of a program that pycocoevalcap carries, if Java is here too."""
+    """Return the path of a program within pycocoevalcap, if Java is installed too."""
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
         return Unavailable("the package pycocoevalcap is not here; pip install pycocoevalcap")
@@ -145,7 +143,7 @@ def _program(jar: str) -> Path | Unavailable:
 
 
 def _java(program: str, options: list[str], folder: Path, lines: str = "") -> str | Unavailable:
-    """What a program in Java prints, from start to end; it is ended with this process's interest in it."""
+    """Run a Java program to its end and return what it prints. It is killed if this process is interrupted."""
     try:
         java = subprocess.run(
             ["java", *options], cwd=folder, input=lines, capture_output=True, encoding="utf-8", check=False
@@ -155,7 +153,7 @@ def _java(program: str, options: list[str], folder: Path, lines: str = "") -> st
     return java.stdout if java.returncode == 0 else Unavailable(_failure(program, java.stderr))
 
 
-def _failure(program: str, said: str) -> str:
-    """One line of what Java said in the end, the stack left out."""
-    lines = [line.strip() for line in said.splitlines() if line.strip() and not line.startswith(("\t", " "))]
+def _failure(program: str, output: str) -> str:
+    """Return the last line of Java's error output, without the stack trace, as the reason of ``Unavailable``."""
+    lines = [line.strip() for line in output.splitlines() if line.strip() and not line.startswith(("\t", " "))]
     return f"{program} does not run with this Java: {lines[-1][:200] if lines else 'it ended without a word'}"

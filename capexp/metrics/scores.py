@@ -1,8 +1,8 @@
-"""How captions compare with people's: BLEU, ROUGE-L and CIDEr over photos, and how sure these numbers are.
+"""BLEU, ROUGE-L and CIDEr of captions against reference captions, with bootstrap intervals and paired tests.
 
-Each photo is counted once, into ``PhotoScores``; a corpus score, its bootstrap interval and a paired comparison
-are sums over these counts. ``bleu_1`` to ``bleu_4``, ``rouge_l`` and ``cider`` are the numbers of the COCO
-scorer (pycocoevalcap) on the same tokens, its conventions included; each is named where it is followed.
+The n-grams of each photo are counted once, into ``PhotoScores``. Corpus scores, their bootstrap intervals and paired
+comparisons are computed from weighted sums of these counts. ``bleu_1`` to ``bleu_4``, ``rouge_l`` and ``cider`` equal
+those of the COCO scorer (pycocoevalcap) on the same tokens, including its conventions; a comment names each of these.
 
 Shapes: N photos, S resamples.
 """
@@ -24,22 +24,18 @@ Scores = dict[str, NDArray[np.float64]]
 
 _ROUGE_BETA = 1.2
 _TUTORIAL_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0), (0.3, 0.3, 0.3, 0.0), (0.25, 0.25, 0.25, 0.25))
-_BLOCK = 2**20  # photos drawn at once: bounds memory, 8 MB an array
+_BLOCK = 2**20  # photos drawn at a time for resamples: bounds the memory, 8 MB per array
 
 
 def tokenize(caption: str) -> Tokens:
-    """The tokens that are scored: cleaning ``standard``, whatever words the captioner itself knows."""
+    """Return the tokens of a caption for scoring: cleaning ``standard``, not limited to a captioner's vocabulary."""
     return tuple(vocabulary.tokenize(caption, "standard"))
 
 
 def tokenized(
     hypotheses: Sequence[str], references: Sequence[Sequence[str]], cleaning: Cleaning = "standard"
 ) -> list[tuple[Tokens, list[Tokens]]]:
-    """Each photo's hypothesis and references as tokens.
-
-    Raises:
-        InputError: no photos, or a photo without references.
-    """
+    """Return each photo's hypothesis and references as tokens; every photo must have a reference."""
     assert len(hypotheses) == len(references), (len(hypotheses), len(references))
     if not hypotheses:
         raise InputError("scores: there are 0 photos to score; give at least one")
@@ -50,40 +46,44 @@ def tokenized(
                 "give it one or leave it out"
             )
     return [
-        (tuple(vocabulary.tokenize(caption, cleaning)), [tuple(vocabulary.tokenize(one, cleaning)) for one in captions])
-        for caption, captions in zip(hypotheses, references, strict=True)
+        (
+            tuple(vocabulary.tokenize(hypothesis, cleaning)),
+            [tuple(vocabulary.tokenize(reference, cleaning)) for reference in captions],
+        )
+        for hypothesis, captions in zip(hypotheses, references, strict=True)
     ]
 
 
 @dataclass(frozen=True, eq=False)
 class PhotoScores:
-    """What each photo adds to the corpus scores."""
+    """The counts and scores of each photo, from which corpus scores are computed."""
 
     matches: NDArray[np.int64]
-    """(N, 4) n-grams of the hypothesis that are in a reference, each counted as often as there at most."""
+    """(N, 4): by order, n-grams of the hypothesis that match, clipped at their highest count in one reference."""
     guesses: NDArray[np.int64]
-    """(N, 4) n-grams of the hypothesis."""
+    """(N, 4): by order, n-grams of the hypothesis."""
     lengths: NDArray[np.int64]
-    """(N,) tokens of the hypothesis."""
+    """(N,): tokens of the hypothesis."""
     closest_lengths: NDArray[np.int64]
-    """(N,) tokens of the reference closest in length to the hypothesis, the shorter of two as close."""
+    """(N,): tokens of the reference closest in length to the hypothesis, of equally close ones the shorter."""
     rouge_l: NDArray[np.float64]
-    """(N,)"""
+    """(N,): ROUGE-L."""
     cider: NDArray[np.float64]
-    """(N,) CIDEr-D: what papers report as CIDEr."""
+    """(N,): CIDEr-D, which papers report as CIDEr."""
     cider_plain: NDArray[np.float64]
-    """(N,) CIDEr without clipping and length penalty."""
+    """(N,): the original CIDEr, without clipping and length penalty."""
 
     def corpus(self) -> dict[str, float]:
-        """``bleu_1`` to ``bleu_4``, ``rouge_l``, ``cider`` and ``cider_plain`` over all photos."""
-        once = np.ones((1, len(self.lengths)))
-        return {key: float(values[0]) for key, values in self._weighted(once).items()}
+        """Return ``bleu_1`` to ``bleu_4``, ``rouge_l``, ``cider`` and ``cider_plain`` over all photos."""
+        weights = np.ones((1, len(self.lengths)))
+        return {key: float(values[0]) for key, values in self._weighted(weights).items()}
 
     def resampled(self, samples: int, seed: int) -> Scores:
-        """Each corpus score over bootstrap resamples of the photos, (S,) a key.
+        """Return each corpus score for S bootstrap resamples of the photos, ``(S,)`` per key.
 
-        The same seed draws the same photos from any scores of as many photos. CIDEr's document frequencies stay
-        those of the photos scored: a resample weighs the photos anew, it does not count their words anew.
+        The resamples depend only on the seed and the number of photos, so that two captioners can be compared on the
+        same ones. CIDEr's document frequencies are always those of all photos: a resample changes the weights of the
+        photos, it does not count document frequencies again.
         """
         assert samples > 0, samples
         random, photos = np.random.default_rng(seed), len(self.lengths)
@@ -97,14 +97,15 @@ class PhotoScores:
         return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
 
     def intervals(self, samples: int = 1000, seed: int = 1) -> dict[str, tuple[float, float]]:
-        """95% bootstrap percentile intervals: how far the scores move with the choice of photos, nothing else."""
-        ends = {key: np.quantile(values, [0.025, 0.975]) for key, values in self.resampled(samples, seed).items()}
-        return {key: (float(low), float(high)) for key, (low, high) in ends.items()}
+        """Return 95% bootstrap percentile intervals: the variation of the scores by the choice of photos alone."""
+        bounds = {key: np.quantile(values, [0.025, 0.975]) for key, values in self.resampled(samples, seed).items()}
+        return {key: (float(low), float(high)) for key, (low, high) in bounds.items()}
 
     def _weighted(self, weights: NDArray[np.float64]) -> Scores:
-        """The corpus scores for each row of how often each photo counts, (S, N) to (S,) a key."""
+        """Return the corpus scores ``(S,)`` per key for S weightings of the photos, ``(S, N)``."""
         matches, guesses = weights @ self.matches, weights @ self.guesses  # (S, 4)
-        # The COCO scorer's constants in place of a zero: captions of three words have BLEU-4 > 0 through 1e-15 / 1e-9.
+        # The COCO scorer's constants instead of zeros: captions of three words, which have no 4-grams, get the
+        # precision 1e-15 / 1e-9 and BLEU-4 > 0.
         precisions = (matches + 1e-15) / (guesses + 1e-9)
         means = np.cumprod(precisions, axis=1) ** (1 / np.arange(1, ORDERS + 1))
         ratio = (weights @ self.lengths + 1e-15) / (weights @ self.closest_lengths + 1e-9)  # (S,)
@@ -117,22 +118,24 @@ class PhotoScores:
 
 
 def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> PhotoScores:
-    """Counts what each photo's caption shares with its references.
+    """Count the n-grams that each photo's caption shares with its references, and score each photo.
 
-    BLEU: Papineni et al., ACL 2002, corpus level, closest reference length. ROUGE-L: Lin, 2004, beta 1.2, the best
-    precision and the best recall over the references. CIDEr and CIDEr-D: Vedantam et al., CVPR 2015, times ten,
-    without stemming; document frequencies come from the references given here, so a score depends on which photos
-    are scored together, and that of a single photo is 0 (no word tells it from others). Where the COCO scorer
-    crashes, all references without a token, CIDEr is 0. Its other conventions stay: an empty caption has ROUGE-L 1
-    against an empty reference, and a word that every photo's references hold is worth nothing in CIDEr.
+    * BLEU: Papineni et al., ACL 2002, at corpus level, with the closest reference length.
+    * ROUGE-L: Lin, 2004, with beta 1.2, from the best precision and the best recall over the references.
+    * CIDEr and CIDEr-D: Vedantam et al., CVPR 2015, times ten, without stemming. Document frequencies are counted in
+      the references given here, so a score depends on which photos are scored together. For a single photo it is 0,
+      because every n-gram occurs in all documents.
 
-    Raises:
-        InputError: no photos, or a photo without references.
+    Conventions of the COCO scorer: an empty caption has ROUGE-L 1 against an empty reference, and an n-gram that
+    occurs in the references of every photo counts nothing in CIDEr. Where the COCO scorer crashes, because no reference
+    has a token, CIDEr is 0.
     """
     photos = tokenized(hypotheses, references)
     bleu = [_bleu_counts(*photo) for photo in photos]
-    people = CiderReferences([captions for _, captions in photos])
-    cider = np.array([people.score(photo, hypothesis) for photo, (hypothesis, _) in enumerate(photos)])  # (N, 2)
+    cider_references = CiderReferences([captions for _, captions in photos])
+    cider = np.array(
+        [cider_references.score(photo, hypothesis) for photo, (hypothesis, _) in enumerate(photos)]
+    )  # (N, 2)
     return PhotoScores(
         matches=np.array([matches for matches, _, _ in bleu], dtype=np.int64),
         guesses=np.array([guesses for _, guesses, _ in bleu], dtype=np.int64),
@@ -146,50 +149,50 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Pho
 
 @dataclass(frozen=True)
 class Difference:
-    """How much better the first of two captioners scores on the same photos."""
+    """The score of one captioner minus that of another on the same photos."""
 
     value: float
     low: float
     high: float
-    """Ends of the 95% bootstrap percentile interval."""
+    """The bounds of the 95% bootstrap percentile interval are ``low`` and ``high``."""
     p: float
-    """Two-sided; never 0, and 1 where nothing differs."""
+    """The two-sided p-value: never 0, and 1 where the captioners do not differ."""
 
 
 def paired_difference(a: PhotoScores, b: PhotoScores, samples: int = 10_000, seed: int = 1) -> dict[str, Difference]:
-    """The paired bootstrap (Koehn, EMNLP 2004): each score of ``a`` minus that of ``b``, for the same photos.
+    """Return each score of ``a`` minus that of ``b`` on the same photos, by a paired bootstrap (Koehn, EMNLP 2004).
 
-    Both are scored on the same resamples. p is twice the share of resamples on the rarer side of zero, a tie
-    counting for both sides and one more resample for each: ``min(1, 2 (1 + min(#(d <= 0), #(d >= 0))) / (S + 1))``.
-    It speaks of other photos of the same kind, not of another seed of training, and needs tens of photos: all resamples
-    of a single one are that photo, and p is as small as it gets.
+    Both are scored on the same resamples. With d the difference in a resample, the p-value is
+    ``min(1, 2 (1 + min(#(d <= 0), #(d >= 0))) / (S + 1))``: twice the share of resamples on the rarer side of zero,
+    where a tie counts for both sides, and one resample is added so that p is never 0.
+
+    It tests whether the difference would hold for other photos of the same kind, not for another training seed. It
+    needs tens of photos: with a single one all resamples are alike, and p is the smallest possible value.
     """
     assert len(a.lengths) == len(b.lengths), (len(a.lengths), len(b.lengths))
     values_a, values_b = a.corpus(), b.corpus()
     resampled_a, resampled_b = a.resampled(samples, seed), b.resampled(samples, seed)
     differences = {}
     for key in values_a:
-        moved = resampled_a[key] - resampled_b[key]  # (S,)
-        low, high = np.quantile(moved, [0.025, 0.975])
-        rarer = int(min((moved <= 0).sum(), (moved >= 0).sum()))
+        resampled = resampled_a[key] - resampled_b[key]  # (S,)
+        low, high = np.quantile(resampled, [0.025, 0.975])
+        rarer = int(min((resampled <= 0).sum(), (resampled >= 0).sum()))
         p = min(1.0, 2 * (1 + rarer) / (samples + 1))
         differences[key] = Difference(values_a[key] - values_b[key], float(low), float(high), p)
     return differences
 
 
 def tutorial_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> dict[str, float]:
-    """``tutorial_bleu_1`` to ``tutorial_bleu_4``, by the protocol of the well-known Flickr8k tutorial.
+    """Return ``tutorial_bleu_1`` to ``tutorial_bleu_4``, by the protocol of the well-known Flickr8k tutorial.
 
-    Not comparable with BLEU: a start and an end word stand in every caption on both sides (two words and a short
-    caption's ends are always right), references are cleaned as its train captions are, and the weights of BLEU-3
-    sum to 0.9. Hypotheses get the same cleaning, which changes nothing that its own captioner says. Equal to NLTK's
-    ``corpus_bleu``: a caption with no n-grams counts one guess, and no match is a precision of the smallest float.
-
-    Raises:
-        InputError: no photos, or a photo without references.
+    They are not comparable with BLEU: every hypothesis and reference has a start and an end word, so that two words of
+    each caption always match; references are cleaned as the tutorial cleans its train captions; and the weights of
+    BLEU-3 sum to 0.9. Hypotheses are cleaned in the same way, which does not change the captions of the tutorial's own
+    captioner. The values equal those of NLTK's ``corpus_bleu``: a caption without n-grams of an order counts as having
+    one, and without any match the precision is the smallest positive float.
     """
     framed = [
-        (("startseq", *hypothesis, "endseq"), [("startseq", *one, "endseq") for one in captions])
+        (("startseq", *hypothesis, "endseq"), [("startseq", *reference, "endseq") for reference in captions])
         for hypothesis, captions in tokenized(hypotheses, references, cleaning="tutorial")
     ]
     counts = [_bleu_counts(*photo) for photo in framed]
@@ -207,7 +210,7 @@ def tutorial_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def _bleu_counts(hypothesis: Tokens, references: list[Tokens]) -> tuple[list[int], list[int], int]:
-    """Matches and guesses of each order, and the closest reference length."""
+    """Return the clipped matches and the n-grams of the hypothesis by order, and the closest reference length."""
     allowed: Counter[Tokens] = Counter()
     for reference in references:
         allowed |= ngrams(reference)
@@ -220,20 +223,20 @@ def _bleu_counts(hypothesis: Tokens, references: list[Tokens]) -> tuple[list[int
 
 
 def _rouge_l(hypothesis: Tokens, references: list[Tokens]) -> float:
-    """F-measure of the longest common subsequence; an empty caption counts as one empty token."""
-    said = hypothesis or ("",)
+    """Return the F-measure of the longest common subsequence; an empty caption counts as one empty token."""
+    tokens = hypothesis or ("",)
     precision, recall = 0.0, 0.0
     for reference in references:
-        wanted = reference or ("",)
-        common = _common_subsequence(said, wanted)
-        precision, recall = max(precision, common / len(said)), max(recall, common / len(wanted))
+        reference_tokens = reference or ("",)
+        common = _common_subsequence(tokens, reference_tokens)
+        precision, recall = max(precision, common / len(tokens)), max(recall, common / len(reference_tokens))
     if not precision:
         return 0.0
     return (1 + _ROUGE_BETA**2) * precision * recall / (recall + _ROUGE_BETA**2 * precision)
 
 
 def _common_subsequence(first: Tokens, second: Tokens) -> int:
-    """The length of the longest common subsequence, row by row of the usual table."""
+    """Return the length of the longest common subsequence, by dynamic programming row by row."""
     above = [0] * (len(second) + 1)
     for token in first:
         row = [0]

@@ -1,1 +1,1 @@
-"""What people look at: gallery, plots, attention maps, the page to try a captioner."""
+"""What people look at: the gallery, plots, attention maps, the model card, and the page to try a captioner."""

@@ -1,4 +1,4 @@
-"""Where an attention captioner looked, word by word: the photo lit there, alone or as a PNG of all of them."""
+"""Attention maps of a caption: for each word the photo, bright where the attention was; all of them also as one PNG."""
 
 from pathlib import Path
 
@@ -11,70 +11,59 @@ from capexp.data.photos import read_photo, squash
 from capexp.errors import InputError
 from capexp.files import writing
 
-_COLUMNS, _SIDE = 5, 360  # panels in a row; a panel's longer side in pixels
+_COLUMNS, _SIDE = 5, 360  # panels per row; the longer side of a panel in pixels
 
 
-def refuse_blind(captioner: Captioner) -> None:
-    """Refuses a captioner that looks at no places.
-
-    Raises:
-        InputError: it has no attention decoder, or one on features without a grid.
-    """
-    if not captioner.decoder.looks:
+def require_attention(captioner: Captioner) -> None:
+    """Refuse a captioner without an attention decoder, or with one on features that are not a grid."""
+    if not captioner.decoder.has_attention:
         raise InputError(
             f"--maps: the captioner looks at the photo as a whole ({captioner.encoder_identity}); give one with "
             "model.decoder = 'attention' on a grid"
         )
 
 
-def where_it_looked(captioner: Captioner, photo: Path | bytes, caption: str) -> NDArray[np.float32]:
-    """How its attention was spread over the grid as it said each word of a caption: ``(T, side, side)``.
-
-    Raises:
-        InputError: the photo cannot be read, or the encoder's weights cannot be had.
-    """
+def attention_of(captioner: Captioner, photo: Path | bytes, caption: str) -> NDArray[np.float32]:
+    """Return the attention weights over the grid, ``(T, side, side)``, for each word of a photo's caption."""
     pixels = squash(read_photo(photo), captioner.encoder_identity.size)
-    (maps,) = captioner.look_back(captioner.use_encoder().encode([pixels]), [caption])
+    (maps,) = captioner.attention_maps(captioner.use_encoder().encode([pixels]), [caption])
     return maps
 
 
-def light_up(photo: Path | bytes, caption: str, maps: NDArray[np.float32]) -> list[tuple[str, NDArray[np.uint8]]]:
-    """For each word the photo, small, lit where the attention was; the brightest place of each is full light.
+def overlay_attention(
+    photo: Path | bytes, caption: str, maps: NDArray[np.float32]
+) -> list[tuple[str, NDArray[np.uint8]]]:
+    """Return for each word of the caption a small copy of the photo, bright where the attention was.
 
-    Raises:
-        InputError: the photo cannot be read.
+    Each map is scaled by its maximum, where the photo keeps its full brightness.
     """
     image = read_photo(photo)
     image.thumbnail((_SIDE, _SIDE))
     pixels = np.asarray(image, np.float32)
-    lit = []
+    overlays = []
     for word, weights in zip(caption.split(), maps, strict=True):
-        light = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
-        shown = pixels * (0.15 + 0.85 * np.clip(np.asarray(light), 0, 1)[:, :, None])
-        lit.append((word, shown.astype(np.uint8)))
-    return lit
+        brightness = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
+        overlay = pixels * (0.15 + 0.85 * np.clip(np.asarray(brightness), 0, 1)[:, :, None])
+        overlays.append((word, overlay.astype(np.uint8)))
+    return overlays
 
 
 def draw_maps(photo: Path, caption: str, maps: NDArray[np.float32], path: Path) -> Path:
-    """The photo, and for each word the photo lit where the attention was.
-
-    Raises:
-        InputError: the photo cannot be read, or the file cannot be written.
-    """
+    """Write a PNG of the photo and, for each word, the photo bright where the attention was; return ``path``."""
     from matplotlib.figure import Figure
 
     image = read_photo(photo)
     image.thumbnail((_SIDE, _SIDE))
-    panels = [("", np.asarray(image)), *light_up(photo, caption, maps)]
+    panels = [("", np.asarray(image)), *overlay_attention(photo, caption, maps)]
     rows = -(-len(panels) // _COLUMNS)
-    high = image.height / image.width
-    figure = Figure(figsize=(2.2 * _COLUMNS, (2.2 * high + 0.35) * rows + 0.4), layout="constrained")
+    aspect = image.height / image.width
+    figure = Figure(figsize=(2.2 * _COLUMNS, (2.2 * aspect + 0.35) * rows + 0.4), layout="constrained")
     figure.suptitle(caption)
-    for place, axes in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
+    for position, axes in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axes.axis("off")
-        if place < len(panels):
-            word, shown = panels[place]
-            axes.imshow(shown)
+        if position < len(panels):
+            word, pixels = panels[position]
+            axes.imshow(pixels)
             axes.set_title(word, fontsize=11)
     with writing(path):
         path.parent.mkdir(parents=True, exist_ok=True)

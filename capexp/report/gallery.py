@@ -1,9 +1,9 @@
-"""The gallery: photos, what the captioner and what people say of them, in one HTML file that needs nothing else.
+"""The gallery: photos with the captioner's and people's captions, in one self-contained HTML file.
 
-``gallery.html``, ``gallery.css`` and ``gallery.js``, beside this module, are its parts. Captions and file names are
-anybody's text: they stand escaped in the page's markup, never in its script, and the page's own policy lets no other
-script, style or address in. Without its script the page shows every card, the best first. MLflow shows it in a frame
-that may run scripts and nothing else: no form, no storage, no address.
+It is built from ``gallery.html``, ``gallery.css`` and ``gallery.js`` beside this module. Captions and file names are
+untrusted text: they are escaped in the page's markup and never appear in its script, and the page's
+Content-Security-Policy allows no other script, style or address. Without its script the page shows every card, the best
+first. MLflow shows the page in a sandboxed frame that may run scripts but has no forms, no storage and no address.
 """
 
 import base64
@@ -27,27 +27,28 @@ from capexp.data.captions import Split
 from capexp.data.photos import read_photo
 from capexp.files import write_whole
 
-# Photos inlined at most: every run logs a gallery, each trial of a study too, so it stays at a few megabytes.
+# The largest numbers of photos in the page: every run and every trial logs a gallery, which should stay at a few
+# megabytes.
 _BEST = 60
 _WORST = 60
 _RANDOM = 120
-_SIDE = 224  # pixels, the longer side of an inlined photo
+_SIDE = 224  # the longer side of an inlined photo in pixels
 _QUALITY = 75  # of its JPEG
-_PLACES = 7  # in a row of a map, at most
-_DIGITS = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
+_MAP_SIDE = 7  # the largest side of a map in the page, in grid positions
+_BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 
 Maps = NDArray[np.float32]
-"""Where a captioner looked at each word: ``(T, side, side)``."""
-_NONE: Mapping[int, Maps] = {}
+"""The attention weights for each word of a caption, ``(T, side, side)``."""
+_NO_MAPS: Mapping[int, Maps] = {}
 
 
 @dataclass(frozen=True)
-class Card:
-    """A photo, what the captioner says of it, what people said, and how the two compare."""
+class GalleryCard:
+    """A photo, the captioner's caption, people's captions, and the scores of the first against the others."""
 
     photo: Path
     name: str
-    """As the split's list names it."""
+    """The photo's name in the list of the split."""
     caption: str
     log_probability: float
     references: tuple[str, ...]
@@ -57,78 +58,80 @@ class Card:
 
 @dataclass(frozen=True)
 class Heading:
-    """What stands above the photos: whose captions these are, and what they are worth."""
+    """The head of the page: which captioner it shows, and its losses and scores."""
 
     experiment: str
     captioner: str
-    """Which one of the experiment's."""
+    """Which of the experiment's captioners, as :meth:`Captioner.describe` says."""
     split: str
     decoding: str
     loss: float
-    """In nats per token."""
+    """The cross-entropy in nats per token."""
     loss_blind: float
-    """With photos shuffled among captions."""
+    """The loss of the image-blind baseline, with photos shuffled among captions."""
     scores: CaptionScores
 
 
 @dataclass(frozen=True)
 class Choice:
-    """Which cards the gallery shows, by their place among all of them."""
+    """Which cards the gallery shows, as positions in the list of all cards."""
 
     best: tuple[int, ...]
     """The highest CIDEr first."""
     worst: tuple[int, ...]
     """The lowest CIDEr first."""
     random: tuple[int, ...]
-    """Drawn from all cards, the best and worst too: what the captioner is like on the whole."""
+    """A random sample of all cards, best and worst included: how the captioner does on average."""
     shown: tuple[int, ...]
-    """All cards that are shown, the highest CIDEr first."""
+    """All cards in the page, the highest CIDEr first."""
 
 
-def make_cards(captions: Sequence[Caption], split: Split, scores: CaptionScores) -> tuple[Card, ...]:
-    """A card for each photo of a split, in its order."""
+def make_cards(captions: Sequence[Caption], split: Split, scores: CaptionScores) -> tuple[GalleryCard, ...]:
+    """Return a card for each photo of a split, in the split's order."""
     photos = zip(split.paths(), split.photos, split.references, captions, strict=True)
     return tuple(
-        Card(
+        GalleryCard(
             path,
             name,
             caption.text,
             caption.log_probability,
             references,
-            cider=float(scores.photos.cider[place]),
-            rouge_l=float(scores.photos.rouge_l[place]),
+            cider=float(scores.photos.cider[position]),
+            rouge_l=float(scores.photos.rouge_l[position]),
         )
-        for place, (path, name, references, caption) in enumerate(photos)
+        for position, (path, name, references, caption) in enumerate(photos)
     )
 
 
-def choose(cards: Sequence[Card], seed: int) -> Choice:
-    """The best, the worst and some drawn at random; all others too where they are few.
+def choose(cards: Sequence[GalleryCard], seed: int) -> Choice:
+    """Choose the best cards, the worst, and a random sample; if there are few cards, show all of them.
 
-    Best and worst are a quarter of the cards each, the random ones half of them, up to the gallery's bounds.
+    Best and worst are a quarter of the cards each, the random sample is half of them, up to the bounds of the gallery.
     """
     count = len(cards)
-    # Many captions share no word that counts: ROUGE-L tells these apart.
-    ranked = sorted(range(count), key=lambda place: (-cards[place].cider, -cards[place].rouge_l))
+    # CIDEr is 0 for many captions; ROUGE-L ranks these.
+    ranked = sorted(range(count), key=lambda position: (-cards[position].cider, -cards[position].rouge_l))
     best = ranked[: min(_BEST, -(-count // 4))]
     worst = ranked[::-1][: min(_WORST, -(-count // 4))]
-    drawn = random.Random(seed).sample(range(count), min(_RANDOM, -(-count // 2)))
-    few = count <= _BEST + _WORST + _RANDOM
-    wanted = set(range(count)) if few else {*best, *worst, *drawn}
-    shown = [place for place in ranked if place in wanted]
-    return Choice(tuple(best), tuple(worst), tuple(drawn), tuple(shown))
+    sampled = random.Random(seed).sample(range(count), min(_RANDOM, -(-count // 2)))
+    is_small = count <= _BEST + _WORST + _RANDOM
+    wanted = set(range(count)) if is_small else {*best, *worst, *sampled}
+    shown = [position for position in ranked if position in wanted]
+    return Choice(tuple(best), tuple(worst), tuple(sampled), tuple(shown))
 
 
 def write_gallery(
-    cards: Sequence[Card], choice: Choice, heading: Heading, seed: int, path: Path, looked: Mapping[int, Maps] = _NONE
+    cards: Sequence[GalleryCard],
+    choice: Choice,
+    heading: Heading,
+    seed: int,
+    path: Path,
+    maps: Mapping[int, Maps] = _NO_MAPS,
 ) -> Path:
-    """The page; its photos are small JPEGs made anew, so none of the originals' metadata is carried over.
+    """Write the page and return ``path``.
 
-    ``looked`` holds, by a card's place, where the captioner looked as it said each word: the page shows it word by
-    word, where its script runs.
-
-    Raises:
-        InputError: a photo cannot be read any more, or the file cannot be written.
+    The photos in it are newly encoded small JPEGs without any metadata of the originals. ``maps`` holds attention maps
+    by the positions of their cards, which the page's script shows word by word. ``seed`` is that of the bootstrap.
     """
     style, script = _part("gallery.css"), _part("gallery.js")
     page = Template(_part("gallery.html")).substitute(
@@ -144,13 +147,13 @@ def write_gallery(
         loss_blind=f"{heading.loss_blind:.3f}",
         scores=_score_rows(heading.scores, seed),
         photos=f"{len(cards):,}",
-        shown=_told(choice, len(cards)),
+        shown=_describe_choice(choice, len(cards)),
         best=len(choice.best),
         worst=len(choice.worst),
         random=len(choice.random),
         all=len(choice.shown),
-        looked="" if looked else "hidden",
-        cards="\n".join(_card(cards[place], place, choice, looked.get(place)) for place in choice.shown),
+        looked="" if maps else "hidden",
+        cards="\n".join(_card(cards[position], position, choice, maps.get(position)) for position in choice.shown),
     )
     return write_whole(path, page)
 
@@ -160,11 +163,11 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """What a Content-Security-Policy knows an inline script or style by."""
+    """Return the hash by which a Content-Security-Policy allows an inline script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
-def _told(choice: Choice, count: int) -> str:
+def _describe_choice(choice: Choice, count: int) -> str:
     if len(choice.shown) == count:
         return f"All {count:,} photos are shown"
     return (
@@ -182,13 +185,13 @@ def _score_rows(scores: CaptionScores, seed: int) -> str:
     )
 
 
-def _card(card: Card, place: int, choice: Choice, maps: Maps | None) -> str:
-    """One card's markup: its numbers for the script in ``data-`` attributes, its words as text."""
+def _card(card: GalleryCard, position: int, choice: Choice, maps: Maps | None) -> str:
+    """Return the markup of a card: text for people, and numbers for the script in ``data-`` attributes."""
     image, width, height = _inlined(card.photo)
     references = "".join(f'<li dir="auto">{html.escape(reference)}</li>' for reference in card.references)
-    views = [view for view in ("best", "worst") if place in getattr(choice, view)]
-    drawn = f' data-drawn="{choice.random.index(place)}"' if place in choice.random else ""
-    looked = "" if maps is None else f' data-looked="{_coarse(maps)}"'
+    views = [view for view in ("best", "worst") if position in getattr(choice, view)]
+    drawn = f' data-drawn="{choice.random.index(position)}"' if position in choice.random else ""
+    looked = "" if maps is None else f' data-looked="{_encode_maps(maps)}"'
     return f"""<article data-views="{" ".join(views)}"{drawn}{looked} data-cider="{card.cider:.4f}" \
 data-rouge-l="{card.rouge_l:.4f}" data-log-probability="{card.log_probability:.4f}">
 <img src="{image}" width="{width}" height="{height}" alt="{html.escape(card.references[0])}">
@@ -200,22 +203,23 @@ data-rouge-l="{card.rouge_l:.4f}" data-log-probability="{card.log_probability:.4
 </article>"""
 
 
-def _coarse(maps: Maps) -> str:
-    """Maps ``(T, side, side)`` as text: word after word, row after row, a digit of base64 a place, 63 at the brightest.
+def _encode_maps(maps: Maps) -> str:
+    """Return maps ``(T, side, side)`` as text: word by word, row by row, one base64 digit per position.
 
-    Those of a large grid are averaged over places of 2x2, as often as it takes: a page of photos stays one of photos.
+    Each map is scaled so that its maximum is 63. Maps of a large grid are averaged over 2x2 positions until they are
+    small enough, so that the maps take little of the page's size.
     """
-    while (side := maps.shape[1]) > _PLACES and side % 2 == 0:
+    while (side := maps.shape[1]) > _MAP_SIDE and side % 2 == 0:
         maps = maps.reshape(len(maps), side // 2, 2, side // 2, 2).mean((2, 4))
-    lit = maps / maps.max((1, 2), keepdims=True, initial=1e-9)
-    return "".join(_DIGITS[level] for level in (lit * 63).round().astype(int).flat)
+    scaled = maps / maps.max((1, 2), keepdims=True, initial=1e-9)
+    return "".join(_BASE64[level] for level in (scaled * 63).round().astype(int).flat)
 
 
 def _inlined(photo: Path) -> tuple[str, int, int]:
-    """A photo as a small JPEG in a data URL, with its width and height."""
+    """Return a photo as a small JPEG in a data URL, with its width and height in pixels."""
     image = read_photo(photo)
     image.thumbnail((_SIDE, _SIDE), Image.Resampling.LANCZOS)
-    image.info.clear()  # Pillow would write a JPEG comment again
+    image.info.clear()  # otherwise Pillow copies the JPEG comment
     buffer = io.BytesIO()
     image.save(buffer, "JPEG", quality=_QUALITY, optimize=True)
     data = base64.b64encode(buffer.getvalue()).decode()

@@ -11,7 +11,7 @@ from capexp.experiment import member_name, members_of
 from capexp.settings import Experiment
 from capexp.tracking.known_runs import git_commit
 
-_SETTING_LENGTH = 80  # of one on the card, which may hold 5,000 letters in all
+_SETTING_LENGTH = 80  # characters of a setting on the card, which can hold 5,000 in all
 
 
 def model_card(experiment: Experiment, data: Dataset, captioner: Captioner, evaluation: Evaluation) -> str:

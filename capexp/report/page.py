@@ -1,4 +1,4 @@
-"""The page to try a captioner. Streamlit is imported here alone; it runs this file anew at each change on the page."""
+"""The page to try a captioner. Only this module imports Streamlit, which runs it again at each change on the page."""
 
 import math
 import re
@@ -14,28 +14,28 @@ from capexp.report import attention_maps as maps
 from capexp.settings import DecodingConfig
 
 _METHODS = ("greedy", "beam", "consensus", "sample")
-_WIDEST = 10
-_LIT_PIXELS = 150  # the width of one of those that show where the decoder looked
-_SHOWN_PIXELS = 1200  # the longer side of the photo as the page shows it
+_WIDEST_BEAM = 10
+_MAP_PIXELS = 150  # the width of an attention map
+_PHOTO_PIXELS = 1200  # the longer side of the photo on the page
 
 
 @dataclass(frozen=True)
-class Shown:
-    """What the page shows: a captioner, the name it was asked for by, and how it decodes unless told otherwise."""
+class ServedCaptioner:
+    """The captioner of the page, the name by which the user asked for it, and its default decoding settings."""
 
     captioner: Captioner
     model: str
     decoding: DecodingConfig
     turn: threading.Lock = field(default_factory=threading.Lock)
-    """One photo at a time, however many visitors: each takes all cores."""
+    """Held while a photo is captioned: one at a time, however many visitors there are, because each takes all cores."""
 
 
-_shown: list[Shown] = []  # the one that this process serves
+_served: list[ServedCaptioner] = []  # at most one, the captioner of this process
 
 
-def serve(shown: Shown, host: str, port: int) -> None:
-    """Serves the page until the process is interrupted: nothing is loaded from, or told to, any other machine."""
-    _shown[:] = [shown]
+def serve(served: ServedCaptioner, host: str, port: int) -> None:
+    """Serve the page until the process is interrupted. It loads nothing from other machines, and sends them nothing."""
+    _served[:] = [served]
     local = host in ("127.0.0.1", "localhost", "::1")
     st.App(__file__).run(
         config={
@@ -44,7 +44,7 @@ def serve(shown: Shown, host: str, port: int) -> None:
             "server.headless": True,  # opens no browser, asks for no e-mail address
             "server.maxUploadSize": MAXIMUM_UPLOAD // 2**20,
             "server.maxMessageSize": 2 * MAXIMUM_UPLOAD // 2**20,
-            "server.allowedHosts": ["127.0.0.1", "localhost", "::1"] if local else [],  # no rebound names
+            "server.allowedHosts": ["127.0.0.1", "localhost", "::1"] if local else [],  # against DNS rebinding
             "server.fileWatcherType": "none",
             "browser.gatherUsageStats": False,
             "logger.hideWelcomeMessage": True,
@@ -57,57 +57,61 @@ def serve(shown: Shown, host: str, port: int) -> None:
 
 
 def show() -> None:
-    """Draws the page."""
-    (shown,) = _shown
+    """Draw the page."""
+    (served,) = _served
+    # The controls.
     st.set_page_config(page_title="capexp", layout="centered")
     st.title("What is in the photo?")
-    st.caption(_plain(shown.model))
+    st.caption(_plain(served.model))
     upload = st.file_uploader("A photo", help="Any picture that Pillow reads; it stays in this computer's memory.")
     left, right = st.columns(2)
-    method = left.radio("Method", _METHODS, index=_METHODS.index(shown.decoding.method), horizontal=True)
-    vocabulary = shown.captioner.vocabulary
-    widest = min(max(_WIDEST, shown.decoding.beam_width), len(vocabulary) - len(vocabulary.never_emitted))
+    method = left.radio("Method", _METHODS, index=_METHODS.index(served.decoding.method), horizontal=True)
+    vocabulary = served.captioner.vocabulary
+    widest_beam = min(max(_WIDEST_BEAM, served.decoding.beam_width), len(vocabulary) - len(vocabulary.never_emitted))
     width = right.number_input(
-        "Beam width", 1, widest, min(shown.decoding.beam_width, widest), disabled=method not in ("beam", "consensus"),
+        "Beam width", 1, widest_beam, min(served.decoding.beam_width, widest_beam),
+        disabled=method not in ("beam", "consensus"),
         help="How many captions beam search follows at once, and shows.",
     )  # fmt: skip
     if upload is None:
         return
-    decoding = shown.decoding.model_copy(update={"method": method, "beam_width": width})
+    # The photo and its caption.
+    decoding = served.decoding.model_copy(update={"method": method, "beam_width": width})
     content = upload.getvalue()
     try:
         photo = read_photo(content)
     except InputError as error:
         st.error(_plain(str(error)))
         return
-    photo.thumbnail((_SHOWN_PIXELS, _SHOWN_PIXELS))
+    photo.thumbnail((_PHOTO_PIXELS, _PHOTO_PIXELS))
     left, right = st.columns(2)  # on a phone the caption comes first, then the photo
     right.image(photo, width="stretch")
-    with left, st.spinner("looking"), shown.turn:
-        (result,) = shown.captioner.caption_photos([content], decoding)
+    with left, st.spinner("looking"), served.turn:
+        (result,) = served.captioner.caption_photos([content], decoding)
     if isinstance(result, InputError):
         left.error(_plain(str(result)))
         return
     with left:
-        _answer(result)
-    if shown.captioner.decoder.looks and result.text:
-        with shown.turn:
-            looked = maps.where_it_looked(shown.captioner, content, result.text)
-        lit = maps.light_up(content, result.text, looked)
+        _show_caption(result)
+    # The attention maps.
+    if served.captioner.decoder.has_attention and result.text:
+        with served.turn:
+            weights = maps.attention_of(served.captioner, content, result.text)
+        overlays = maps.overlay_attention(content, result.text, weights)
         st.caption("Where it looked as it said each word")
-        st.image([photo for _, photo in lit], [_plain(word) for word, _ in lit], width=_LIT_PIXELS)
+        st.image([photo for _, photo in overlays], [_plain(word) for word, _ in overlays], width=_MAP_PIXELS)
 
 
-def _answer(caption: Caption) -> None:
-    """The caption, and what else beam search has kept."""
+def _show_caption(caption: Caption) -> None:
+    """Show the caption with its probability, and a table of the other hypotheses of the beam."""
     st.subheader(_plain(caption.text), anchor=False)
     st.caption(_plain(f"probability {_percent(caption.log_probability)}"))
     if caption.alternatives:
         others = caption.alternatives
         st.table(
             {
-                "Or": [_plain(one.text) for one in others],
-                "Probability": [_plain(_percent(one.log_probability)) for one in others],
+                "Or": [_plain(other.text) for other in others],
+                "Probability": [_plain(_percent(other.log_probability)) for other in others],
             }
         )
 
@@ -117,11 +121,11 @@ def _percent(log_probability: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Text that Markdown leaves as it is: a vocabulary may hold any sign."""
+    """Escape text for Markdown: a vocabulary may hold any character."""
     return re.sub(r"([^\w\s])", r"\\\1", text)
 
 
-if __name__ == "__main__":  # as Streamlit runs it, apart from the module that serves
+if __name__ == "__main__":  # Streamlit runs the file as a script, apart from the module in which ``serve`` was called
     from capexp.report import page
 
     page.show()

@@ -1,4 +1,4 @@
-"""What a run comes to, as pictures: losses by epoch, scores beside those of shuffled photos, CIDEr by photo."""
+"""Plots of a run: losses by epoch, scores beside the image-blind baseline, a histogram of CIDEr."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -19,7 +19,7 @@ _BINS = 30  # of the histogram
 
 
 def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
-    """Train and dev loss by epoch, the best epoch marked, as a PNG."""
+    """Plot train and dev loss by epoch, with the best epoch marked, as a PNG; return ``path``."""
     from matplotlib.ticker import MaxNLocator
 
     numbers = [epoch.number for epoch in epochs]
@@ -41,33 +41,36 @@ def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
 
 
 def draw_scores(scores: CaptionScores, seed: int, title: str, path: Path) -> Path:
-    """BLEU, ROUGE-L and CIDEr with 95% intervals, beside what they are on shuffled photos, as a PNG."""
+    """Plot BLEU, ROUGE-L and CIDEr with 95% intervals, beside the image-blind baseline, as a PNG; return ``path``.
+
+    CIDEr has axes of its own, because its values have another range.
+    """
     figure = _figure()
-    shares, cider = figure.subplots(1, 2, width_ratios=(4, 1))
+    bleu_rouge, cider = figure.subplots(1, 2, width_ratios=(4, 1))
     others = [key for key in SCORE_NAMES if key != "cider"]
-    for axes, keys in ((shares, others), (cider, ["cider"])):
+    for axes, keys in ((bleu_rouge, others), (cider, ["cider"])):
         _points(axes, scores, seed, keys)
     figure.suptitle(f"{title}: scores with 95% intervals over {len(scores.photos.lengths):,} photos")
-    figure.legend(*shares.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*bleu_rouge.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
     return _save(figure, path)
 
 
 def _points(axes: "Axes", scores: CaptionScores, seed: int, keys: list[str]) -> None:
-    """One column a score: the captioner's, and to its right that of shuffled photos."""
-    places = np.arange(len(keys))
+    """Draw one column per score: the captioner's value, and to its right that of the image-blind baseline."""
+    columns = np.arange(len(keys))
     series = (("the captioner", scores.photos, _OURS, -0.12), ("photos shuffled", scores.blind, _BLIND, 0.12))
-    for label, photos, color, aside in series:
+    for label, photos, color, offset in series:
         values, intervals = photos.corpus(), photos.intervals(seed=seed)
         heights = np.array([values[key] for key in keys])
-        # A percentile interval need not hold the value itself.
+        # A percentile interval does not always contain the value itself.
         errors = np.array([[values[key] - intervals[key][0], intervals[key][1] - values[key]] for key in keys])
-        axes.errorbar(places + aside, heights, errors.clip(min=0).T, fmt="o", color=color, capsize=4, label=label)
-        for place, height in zip(places + aside, heights, strict=True):
+        axes.errorbar(columns + offset, heights, errors.clip(min=0).T, fmt="o", color=color, capsize=4, label=label)
+        for column, height in zip(columns + offset, heights, strict=True):
             axes.annotate(
-                f"{height:.3f}", (place, height), xytext=(9 if aside > 0 else -9, 0), textcoords="offset points",
-                ha="left" if aside > 0 else "right", va="center", color=color, fontsize="small",
+                f"{height:.3f}", (column, height), xytext=(9 if offset > 0 else -9, 0), textcoords="offset points",
+                ha="left" if offset > 0 else "right", va="center", color=color, fontsize="small",
             )  # fmt: skip
-    axes.set_xticks(places, [SCORE_NAMES[key] for key in keys])
+    axes.set_xticks(columns, [SCORE_NAMES[key] for key in keys])
     axes.set_xlim(-0.6, len(keys) - 0.4)
     axes.set_ylim(bottom=0)
     axes.margins(y=0.1)
@@ -75,7 +78,7 @@ def _points(axes: "Axes", scores: CaptionScores, seed: int, keys: list[str]) -> 
 
 
 def draw_histogram(scores: CaptionScores, title: str, path: Path) -> Path:
-    """How many photos have which CIDEr, beside what they have when shuffled, as a PNG."""
+    """Plot a histogram of the photos' CIDEr, beside that of the image-blind baseline, as a PNG; return ``path``."""
     figure = _figure()
     axes = figure.add_subplot()
     ours, blind = scores.photos.cider, scores.blind.cider

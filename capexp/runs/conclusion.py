@@ -7,7 +7,7 @@ import numpy as np
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import Evaluation, evaluate_dev
 from capexp.data.dataset import Dataset
-from capexp.report.gallery import Card, Heading, choose, make_cards, write_gallery
+from capexp.report.gallery import GalleryCard, Heading, choose, make_cards, write_gallery
 from capexp.report.plots import draw_histogram, draw_scores
 from capexp.settings import Experiment
 from capexp.tracking.run import TrackedRun
@@ -21,7 +21,7 @@ def evaluate_on_dev(experiment: Experiment, data: Dataset, captioner: Captioner)
 
 def conclude(
     experiment: Experiment, data: Dataset, tracked: TrackedRun, captioner: Captioner, metrics: dict[str, float]
-) -> tuple[Evaluation, tuple[Card, ...]]:
+) -> tuple[Evaluation, tuple[GalleryCard, ...]]:
     """Evaluate a run's captioner on dev; log metrics, plots and gallery.
 
     ``metrics`` of the training are logged with those of the evaluation. Returns the evaluation, and cards of dev photos
@@ -46,9 +46,9 @@ def conclude(
         scores=evaluation.scores,
     )
     maps = {}
-    if captioner.decoder.looks:
+    if captioner.decoder.has_attention:
         features = data.features["dev"].gather(np.array(choice.shown))
-        of_shown = captioner.look_back(features, [cards[position].caption for position in choice.shown])
+        of_shown = captioner.attention_maps(features, [cards[position].caption for position in choice.shown])
         maps = dict(zip(choice.shown, of_shown, strict=True))
     tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html", maps))
     return evaluation, tuple(cards[position] for position in choice.random)

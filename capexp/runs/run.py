@@ -17,7 +17,7 @@ from capexp.distributed import ALONE, World, choose_device
 from capexp.errors import InputError, Unsent
 from capexp.experiment import to_toml
 from capexp.files import writing
-from capexp.report.gallery import Card
+from capexp.report.gallery import GalleryCard
 from capexp.report.model_card import describe_result, describe_run, describe_use
 from capexp.report.plots import draw_losses
 from capexp.runs.conclusion import conclude
@@ -106,7 +106,7 @@ class Result:
     dev_loss_blind: float | None = None
     """None where it was pruned, or found."""
     version: Version | None = None
-    samples: tuple[Card, ...] = ()
+    samples: tuple[GalleryCard, ...] = ()
     """Captions of some dev photos, drawn at random."""
 
 

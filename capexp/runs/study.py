@@ -65,7 +65,7 @@ def study_run(plan: Plan, study: Study) -> Iterator[OpenRun]:
                 keep_open(study.parent_runs()[0])
 
     with ExitStack() as stack:
-        with study.alone():  # of two that begin the study at once, the second must find the first's run
+        with study.lock():  # of two that begin the study at once, the second must find the first's run
             earlier = study.parent_runs()
             resume = earlier[0] if earlier and adopted_run() is None and run_tags(earlier[0]) else None
             stack.callback(leave)

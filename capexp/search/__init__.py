@@ -1,1 +1,1 @@
-"""The Optuna study: its space, where it is kept, its trials, and what comes out of it."""
+"""The Optuna study: its storage, its trials and its charts."""

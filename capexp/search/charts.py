@@ -1,4 +1,4 @@
-"""What a study looks like: its history, what mattered, which values went together; a page and pictures."""
+"""Charts of a study: history, importances, parallel coordinates and slices, as one HTML page and as PNGs."""
 
 import html
 import logging
@@ -18,9 +18,9 @@ _LOSS = "dev loss"
 
 
 def importances(study: Any) -> dict[str, float]:
-    """How much of the spread of dev loss each setting explains (fANOVA), the greatest first.
+    """Return the importance of each setting: the share of the variance of dev loss that it explains (fANOVA).
 
-    Empty where too few trials are finished to tell.
+    The largest comes first. Empty if too few trials are finished.
     """
     import optuna
 
@@ -32,18 +32,18 @@ def importances(study: Any) -> dict[str, float]:
 
 
 def draw_charts(study: Any, name: str, folder: Path) -> list[Path]:
-    """One page with all charts, which needs nothing else, and each of them as a PNG."""
+    """Write one self-contained page with all charts, and each chart as a PNG; return the paths of all files."""
     import matplotlib as mpl
     import optuna
 
-    shown = importances(study)
-    drawn: list[Path] = []
+    shares = importances(study)
+    pictures: list[Path] = []
     sections: list[str] = []
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     for chart, (function, title) in _CHARTS.items():
         options: dict[str, Any] = {"target_name": _LOSS}
         if chart == "importances":
-            if not shown:
+            if not shares:
                 continue
             options["evaluator"] = evaluator
         with warnings.catch_warnings(), mpl.rc_context({"figure.autolayout": False}):
@@ -51,13 +51,13 @@ def draw_charts(study: Any, name: str, folder: Path) -> list[Path]:
             figure = getattr(optuna.visualization, f"plot_{function}")(study, **options)
             figure.update_layout(title=None, template="plotly_white", margin={"t": 24})
             sections.append(f"<h2>{title}</h2>" + figure.to_html(full_html=False, include_plotlyjs=not sections))
-            drawn.append(_draw(study, function, title, options, folder / f"{chart}.png"))
+            pictures.append(_draw_picture(study, function, title, options, folder / f"{chart}.png"))
     page = folder / "study.html"
     page.write_text(_PAGE.format(title=html.escape(name), sections="\n".join(sections)), encoding="utf-8")
-    return [page, *drawn]
+    return [page, *pictures]
 
 
-def _draw(study: Any, function: str, title: str, options: dict[str, Any], path: Path) -> Path:
+def _draw_picture(study: Any, function: str, title: str, options: dict[str, Any], path: Path) -> Path:
     import matplotlib as mpl
 
     mpl.use("Agg")
@@ -67,9 +67,9 @@ def _draw(study: Any, function: str, title: str, options: dict[str, Any], path: 
 
     axes = getattr(optuna.visualization.matplotlib, f"plot_{function}")(study, **options)
     figure = np.ravel(axes)[0].figure
-    for one in figure.axes:
-        one.set_title("")
-        one.set_title("", loc="left")
+    for axis in figure.axes:
+        axis.set_title("")
+        axis.set_title("", loc="left")
     figure.suptitle(title)
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)

@@ -1,8 +1,10 @@
-"""Where a study is kept: a journal in a file, for the processes of one machine, or a PostgreSQL database, for many.
+"""The storage of a study: a journal file for the processes of one machine, or a PostgreSQL database for many machines.
 
-Either gives what trials counted once need: a lock over all processes of a study, which the system or the database
-lets go of when its holder dies; and a sign of life for every trial at work, so that one whose worker has vanished
-is found.
+Each trial must be counted exactly once, also when workers are killed. A storage therefore has
+
+* a lock that excludes all other processes of the study, and that the operating system or the database releases when
+  its holder dies;
+* a heartbeat for every running trial, so that trials of dead workers are found.
 """
 
 import logging
@@ -21,58 +23,49 @@ from capexp.files import writing
 
 log = logging.getLogger(__name__)
 
-_LOST_AFTER = 3  # heartbeats missed
+_LOST_AFTER = 3  # missed heartbeats
 _CONNECT_SECONDS = 10
 
 
-class Storage(ABC):
-    """One study's storage."""
+class StudyStorage(ABC):
+    """The storage of one study."""
 
     shown: str
-    """How it is named to a user: no password in it."""
+    """Its name in messages, without a password."""
     is_shared: bool
-    """Whether other machines may be at work on the study."""
+    """Whether workers on other machines may run trials of the study."""
 
     @abstractmethod
     def exists(self) -> bool:
-        """Whether there is anything yet.
-
-        Raises:
-            Outage: it cannot be reached.
-        """
+        """Return whether the storage exists already. Raises Outage if it cannot be reached."""
 
     @abstractmethod
     def open(self) -> Any:
-        """Optuna's storage, made where it is missing.
-
-        Raises:
-            InputError: it cannot be reached, or is not what it should be.
-        """
+        """Return Optuna's storage, created if it does not exist."""
 
     @abstractmethod
-    def alone(self) -> Any:
-        """A context in which no other process of the study is in one; not to be entered twice."""
+    def lock(self) -> Any:
+        """Return a context manager that locks the study for this process. It is not reentrant."""
 
     @abstractmethod
-    def alive(self, number: int) -> Any:
-        """A context that shows a trial to be at work, as long as this process lives."""
+    def heartbeat(self, number: int) -> Any:
+        """Return a context manager that marks a trial as running, as long as this process lives."""
 
     @abstractmethod
     def fail_lost(self, study: Any) -> None:
-        """Tells FAIL of the running trials that show no sign of life. Only to be called ``alone``."""
+        """Set the state of running trials without a heartbeat to FAIL. Only call it while holding the lock."""
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Tells a fault of the storage in one line, without a password.
-
-        Raises:
-            Outage: in place of the libraries' errors.
-        """
+        """Turn the errors of libraries and disk into an Outage of one line, without a password."""
         yield
 
 
-class Journal(Storage):
-    """A journal beside its locks: ``NAME.journal``, ``NAME.lock``, and a lock a trial in ``NAME.trials``."""
+class JournalStudyStorage(StudyStorage):
+    """A journal file ``NAME.journal``, the study's lock ``NAME.lock``, and a lock per running trial in ``NAME.trials``.
+
+    A trial's lock is its heartbeat: the operating system releases it when the worker dies.
+    """
 
     is_shared = False
 
@@ -82,11 +75,11 @@ class Journal(Storage):
         self._trials = self._path.with_suffix(".trials")
 
     def exists(self) -> bool:
-        """Whether the journal is there."""
+        """Return whether the journal file exists."""
         return self._path.is_file()
 
     def open(self) -> Any:
-        """The journal, a last line that was cut short (by a full disk, a power cut) taken off."""
+        """Open the journal. A last line that is incomplete (after a full disk or a power cut) is removed first."""
         import optuna
         from optuna.storages.journal import JournalFileBackend
 
@@ -98,23 +91,23 @@ class Journal(Storage):
                 content = file.read()
                 if content and not content.startswith(b"{"):
                     raise InputError(f"{self.shown}: not a journal; move it away, or give another --study")
-                whole = content.rfind(b"\n") + 1
-                if whole < len(content):
-                    file.truncate(whole)
+                complete = content.rfind(b"\n") + 1
+                if complete < len(content):
+                    file.truncate(complete)
         try:
-            # A lock of the system's: Optuna's own one outlives a killed process for half a minute.
+            # The operating system's lock: Optuna's own lock stays for half a minute after its process is killed.
             return optuna.storages.JournalStorage(JournalFileBackend(str(self._path), lock_obj=appending))
-        except (ValueError, KeyError) as error:  # what a journal that is not one leads to
+        except (ValueError, KeyError) as error:  # raised by Optuna for lines that are not its own
             raise InputError(f"{self.shown}: damaged ({error}); move it away, or give another --study") from None
 
-    def alone(self) -> Any:
-        """The study's lock."""
+    def lock(self) -> Any:
+        """Return the study's file lock."""
         return FileLock(self._path.with_suffix(".lock"))
 
     @contextmanager
-    def alive(self, number: int) -> Iterator[None]:
-        """Holds the trial's lock."""
-        lock = self._lock(number)
+    def heartbeat(self, number: int) -> Iterator[None]:
+        """Hold the trial's file lock."""
+        lock = self._trial_lock(number)
         lock.acquire(blocking=False)
         try:
             yield
@@ -123,32 +116,32 @@ class Journal(Storage):
             Path(lock.lock_file).unlink(missing_ok=True)
 
     def fail_lost(self, study: Any) -> None:
-        """Those whose lock is free."""
+        """Set the state of running trials whose file lock is free to FAIL."""
         from optuna.trial import TrialState
 
         for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
-            lock = self._lock(trial.number)
+            lock = self._trial_lock(trial.number)
             try:
                 lock.acquire(blocking=False)
             except Timeout:
                 continue
-            # Free also where it has ended since the list was made.
+            # The lock is also free if the trial has ended since the list was made.
             study.tell(trial.number, state=TrialState.FAIL, skip_if_finished=True)
             lock.release()
             Path(lock.lock_file).unlink(missing_ok=True)
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """A full disk, mostly."""
+        """Turn the errors of writing to the disk, mostly a full one, into an Outage."""
         with writing(self._path):
             yield
 
-    def _lock(self, number: int) -> FileLock:
+    def _trial_lock(self, number: int) -> FileLock:
         return FileLock(self._trials / f"{number}.lock")
 
 
-class Database(Storage):
-    """A PostgreSQL database, its advisory locks, and Optuna's heartbeats."""
+class DatabaseStudyStorage(StudyStorage):
+    """A PostgreSQL database, locked by its advisory locks, with Optuna's heartbeats."""
 
     is_shared = True
 
@@ -156,7 +149,7 @@ class Database(Storage):
         self.shown = shown_uri(url)
         self._url = url
         self._name = name
-        self._heartbeat = heartbeat
+        self._interval = heartbeat
         self._storage: Any = None
         try:
             import psycopg  # noqa: F401
@@ -164,7 +157,7 @@ class Database(Storage):
             raise InputError(f"--storage {self.shown}: needs psycopg; pip install 'psycopg[binary]'") from None
 
     def exists(self) -> bool:
-        """Whether Optuna's tables are there."""
+        """Return whether Optuna's tables exist."""
         import sqlalchemy
 
         with self.faults():
@@ -175,25 +168,25 @@ class Database(Storage):
                 engine.dispose()
 
     def open(self) -> Any:
-        """The database, with Optuna's tables."""
+        """Open the database; create Optuna's tables if they do not exist."""
         import optuna
 
         with self.faults():
             engine = self._engine()
             with engine.begin() as connection:
-                _take_lock(connection, "capexp: tables")  # two first processes at once would both make them
+                _take_lock(connection, "capexp: tables")  # otherwise two processes could both create the tables
                 try:
                     with warnings.catch_warnings():
                         warnings.simplefilter("ignore", optuna.exceptions.ExperimentalWarning)
                         self._storage = optuna.storages.RDBStorage(
                             self._url,
                             engine_kwargs=_engine_options(),
-                            heartbeat_interval=self._heartbeat,
-                            grace_period=_LOST_AFTER * self._heartbeat,
+                            heartbeat_interval=self._interval,
+                            grace_period=_LOST_AFTER * self._interval,
                         )
                 except RuntimeError as error:  # tables of another version of Optuna
                     raise InputError(f"--storage {self.shown}: {error}") from None
-                except KeyError:  # whose table of versions is not Optuna's
+                except KeyError:  # the version table is another program's
                     raise InputError(
                         f"--storage {self.shown}: holds another program's tables; give the study a database of its own"
                     ) from None
@@ -201,8 +194,8 @@ class Database(Storage):
         return self._storage
 
     @contextmanager
-    def alone(self) -> Iterator[None]:
-        """An advisory lock of the database's; the server lets go of it when the connection ends."""
+    def lock(self) -> Iterator[None]:
+        """Hold an advisory lock of the database, which the server releases when the connection ends."""
         from sqlalchemy.exc import SQLAlchemyError
 
         with self.faults():
@@ -211,20 +204,20 @@ class Database(Storage):
         try:
             yield
         finally:
-            with suppress(SQLAlchemyError):  # where the connection is gone, so is the lock
+            with suppress(SQLAlchemyError):  # a lost connection has released the lock already
                 connection.rollback()
                 connection.close()
 
     @contextmanager
-    def alive(self, number: int) -> Iterator[None]:
-        """Heartbeats, from a thread."""
+    def heartbeat(self, number: int) -> Iterator[None]:
+        """Record heartbeats of the trial from a thread."""
         study = self._storage.get_study_id_from_name(self._name)
         trial = self._storage.get_trial_id_from_study_id_trial_number(study, number)
         self._storage.record_heartbeat(trial)
-        over = threading.Event()
+        stopped = threading.Event()
 
         def beat() -> None:
-            while not over.wait(self._heartbeat):
+            while not stopped.wait(self._interval):
                 try:
                     with self.faults():
                         self._storage.record_heartbeat(trial)
@@ -236,11 +229,11 @@ class Database(Storage):
         try:
             yield
         finally:
-            over.set()
+            stopped.set()
             thread.join()
 
     def fail_lost(self, study: Any) -> None:
-        """Those whose last heartbeat is too long ago."""
+        """Set the state of running trials whose last heartbeat is too old to FAIL."""
         import optuna
 
         with warnings.catch_warnings():
@@ -249,14 +242,14 @@ class Database(Storage):
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Whatever SQLAlchemy, or Optuna about it, has to say."""
+        """Turn errors of SQLAlchemy, and Optuna's errors about them, into an Outage."""
         from optuna.exceptions import StorageInternalError
         from sqlalchemy.exc import SQLAlchemyError
 
         try:
             yield
         except (SQLAlchemyError, StorageInternalError) as error:
-            cause = error.__cause__ or error  # what the database itself says
+            cause = error.__cause__ or error  # the database's own message
             reason = without_secrets(str(cause).strip().splitlines()[0], self._url)
             raise Outage(f"--storage {self.shown}: {reason}; mend it, then give the same command again") from None
 
@@ -266,25 +259,24 @@ class Database(Storage):
         return sqlalchemy.create_engine(self._url, **_engine_options())
 
 
-def find_storage(url: str | None, folder: Path, name: str, heartbeat: int) -> Storage:
-    """The storage that ``--storage`` names; the journal in ``folder`` where it names none.
+def find_storage(url: str | None, folder: Path, name: str, heartbeat: int) -> StudyStorage:
+    """Return the storage that ``--storage`` names, or without a ``url`` the journal in ``folder``.
 
-    Raises:
-        InputError: not a URL of a PostgreSQL database, or its driver is not installed.
+    ``heartbeat`` is the seconds between two heartbeats in a database.
     """
     if url is None:
-        return Journal(folder, name)
+        return JournalStudyStorage(folder, name)
     from sqlalchemy import make_url
 
-    wanted = "postgresql://USER@HOST:PORT/DATABASE; without --storage a study is kept in a file"
+    expected = "postgresql://USER@HOST:PORT/DATABASE; without --storage a study is kept in a file"
     try:
         parsed = make_url(url)
         dialect = parsed.get_backend_name()
-    except Exception:  # of many kinds, each quoting some of the URL, the password perhaps
-        raise InputError(f"--storage: not a URL; give {wanted}") from None
+    except Exception:  # of many types, whose messages may quote the password in the URL
+        raise InputError(f"--storage: not a URL; give {expected}") from None
     if dialect != "postgresql":
-        raise InputError(f"--storage {shown_uri(url)}: not a PostgreSQL database; give {wanted}")
-    return Database(url, name, heartbeat)
+        raise InputError(f"--storage {shown_uri(url)}: not a PostgreSQL database; give {expected}")
+    return DatabaseStudyStorage(url, name, heartbeat)
 
 
 def _engine_options() -> dict[str, Any]:
@@ -292,10 +284,10 @@ def _engine_options() -> dict[str, Any]:
 
 
 def _take_lock(connection: Any, name: str) -> None:
-    """Waits for an advisory lock that lasts as long as the connection's transaction."""
+    """Wait for an advisory lock, which is held until the connection's transaction ends."""
     from sqlalchemy import text
 
-    # A machine that drops from the network is noticed within a minute, and its lock set free.
+    # The server notices within a minute that a machine has left the network, and releases its lock.
     for setting, seconds in (("idle", 30), ("interval", 10)):
         connection.execute(text(f"SET LOCAL tcp_keepalives_{setting} = {seconds}"))
     connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": name})

@@ -1,4 +1,4 @@
-"""A trial: as it is to be run, as it is told of, and how far all of them are."""
+"""The records of trials: one to run, a finished one, and the progress of all of them."""
 
 from collections.abc import Mapping
 from dataclasses import dataclass
@@ -7,22 +7,22 @@ from capexp.settings import Value
 
 
 class Pruned(Exception):
-    """Thrown into a trial that is not worth going on with."""
+    """Thrown into the generator of a trial to prune it."""
 
 
 @dataclass(frozen=True)
 class PendingTrial:
-    """A trial to be run."""
+    """A trial to run."""
 
     number: int
     values: dict[str, Value]
     earlier: tuple[int, ...]
-    """The numbers under which the same values were tried before, and broken off; the last one first."""
+    """The numbers of the interrupted trials that had the same values before; the latest first."""
 
 
 @dataclass(frozen=True)
 class FinishedTrial:
-    """A finished trial."""
+    """A trial that was trained to its end."""
 
     number: int
     run_id: str
@@ -32,7 +32,7 @@ class FinishedTrial:
 
 @dataclass(frozen=True)
 class StudyProgress:
-    """How far a study is, over all its workers."""
+    """The progress of a study over all its workers."""
 
     wanted: int
     finished: int
@@ -41,18 +41,18 @@ class StudyProgress:
     running: int
     best: FinishedTrial | None
     seconds_left: float | None
-    """None as long as no trial has ended."""
+    """None until the first trial has ended."""
 
     @property
     def counted(self) -> int:
-        """Finished and pruned trials."""
+        """The number of finished and pruned trials."""
         return self.finished + self.pruned
 
 
-def shown_values(values: Mapping[str, Value]) -> str:
-    """Values by their settings, in a line."""
-    return ", ".join(f"{name} {_shown(value)}" for name, value in values.items())
+def describe_values(values: Mapping[str, Value]) -> str:
+    """Return the names and values of settings in one line."""
+    return ", ".join(f"{name} {_format(value)}" for name, value in values.items())
 
 
-def _shown(value: Value) -> str:
+def _format(value: Value) -> str:
     return f"{value:.3g}" if isinstance(value, float) else str(value)

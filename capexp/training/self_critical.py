@@ -17,7 +17,7 @@ from torch import Tensor
 
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import Decoder
-from capexp.captioning.decoding import draw
+from capexp.captioning.decoding import sample_captions
 from capexp.captioning.evaluation import Loss, caption_all
 from capexp.data.batches import photo_batches
 from capexp.data.captions import Split
@@ -144,7 +144,9 @@ class SelfCritical(Objective):
             # Sampled without dropout: sampling with the very masks of the gradient has given less.
             decoder.eval()
             try:
-                samples = draw(decoder, seen, vocabulary, settings.samples, training.captioner.decoding.maximum_length)
+                samples = sample_captions(
+                    decoder, seen, vocabulary, settings.samples, training.captioner.decoding.maximum_length
+                )
             except FloatingPointError as error:
                 raise self.diverged(f"{error} in epoch {number}") from None
             rewards = self._reward.of_samples(photos.tolist(), samples, vocabulary)  # (B,)

@@ -22,7 +22,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder, RecurrentDecoder, State
+from capexp.captioning.decoder import Decoder, DecoderState, RecurrentDecoder
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vocabulary import EOS, Vocabulary
 from capexp.distributed import choose_device
@@ -37,10 +37,10 @@ Kind = Literal["merge", "attention"]
 
 
 @dataclass(frozen=True)
-class Timed(State):
+class Timed(DecoderState):
     """A decoder's state, with how many words each caption will have and has."""
 
-    state: State
+    state: DecoderState
     words: Tensor  # (B,)
     said: int
 
@@ -65,11 +65,11 @@ class EndsLikePeople(RecurrentDecoder):
         words = (MEAN + DEVIATION * features[:, 0, 0]).round().clamp(2, 30)
         return Timed(self.decoder.start(features), words, 0)
 
-    def read(self, state: State, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, State]:
+    def read(self, state: DecoderState, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, DecoderState]:
         """Is not asked for by decoding."""
         raise NotImplementedError
 
-    def step(self, state: State, words: Tensor) -> tuple[Tensor, Timed]:
+    def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, Timed]:
         """The decoder's own step, but for when it ends."""
         assert isinstance(state, Timed)
         logits, after = self.decoder.step(state.state, words)

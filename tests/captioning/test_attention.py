@@ -58,7 +58,7 @@ def test_the_grids_are_not_copied_for_the_captions_of_a_beam(decoder: AttentionD
 
 def test_looking_back_finds_the_weights_of_each_word(decoder: AttentionDecoder) -> None:
     features, words = torch.rand(2, P, F), torch.tensor([[5, 9, 7], [8, 4, PAD]])
-    looked = decoder.look_back(features, words)
+    looked = decoder.attention_maps(features, words)
     assert looked.shape == (2, 3, P)
     for photo, caption in enumerate(([BOS, 5, 9], [BOS, 8])):
         state = decoder.start(features[photo : photo + 1])

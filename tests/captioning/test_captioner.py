@@ -96,23 +96,23 @@ def test_an_ensemble_looks_where_its_members_look_on_the_mean() -> None:
     members = [fresh(seed=seed, attends=True) for seed in (1, 2)]
     features = np.random.default_rng(0).random((3, 49, 512)).astype(np.float16)
     said = ["a dog runs", "", "café"]
-    maps = together(*members).look_back(features, said)
+    maps = together(*members).attention_maps(features, said)
     assert [one.shape for one in maps] == [(3, 7, 7), (0, 7, 7), (1, 7, 7)]
-    apart = [member.look_back(features, said) for member in members]
+    apart = [member.attention_maps(features, said) for member in members]
     for mean, one, two in zip(maps, *apart, strict=True):
         np.testing.assert_allclose(mean, (one + two) / 2, rtol=1e-6)
-    assert together(*members).decoder.looks and not together(fresh(), fresh(seed=2)).decoder.looks
+    assert together(*members).decoder.has_attention and not together(fresh(), fresh(seed=2)).decoder.has_attention
 
 
 def test_looking_back_at_many_photos_is_as_at_each_alone() -> None:
     captioner = fresh(attends=True)
     features = np.random.default_rng(0).random((4, 49, 512)).astype(np.float16)
     said = ["runs", "a dog runs a dog", "", "dog café"]
-    for row, text, maps in zip(features, said, captioner.look_back(features, said), strict=True):
-        (alone,) = captioner.look_back(row[None], [text])
+    for row, text, maps in zip(features, said, captioner.attention_maps(features, said), strict=True):
+        (alone,) = captioner.attention_maps(row[None], [text])
         np.testing.assert_allclose(maps, alone, atol=1e-6)
         np.testing.assert_allclose(maps.sum((1, 2)), 1, rtol=1e-5)
-    assert [maps.shape for maps in captioner.look_back(features[:2], ["", ""])] == [(0, 7, 7)] * 2
+    assert [maps.shape for maps in captioner.attention_maps(features[:2], ["", ""])] == [(0, 7, 7)] * 2
 
 
 FILES = ("captioner.json", "vocabulary.json", "decoder.safetensors", "manifest.json")

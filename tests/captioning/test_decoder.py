@@ -7,7 +7,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import Decoder, RecurrentDecoder, State
+from capexp.captioning.decoder import Decoder, DecoderState, RecurrentDecoder
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.merge import MergeDecoder
 from capexp.captioning.model import build_decoder
@@ -103,7 +103,7 @@ def test_a_selected_state_goes_on_as_the_captions_it_names(decoder: Decoder) -> 
     torch.testing.assert_close(logits, decoder(features, inputs)[rows[again], 6], rtol=1e-5, atol=1e-6)
 
 
-def read(decoder: Decoder, state: State, words: Tensor) -> State:
+def read(decoder: Decoder, state: DecoderState, words: Tensor) -> DecoderState:
     for step in words.unbind(1):
         _, state = decoder.step(state, step)
     return state

@@ -29,7 +29,7 @@ def test_outputs_states_and_all_gradients_are_torchs() -> None:
         read = padded.clone().requires_grad_()
         if ours:
             words = pack_padded_sequence(read, torch.tensor(LENGTHS)).data
-            values = lstm.read(layer, words, COUNTS, *starts)
+            values = lstm.run(layer, words, COUNTS, *starts)
         else:
             values = of_torch(layer, read, *starts)
         # Every value weighs otherwise, those of the last states too.
@@ -74,5 +74,5 @@ def test_no_step_is_of_padding(monkeypatch: pytest.MonkeyPatch) -> None:
 
     monkeypatch.setattr(torch, "addmm", counted)
     zeros = torch.zeros(len(LENGTHS), H)
-    lstm.read(nn.LSTM(E, H), torch.randn(sum(LENGTHS), E), COUNTS, zeros, zeros)
+    lstm.run(nn.LSTM(E, H), torch.randn(sum(LENGTHS), E), COUNTS, zeros, zeros)
     assert rows == COUNTS

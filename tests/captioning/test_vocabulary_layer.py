@@ -27,13 +27,13 @@ def gradients(loss: Tensor, layer: VocabularyLayer, outputs: Tensor) -> list[Ten
 
 @pytest.fixture(params=[2**23, 16 * V, 1], ids=["at once", "in parts", "less than a part"])
 def at_once(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary_layer, "_AT_ONCE", request.param)
+    monkeypatch.setattr(vocabulary_layer, "_CHUNK_LOGITS", request.param)
 
 
 @pytest.fixture(params=[True, False], ids=["by word", "by output"])
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
     """As on a CPU, and as on a GPU."""
-    monkeypatch.setattr(vocabulary_layer, "_stand_by_word", lambda device: request.param)
+    monkeypatch.setattr(vocabulary_layer, "_is_by_word", lambda device: request.param)
 
 
 @pytest.mark.usefixtures("at_once", "way")
@@ -114,7 +114,7 @@ def test_each_target_passes_the_layer_once_and_three_products_are_all() -> None:
 
 
 def test_memory_does_not_grow_with_the_targets(monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr(vocabulary_layer, "_AT_ONCE", 16 * V)
+    monkeypatch.setattr(vocabulary_layer, "_CHUNK_LOGITS", 16 * V)
     sizes: list[int] = []
     empty: Callable[..., Tensor] = Tensor.new_empty
 

@@ -11,7 +11,7 @@ from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
 from capexp.errors import InputError
-from capexp.report.attention_maps import draw_maps, refuse_blind
+from capexp.report.attention_maps import draw_maps, require_attention
 from capexp.settings import DecodingConfig, ModelConfig
 
 
@@ -33,4 +33,4 @@ def test_a_captioner_that_looks_at_no_places_is_refused() -> None:
     words = Vocabulary(("dog",), "standard", "token")
     captioner = Captioner.fresh(ModelConfig(embedding_size=4, lstm_units=4), words, identity, DecodingConfig(), 1)
     with pytest.raises(InputError, match=r"--maps.*as a whole.*'attention'"):
-        refuse_blind(captioner)
+        require_attention(captioner)

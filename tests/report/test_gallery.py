@@ -26,7 +26,7 @@ from PIL import Image, ImageCms
 from capexp.captioning.captioner import Caption
 from capexp.captioning.evaluation import score_captions
 from capexp.data.captions import Split
-from capexp.report.gallery import Card, Heading, choose, make_cards, write_gallery
+from capexp.report.gallery import GalleryCard, Heading, choose, make_cards, write_gallery
 from capexp.tracking.run import tracked_run
 from capexp.tracking.store import database_uri
 
@@ -284,7 +284,7 @@ def test_where_a_photo_was_taken_is_not_in_the_page(tmp_path: Path, kind: str) -
     seed=st.integers(0, 9),
 )
 def test_a_bounded_choice_holds_the_best_the_worst_and_an_even_draw(ciders: list[float], seed: int) -> None:
-    cards = [Card(Path(), "", "", 0.0, ("",), cider=value, rouge_l=0.0) for value in ciders]
+    cards = [GalleryCard(Path(), "", "", 0.0, ("",), cider=value, rouge_l=0.0) for value in ciders]
     choice = choose(cards, seed)
     shown = [ciders[place] for place in choice.shown]
     assert len(set(choice.shown)) == len(shown) <= 240

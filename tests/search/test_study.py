@@ -14,8 +14,8 @@ from optuna.trial import TrialState
 
 from capexp.errors import InputError, Outage
 from capexp.search.charts import draw_charts, importances
-from capexp.search.storage import Journal, find_storage
-from capexp.search.study import Study, refuse_other
+from capexp.search.storage import JournalStudyStorage, find_storage
+from capexp.search.study import Study, require_comparable
 from capexp.search.trial import PendingTrial, Pruned
 from capexp.settings import Range, TuneConfig
 from capexp.training.loop import Epoch, Update
@@ -29,7 +29,7 @@ def config(trials: int, **settings: Any) -> TuneConfig:
 
 
 def open_study(folder: Path, trials: int, seed: int = 7, **settings: Any) -> Study:
-    return Study(Journal(folder, "study"), "study", config(trials, **settings), seed, 3, KNOWN)
+    return Study(JournalStudyStorage(folder, "study"), "study", config(trials, **settings), seed, 3, KNOWN)
 
 
 def epoch(number: int, dev_loss: float) -> Update:
@@ -73,7 +73,7 @@ def drawn(study: Study) -> list[tuple[tuple[str, Any], ...]]:
 def vanish(study: Study) -> PendingTrial:
     """Begins a trial, and leaves it as a killed worker does: without a sign of life."""
     with ExitStack() as life:
-        begun = study._begin(life)
+        begun = study._start_trial(life)
         assert begun is not None
         return begun[1]
 
@@ -233,24 +233,24 @@ def test_a_study_of_something_else_is_refused_by_what_differs_and_left_alone(
 ) -> None:
     run_all(open_study(tmp_path, 2))
     before = {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()}
-    storage = Journal(tmp_path, "study")
+    storage = JournalStudyStorage(tmp_path, "study")
     with pytest.raises(InputError, match=f"{setting} was .*, now it is {value}"):
-        refuse_other(storage, "study", KNOWN | {setting: value})
+        require_comparable(storage, "study", KNOWN | {setting: value})
     assert {path: path.read_bytes() for path in tmp_path.rglob("*") if path.is_file()} == before
-    refuse_other(storage, "study", KNOWN)
-    refuse_other(Journal(tmp_path / "elsewhere", "study"), "study", KNOWN)
+    require_comparable(storage, "study", KNOWN)
+    require_comparable(JournalStudyStorage(tmp_path / "elsewhere", "study"), "study", KNOWN)
     assert not (tmp_path / "elsewhere").exists(), "looking makes nothing"
 
 
 def test_a_study_whose_maker_was_killed_on_the_spot_is_taken_over(tmp_path: Path) -> None:
-    create_study(storage=Journal(tmp_path, "study").open(), study_name="study")
+    create_study(storage=JournalStudyStorage(tmp_path, "study").open(), study_name="study")
     run_all(open_study(tmp_path, 2))
     with pytest.raises(InputError, match=r"training\.epochs was 3"):
-        refuse_other(Journal(tmp_path, "study"), "study", KNOWN | {"training.epochs": "4"})
+        require_comparable(JournalStudyStorage(tmp_path, "study"), "study", KNOWN | {"training.epochs": "4"})
 
 
 def test_a_study_of_another_program_is_refused(tmp_path: Path) -> None:
-    study = create_study(storage=Journal(tmp_path, "study").open(), study_name="study")
+    study = create_study(storage=JournalStudyStorage(tmp_path, "study").open(), study_name="study")
     study.ask()
     with pytest.raises(InputError, match="not a study of this program"):
         open_study(tmp_path, 2)
@@ -297,7 +297,7 @@ def test_one_finished_trial_has_no_importances(tmp_path: Path) -> None:
 def test_a_storage_that_cannot_be_reached_is_told_in_one_line_without_its_password(url: str, says: str) -> None:
     pytest.importorskip("psycopg", reason="psycopg is not here; pip install 'psycopg[binary]'")
     with pytest.raises(InputError) as refused:
-        refuse_other(find_storage(url, Path("studies"), "study", 20), "study", KNOWN)
+        require_comparable(find_storage(url, Path("studies"), "study", 20), "study", KNOWN)
     message = str(refused.value)
     assert says in message
     assert "\n" not in message

@@ -7,9 +7,9 @@ from urllib.parse import quote
 
 import mlflow
 import pytest
-from capexp.errors import InputError
 from sqlalchemy import make_url
 
+from capexp.errors import InputError
 from capexp.tracking import store
 
 NAMES = ["plain", "with space", "fünf", "图片", "a+b", "[1]", "a#b", "a?b", "100%", "%zz", "me@home:1", "it's", "a..b"]

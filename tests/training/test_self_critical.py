@@ -14,7 +14,7 @@ from small import CPU, checkpoints_in, identity
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import Decoder
-from capexp.captioning.decoding import draw
+from capexp.captioning.decoding import sample_captions
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
@@ -66,7 +66,7 @@ def test_a_captions_baseline_is_the_mean_of_the_others_of_its_photo() -> None:
 
 def test_what_is_drawn_is_words_then_the_end_then_padding() -> None:
     decoder = small()
-    drawn = draw(decoder, torch.rand(50, 4, 5), WORDS, 4, maximum_length=6)
+    drawn = sample_captions(decoder, torch.rand(50, 4, 5), WORDS, 4, maximum_length=6)
     assert drawn.shape[0] == 200 and drawn.shape[1] <= 6
     for row in drawn.tolist():
         length = row.index(EOS) if EOS in row else len(row)
@@ -79,7 +79,7 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
     decoder = small()
     photo = torch.rand(1, 4, 5)
     torch.manual_seed(1)
-    drawn = draw(decoder, photo, WORDS, 20_000, maximum_length=1)[:, 0]
+    drawn = sample_captions(decoder, photo, WORDS, 20_000, maximum_length=1)[:, 0]
     with torch.no_grad():
         logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
     logits[list(WORDS.never_emitted)] = -torch.inf
