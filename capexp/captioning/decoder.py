@@ -47,14 +47,11 @@ class Decoder(nn.Module, ABC):
         """Read one more word ``(B,)`` of each caption; return the logits ``(B, V)`` of the next one, and the state."""
 
     @abstractmethod
-    def forward(
-        self, features: Tensor, inputs: Tensor, mask: Tensor | None = None, photos: Tensor | None = None
-    ) -> Tensor:
-        """Return the logits ``(B, T, V)`` at each step of inputs ``(B, T)``, with teacher forcing.
+    def logits(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the logits ``(M, V)`` after each of packed words ``(M,)``, with teacher forcing.
 
-        Shorter captions are padded with PAD at the end. ``photos[i]`` is the row of caption i's photo in the features;
-        without ``photos`` it is row i. With a ``mask`` ``(B, T)``, only the steps where it is true pass the vocabulary
-        layer, which is by far the largest layer, and the logits are ``(M, V)``.
+        ``photos[i]`` is the row of caption i's photo in the features; without ``photos`` it is row i. Caption 0 is the
+        longest, and ``counts`` are the numbers of captions that have a word at each step.
         """
 
     @abstractmethod
@@ -63,7 +60,7 @@ class Decoder(nn.Module, ABC):
     ) -> Tensor:
         """Return the mean cross-entropy, in nats, of targets ``(M,)`` after packed words ``(M,)``.
 
-        ``photos`` is as in :meth:`forward`.
+        ``photos`` is as in :meth:`Decoder.logits`.
         """
 
     def attention_maps(self, features: Tensor, words: Tensor) -> Tensor:
@@ -95,10 +92,15 @@ class RecurrentDecoder(Decoder):
     def outputs(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
         """Return the outputs ``(M, H)`` before the vocabulary layer for packed words ``(M,)``, with teacher forcing.
 
-        ``photos`` is as in :meth:`forward`.
+        ``photos`` is as in :meth:`Decoder.logits`.
         """
         state = self.start(features)
         return self.read(state if photos is None else state.select(photos), words, counts)[0]
+
+    def logits(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the logits after each word, as :meth:`Decoder.logits`."""
+        logits: Tensor = self.vocabulary(self.outputs(features, photos, words, counts))
+        return logits
 
     def cross_entropy(
         self, features: Tensor, photos: Tensor | None, words: Tensor, targets: Tensor, counts: Sequence[int]
@@ -110,27 +112,6 @@ class RecurrentDecoder(Decoder):
         """Read one more word ``(B,)`` of each caption; return the logits ``(B, V)`` of the next one, and the state."""
         outputs, state = self.read(state, words, [len(words)])
         return self.vocabulary(outputs), state
-
-    def advance(self, state: DecoderState, words: Tensor) -> tuple[Tensor, DecoderState]:
-        """Read words ``(B, T)`` that are padded with PAD at the end instead of packed.
-
-        Return the outputs ``(B, T, H)``, which are zero at PAD, and the state after each caption's last word.
-        """
-        packed = Packed.of(words)
-        packed_outputs, state = self.read(state.select(packed.order), packed.words, packed.counts)
-        outputs = packed_outputs.new_zeros(*words.shape, packed_outputs.shape[1]).index_put(
-            (packed.rows, packed.steps), packed_outputs
-        )
-        return outputs, state.select(packed.order.argsort())
-
-    def forward(
-        self, features: Tensor, inputs: Tensor, mask: Tensor | None = None, photos: Tensor | None = None
-    ) -> Tensor:
-        """Return the logits at each step of the inputs, as :meth:`Decoder.forward`."""
-        state = self.start(features)
-        outputs, _ = self.advance(state if photos is None else state.select(photos), inputs)
-        logits: Tensor = self.vocabulary(outputs if mask is None else outputs[mask])
-        return logits
 
 
 @dataclass(frozen=True)

@@ -51,18 +51,15 @@ class Ensemble(Decoder):
         logits, states = zip(*[member.step(member_state, words) for member, member_state in pairs], strict=True)
         return _geometric_mean(logits), EnsembleState(states)
 
-    def forward(
-        self, features: Tensor, inputs: Tensor, mask: Tensor | None = None, photos: Tensor | None = None
-    ) -> Tensor:
-        """Return log-probabilities ``(B, T, V)`` or ``(M, V)`` at each step, as :meth:`Decoder.forward` does logits."""
-        return _geometric_mean([member(features, inputs, mask, photos) for member in self._decoders()])
+    def logits(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
+        """Return the log-probabilities ``(M, V)`` after each word, as :meth:`Decoder.logits` does logits."""
+        return _geometric_mean([member.logits(features, photos, words, counts) for member in self._decoders()])
 
     def cross_entropy(
         self, features: Tensor, photos: Tensor | None, words: Tensor, targets: Tensor, counts: Sequence[int]
     ) -> Tensor:
         """Return the mean cross-entropy of the ensemble in nats, as :meth:`Decoder.cross_entropy`."""
-        logits = [member.vocabulary(member.outputs(features, photos, words, counts)) for member in self._decoders()]
-        return nn.functional.nll_loss(_geometric_mean(logits), targets)
+        return nn.functional.nll_loss(self.logits(features, photos, words, counts), targets)
 
     @torch.inference_mode()
     def attention_maps(self, features: Tensor, words: Tensor) -> Tensor:

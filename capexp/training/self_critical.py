@@ -16,7 +16,7 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder
+from capexp.captioning.decoder import Decoder, Packed
 from capexp.captioning.decoding import sample_captions
 from capexp.captioning.evaluation import Loss, caption_all
 from capexp.data.batches import photo_batches
@@ -113,30 +113,27 @@ class SelfCritical(Objective):
         features = training.train.features
         start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
         is_resumed = progress.steps > 0 and world.is_main
-        nats, targets, rewarded, captions = progress.sums if is_resumed else (0.0, 0.0, 0.0, 0.0)
+        # Of nats, targets, rewards and captions.
+        sums = np.array(progress.sums if is_resumed else (0.0, 0.0, 0.0, 0.0))
         with torch.random.fork_rng():
             shards = photo_batches(features, settings.photos, training.seed, number, world, progress.steps)
             for step, (photos, seen, is_own) in enumerate(shards, start=progress.steps + 1):
                 seed_step(training.seed, number, step, world.rank)
                 for group in self._optimizer.param_groups:
                     group["lr"] = self._rate(number, (step - 1) / steps)
-                chosen, rewards = self._step(number, photos, seen.to(training.device), is_own)
-                if is_own:
-                    nats -= float(chosen.detach().sum())
-                    targets += len(chosen)
-                    rewarded += float(rewards.sum())
-                    captions += len(rewards)
+                sums += self._step(number, photos, seen.to(training.device), is_own)
                 if step % training.config.save_steps == 0 and step < steps:
-                    sums = tuple(world.sum(nats, targets, rewarded, captions))
-                    save(EpochProgress(step, sums, time.perf_counter() - start))
-        nats, all_targets, rewarded, all_captions = world.sum(nats, targets, rewarded, captions)
-        return TrainStats(Loss(nats, int(all_targets)), self._rate(number), rewarded / all_captions)
+                    save(EpochProgress(step, tuple(world.sum(*sums.tolist())), time.perf_counter() - start))
+        nats, targets, rewards, captions = world.sum(*sums.tolist())
+        return TrainStats(Loss(nats, int(targets)), self._rate(number), rewards / captions)
 
-    def _step(self, number: int, photos: NDArray[np.int64], seen: Tensor, is_own: bool) -> tuple[Tensor, Tensor]:
+    def _step(
+        self, number: int, photos: NDArray[np.int64], seen: Tensor, is_own: bool
+    ) -> tuple[float, int, float, int]:
         """Take one step on some photos and their features ``(N, P, F)``.
 
-        Returns the log-probabilities ``(M,)`` of the sampled targets, and the rewards ``(B,)``. What is not ``is_own``
-        is another rank's work as well, and does not count.
+        Returns the sum of the sampled targets' cross-entropies in nats, their number, the sum of the rewards, and the
+        number of sampled captions. What is not ``is_own`` is another rank's work as well, and counts for nothing.
         """
         training, settings, world = self.training, self._settings, self.training.world
         decoder, vocabulary = training.decoder, training.captioner.vocabulary
@@ -152,13 +149,13 @@ class SelfCritical(Objective):
             rewards = self._reward.of_samples(photos.tolist(), samples, vocabulary)  # (B,)
             # Learnt with dropout, or the train photos' captions are soon known by heart.
             decoder.train()
-            chosen = log_probabilities(decoder, seen, samples, vocabulary)  # (M,)
+            chosen = log_probabilities(decoder, seen, samples, vocabulary)  # (B, T)
             loss = policy_loss(chosen, samples, advantages(rewards, settings.samples))
             nats, said = loss.new_zeros(()), 0
             if settings.cross_entropy:
                 nats, said = self._cross_entropy(number, photos)
         # Each rank's mean counts by its share of all targets.
-        own, own_said = (len(chosen), said) if is_own else (0, 0)
+        own, own_said = (int((samples != PAD).sum()), said) if is_own else (0, 0)
         whole, whole_said = world.sum(own, own_said)
         loss = loss * (own / whole) + settings.cross_entropy * nats * (own_said / max(whole_said, 1))
         self._optimizer.zero_grad()
@@ -168,7 +165,9 @@ class SelfCritical(Objective):
             raise self.diverged(f"the loss is {loss.item()} in epoch {number}")
         clip(decoder, training.config.clip_norm)
         self._optimizer.step()
-        return chosen, rewards
+        if not is_own:
+            return 0.0, 0, 0.0, 0
+        return -float(chosen.detach().sum()), own, float(rewards.sum()), len(rewards)
 
     def _cross_entropy(self, number: int, photos: NDArray[np.int64]) -> tuple[Tensor, int]:
         """Return the mean cross-entropy of the photos' own captions, and the number of their targets."""
@@ -202,23 +201,27 @@ def advantages(rewards: Tensor, samples: int) -> Tensor:
 
 
 def log_probabilities(decoder: Decoder, features: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Of each target that is not PAD, ``(M,)``, among the entries that may be emitted."""
+    """Return the log-probability ``(B, T)`` of each target among the entries that may be emitted; 0 at PAD.
+
+    Targets ``(B, T)`` are captions of the photos in order, as many of each.
+    """
     photos = torch.arange(len(features), device=targets.device).repeat_interleave(len(targets) // len(features))
     inputs = torch.cat([torch.full_like(targets[:, :1], BOS), targets[:, :-1]], 1)
-    inputs = inputs.where(inputs != EOS, PAD)
-    real = targets != PAD  # (B, T)
-    logits: Tensor = decoder(features, inputs, real, photos)  # (M, V)
+    packed = Packed.of(inputs.where(inputs != EOS, PAD))
+    logits = decoder.logits(features, photos[packed.order], packed.words, packed.counts)  # (M, V)
     forbidden = torch.tensor(vocabulary.never_emitted, device=targets.device)
     values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
-    return values.gather(1, targets[real].unsqueeze(1)).squeeze(1)
+    where = packed.rows, packed.steps
+    chosen = values.gather(1, targets[where].unsqueeze(1)).squeeze(1)  # (M,)
+    return chosen.new_zeros(targets.shape).index_put(where, chosen)
 
 
 def policy_loss(chosen: Tensor, targets: Tensor, advantage: Tensor) -> Tensor:
-    """Minus the log-probability of each target ``(M,)``, by its caption's advantage ``(B,)``, mean over targets.
+    """Return the mean over targets of minus the log-probability ``(B, T)`` times the caption's advantage ``(B,)``.
 
     Its gradient is that of the expected reward, up to sign and scale (REINFORCE: Williams, 1992), as far as batches
-    have as many targets as each other and are drawn as they are learnt. With dropout they are not quite: what is drawn
-    for being probable, and worth little, may be made improbable without an end, so this is for a few epochs.
+    have equal numbers of targets and captions are sampled from the model that learns. With dropout they are not quite:
+    a caption that is often sampled and of little worth may be made less probable without end, so this is for a few
+    epochs.
     """
-    each = advantage.to(chosen.device).unsqueeze(1).expand_as(targets)[targets != PAD]  # (M,)
-    return -(chosen * each).mean()
+    return -(chosen * advantage.to(chosen.device).unsqueeze(1)).sum() / (targets != PAD).sum()

@@ -5,9 +5,10 @@ from typing import Literal
 
 import pytest
 import torch
+from teacher_forcing import logits_of
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import Decoder, DecoderState, RecurrentDecoder
+from capexp.captioning.decoder import Decoder, DecoderState, Packed, RecurrentDecoder
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.merge import MergeDecoder
 from capexp.captioning.model import build_decoder
@@ -53,14 +54,14 @@ def test_a_later_word_cannot_change_an_earlier_prediction(decoder: Decoder) -> N
     features, inputs = some_inputs(decoder)
     changed = inputs.clone()
     changed[:, 5] = (changed[:, 5] + 1) % V
-    before, after = decoder(features, inputs), decoder(features, changed)
+    before, after = logits_of(decoder, features, inputs), logits_of(decoder, features, changed)
     assert torch.equal(before[:, :5], after[:, :5])
     assert not torch.allclose(before[:, 5:], after[:, 5:])
 
 
 def test_another_photo_changes_every_prediction(decoder: Decoder) -> None:
     features, inputs = some_inputs(decoder)
-    one, other = decoder(features, inputs), decoder(features.flip(0), inputs)
+    one, other = logits_of(decoder, features, inputs), logits_of(decoder, features.flip(0), inputs)
     assert ((one - other).abs().amax(2) > 1e-6).all()
 
 
@@ -68,12 +69,12 @@ def test_one_pass_over_a_caption_equals_its_prefixes_one_by_one(decoder: Decoder
     """The tutorial makes a sample of each prefix; one pass gives them all at once: same logits, same loss."""
     features, inputs = some_inputs(decoder)
     targets = inputs.roll(-1, 1)
-    whole = decoder(features, inputs)
+    whole = logits_of(decoder, features, inputs)
     expanded = []
     for caption in range(len(inputs)):
         for length in range(1, inputs.shape[1] + 1):
             prefix = inputs[caption : caption + 1, :length]
-            expanded.append(decoder(features[caption : caption + 1], prefix)[0, -1])
+            expanded.append(logits_of(decoder, features[caption : caption + 1], prefix)[0, -1])
     prefixes = torch.stack(expanded).view_as(whole)
     torch.testing.assert_close(prefixes, whole, rtol=1e-5, atol=1e-6)
     sums = [
@@ -90,7 +91,7 @@ def test_step_by_step_equals_one_pass(decoder: Decoder) -> None:
     for words in inputs.unbind(1):
         logits, state = decoder.step(state, words)
         steps.append(logits)
-    torch.testing.assert_close(torch.stack(steps, 1), decoder(features, inputs), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(torch.stack(steps, 1), logits_of(decoder, features, inputs), rtol=1e-5, atol=1e-6)
 
 
 def test_a_selected_state_goes_on_as_the_captions_it_names(decoder: Decoder) -> None:
@@ -100,7 +101,7 @@ def test_a_selected_state_goes_on_as_the_captions_it_names(decoder: Decoder) -> 
     rows, again = torch.tensor([2, 0, 0, 3, 2, 2]), torch.tensor([5, 1, 0, 1])
     selected = read(decoder, state.select(rows), inputs[rows, 4:6])
     logits, _ = decoder.step(selected.select(again), inputs[rows[again], 6])
-    torch.testing.assert_close(logits, decoder(features, inputs)[rows[again], 6], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, logits_of(decoder, features, inputs)[rows[again], 6], rtol=1e-5, atol=1e-6)
 
 
 def read(decoder: Decoder, state: DecoderState, words: Tensor) -> DecoderState:
@@ -113,34 +114,41 @@ def read(decoder: Decoder, state: DecoderState, words: Tensor) -> DecoderState:
 def test_several_words_are_read_as_one_by_one(decoder: Decoder) -> None:
     assert isinstance(decoder, RecurrentDecoder)
     features, inputs = some_inputs(decoder)
-    _, state = decoder.advance(decoder.start(features), inputs[:, :4])
+    packed = Packed.of(inputs[:, :4])
+    _, state = decoder.read(decoder.start(features), packed.words, packed.counts)
     logits, _ = decoder.step(state, inputs[:, 4])
-    torch.testing.assert_close(logits, decoder(features, inputs)[:, 4], rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(logits, logits_of(decoder, features, inputs)[:, 4], rtol=1e-5, atol=1e-6)
 
 
 def test_captions_that_share_a_photo_are_as_with_a_copy_each(decoder: Decoder) -> None:
     features, inputs = some_inputs(decoder, captions=7)
     photos = torch.tensor([1, 0, 1, 1, 3, 0, 1])  # photo 2 has none
-    shared, copied = decoder(features[:4], inputs, photos=photos), decoder(features[photos], inputs)
+    shared, copied = (
+        logits_of(decoder, features[:4], inputs, photos=photos),
+        logits_of(decoder, features[photos], inputs),
+    )
     torch.testing.assert_close(shared, copied, rtol=1e-5, atol=1e-6)
 
 
 def test_padding_changes_nothing_before_it(decoder: Decoder) -> None:
     features, inputs = some_inputs(decoder)
     padded = torch.cat([inputs, torch.full((len(inputs), 3), PAD)], 1)
-    torch.testing.assert_close(decoder(features, padded)[:, : inputs.shape[1]], decoder(features, inputs))
+    torch.testing.assert_close(
+        logits_of(decoder, features, padded)[:, : inputs.shape[1]], logits_of(decoder, features, inputs)
+    )
 
 
-def test_only_marked_steps_pass_the_vocabulary_layer(decoder: Decoder) -> None:
+def test_no_padding_passes_the_vocabulary_layer(decoder: Decoder) -> None:
     features, inputs = some_inputs(decoder)
-    where = torch.rand(inputs.shape, generator=torch.Generator().manual_seed(2)) < 0.5
+    lengths = torch.tensor([3, inputs.shape[1], 1, 6])
+    real = torch.arange(inputs.shape[1]) < lengths.unsqueeze(1)
     seen: list[int] = []
     networks = [module for module in decoder.modules() if isinstance(module, RecurrentDecoder)]
     for network in networks:
         network.vocabulary.register_forward_hook(lambda _, arguments, __: seen.append(arguments[0].shape[0]))
-    logits = decoder(features, inputs, where)
-    assert seen == [int(where.sum())] * len(networks)
-    torch.testing.assert_close(logits, decoder(features, inputs)[where])
+    logits = logits_of(decoder, features, inputs.where(real, PAD))
+    assert seen == [int(real.sum())] * len(networks)
+    torch.testing.assert_close(logits[real], logits_of(decoder, features, inputs)[real])
 
 
 @networks
@@ -149,14 +157,14 @@ def test_uniform_logits_cost_the_logarithm_of_the_vocabulary(decoder: Decoder) -
     nn.init.zeros_(decoder.vocabulary.weight)
     nn.init.zeros_(decoder.vocabulary.bias)
     features, inputs = some_inputs(decoder)
-    loss = nn.functional.cross_entropy(decoder(features, inputs).flatten(0, 1), inputs.flatten())
+    loss = nn.functional.cross_entropy(logits_of(decoder, features, inputs).flatten(0, 1), inputs.flatten())
     assert loss.item() == pytest.approx(math.log(V), abs=1e-6)
 
 
 @pytest.mark.parametrize("decoder", ["merge", "attention", "ensemble"], indirect=True)  # attention to one place is 1
 def test_every_weight_that_trains_has_a_gradient(decoder: Decoder) -> None:
     features, inputs = some_inputs(decoder)
-    decoder(features, inputs).square().sum().backward()
+    torch.autograd.backward(logits_of(decoder, features, inputs).square().sum())
     idle = [name for name, value in decoder.named_parameters() if value.requires_grad and not _moves(value)]
     assert not idle
 
@@ -173,4 +181,4 @@ def test_a_norm_makes_a_photos_brightness_count_for_nothing(
     config = ModelConfig(decoder=name, embedding_size=5, lstm_units=6, photo_norm=norm)
     decoder = build_decoder(config, (POSITIONS[name], F), V).eval()
     features, inputs = some_inputs(decoder)
-    torch.testing.assert_close(decoder(100 * features, inputs), decoder(200 * features, inputs))
+    torch.testing.assert_close(logits_of(decoder, 100 * features, inputs), logits_of(decoder, 200 * features, inputs))

@@ -6,6 +6,7 @@ from typing import Literal
 
 import pytest
 import torch
+from teacher_forcing import logits_of
 
 from capexp.captioning.consensus import agreement
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
@@ -58,7 +59,7 @@ def best(decoder: Decoder, features: torch.Tensor, words: Vocabulary, config: De
 def log_probability(decoder: Decoder, photo: torch.Tensor, words: Vocabulary, tokens: list[int]) -> float:
     """Of entries, EOS among them, by teacher forcing, among the entries that may be emitted."""
     with torch.no_grad():
-        logits = decoder(photo.unsqueeze(0), torch.tensor([[BOS, *tokens[:-1]]]))[0]
+        logits = logits_of(decoder, photo.unsqueeze(0), torch.tensor([[BOS, *tokens[:-1]]]))[0]
     logits[:, list(words.never_emitted)] = -torch.inf
     return float(logits.log_softmax(1)[torch.arange(len(tokens)), torch.tensor(tokens)].sum())
 
@@ -132,7 +133,7 @@ def test_greedy_and_a_beam_of_one_take_the_most_probable_word_each_time(kind: Ki
             said = [BOS]
             while len(said) <= 6:
                 with torch.no_grad():
-                    logits = decoder(photo.unsqueeze(0), torch.tensor([said]))[0, -1]
+                    logits = logits_of(decoder, photo.unsqueeze(0), torch.tensor([said]))[0, -1]
                 logits[list(words.never_emitted)] = -torch.inf
                 said.append(int(logits.argmax()))
                 if said[-1] == EOS:

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 from small import CPU, checkpoints_in, identity
+from teacher_forcing import logits_of
 
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
@@ -81,7 +82,7 @@ def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
     torch.manual_seed(1)
     drawn = sample_captions(decoder, photo, WORDS, 20_000, maximum_length=1)[:, 0]
     with torch.no_grad():
-        logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
+        logits = logits_of(decoder, photo, torch.tensor([[BOS]]))[0, 0]
     logits[list(WORDS.never_emitted)] = -torch.inf
     expected = 20_000 * logits.softmax(0)
     assert ((drawn.bincount(minlength=len(WORDS)) - expected).abs() < 5 * expected.clamp(min=1).sqrt()).all()
@@ -93,7 +94,7 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
     photo = torch.rand(1, 4, 5)
     entries = torch.tensor([EOS, *range(WORDS.first_word, len(WORDS))])
     worth = torch.rand(len(entries))
-    logits = decoder(photo, torch.tensor([[BOS]]))[0, 0]
+    logits = logits_of(decoder, photo, torch.tensor([[BOS]]))[0, 0]
     logits = logits.index_fill(0, torch.tensor(WORDS.never_emitted), -torch.inf)
     probabilities = logits.softmax(0)[entries]
     (exact,) = torch.autograd.grad((probabilities * worth).sum(), [decoder.get_parameter("vocabulary.weight")])
