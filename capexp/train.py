@@ -51,6 +51,7 @@ def train(argv: list[str] | None = None) -> int:
         return 0
     from capexp.runs import group, run
     from capexp.runs.folder import CHECKPOINTS
+    from capexp.runs.lifecycle import Plan
     from capexp.tracking.store import check_store
     from capexp.training.checkpoints import check_disk_space
 
@@ -62,7 +63,7 @@ def train(argv: list[str] | None = None) -> int:
     world.broadcast(experiment.model_dump_json)
     data = data.with_features(experiment, world)
     _print_data(experiment, data, parameters)
-    plan = run.Plan(experiment, data, promote=arguments.promote)
+    plan = Plan(experiment, data, promote=arguments.promote)
     if arguments.seeds is not None:
         _print_seeds(cli.drain(group.train_seeds(plan, arguments.seeds, arguments.resume)))
         return 0
@@ -104,7 +105,8 @@ def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: d
 def _follow(world: World) -> int:
     """Compute this rank's shard of features and batches."""
     from capexp.data.dataset import Dataset
-    from capexp.runs.run import Plan, follow
+    from capexp.runs.lifecycle import Plan
+    from capexp.runs.run import follow
     from capexp.settings import Experiment
 
     world.start()  # rank 0 has checked settings and data, or told what is wrong with them

@@ -12,7 +12,7 @@ from typing import TYPE_CHECKING
 from capexp import cli
 
 if TYPE_CHECKING:
-    from capexp.runs.run import OpenRun
+    from capexp.runs.lifecycle import OpenRun
     from capexp.runs.study import Trials
     from capexp.search.study import Study
     from capexp.search.trial import StudyProgress

@@ -17,8 +17,9 @@ from capexp.files import write_whole, writing
 from capexp.report.model_card import describe_run, describe_use
 from capexp.runs.conclusion import conclude
 from capexp.runs.folder import CHECKPOINTS, SETTINGS, STUDY, RunFolder
+from capexp.runs.lifecycle import OpenRun, Plan, comparable_tags, opened
 from capexp.runs.registration import encoder_weights, register, register_bundle
-from capexp.runs.run import EarlierRun, OpenRun, Plan, Result, child, comparable_tags, describe_end, opened
+from capexp.runs.run import EarlierRun, Result, child, describe_end
 from capexp.settings import Experiment
 from capexp.tracking.known_runs import PARENT, FoundRun, fetch_artifacts, nested_runs, run_tags, runs_of
 from capexp.tracking.models import find_bundle

@@ -14,8 +14,9 @@ from capexp.errors import InputError, Outage
 from capexp.experiment import replace_settings, to_toml
 from capexp.report.model_card import describe_run, describe_use
 from capexp.runs.folder import STUDIES, STUDY, RunFolder
+from capexp.runs.lifecycle import OpenRun, Plan, opened
 from capexp.runs.registration import register_bundle
-from capexp.runs.run import EarlierRun, OpenRun, Plan, Result, child, opened
+from capexp.runs.run import EarlierRun, Result, child
 from capexp.search.study import Study
 from capexp.search.trial import FinishedTrial, PendingTrial
 from capexp.settings import Experiment, flatten
