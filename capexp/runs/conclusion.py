@@ -6,30 +6,30 @@ import numpy as np
 
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import Evaluation, evaluate_dev
-from capexp.data.dataset import Dataset
 from capexp.report.gallery import GalleryCard, Heading, choose, make_cards, write_gallery
 from capexp.report.plots import draw_histogram, draw_scores
-from capexp.settings import Experiment
-from capexp.tracking.run import TrackedRun
+from capexp.runs.lifecycle import OpenRun, Plan
 
 
-def evaluate_on_dev(experiment: Experiment, data: Dataset, captioner: Captioner) -> Evaluation:
+def evaluate_on_dev(plan: Plan, captioner: Captioner) -> Evaluation:
     """Evaluate a captioner on the dev split; the test split is not read."""
-    train = [text for references in data.splits["train"].references for text in references]
-    return evaluate_dev(captioner, data.batches("dev", experiment.training), train, experiment.seed)
+    train = [text for references in plan.data.splits["train"].references for text in references]
+    batches = plan.data.batches("dev", plan.experiment.training)
+    return evaluate_dev(captioner, batches, train, plan.experiment.seed)
 
 
 def conclude(
-    experiment: Experiment, data: Dataset, tracked: TrackedRun, captioner: Captioner, metrics: dict[str, float]
+    run: OpenRun, captioner: Captioner, metrics: dict[str, float]
 ) -> tuple[Evaluation, tuple[GalleryCard, ...]]:
     """Evaluate a run's captioner on dev; log metrics, plots and gallery.
 
     ``metrics`` of the training are logged with those of the evaluation. Returns the evaluation, and cards of dev photos
     drawn at random.
     """
+    experiment, data, tracked = run.plan.experiment, run.plan.data, run.tracked
     record, folder = captioner.record, tracked.folder
     assert record is not None
-    evaluation = evaluate_on_dev(experiment, data, captioner)
+    evaluation = evaluate_on_dev(run.plan, captioner)
     tracked.log_metrics(metrics | evaluation.metrics(), step=record.epoch or 0, timestamp=time.time_ns() // 1_000_000)
     name, seed = experiment.name, experiment.seed
     tracked.log_artifact(draw_scores(evaluation.scores, seed, name, folder / "scores.png"))

@@ -138,7 +138,7 @@ def _summarize(run: OpenRun, results: Mapping[int, Result]) -> SeedsResult:
     best = min(metrics, key=lambda seed: _cost(metrics[seed], experiment))
     run.tracked.set_tags({"best_seed": str(best), "best_run": results[best].run_id})
     one = replace_settings(experiment, {"seed": best})
-    version = register_bundle(one, run.plan.data, run.tracked, results[best].bundle, run.plan.promote)
+    version = register_bundle(run.with_experiment(one), results[best].bundle)
     told = [
         f"{name} {spreads[name].mean:.4f} ± {spreads[name].deviation:.4f}" for name in ("best_dev_loss", "dev_cider")
     ]
@@ -182,8 +182,8 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
         run.tracked.log_params({"decoder_parameters": str(captioner.decoder.parameter_count())})
         bundle = captioner.save(run.folder.path / _ENSEMBLE)
         metrics = {"dev_loss": loss, "dev_perplexity": perplexity(loss), "best_dev_loss": loss}
-        evaluation, samples = conclude(experiment, data, run.tracked, captioner, metrics)
-        version = register(experiment, data, run.tracked, captioner, evaluation, encoder, plan.promote)
+        evaluation, samples = conclude(run, captioner, metrics)
+        version = register(run, captioner, evaluation, encoder)
         describe_end(run, captioner, evaluation, bundle, version)
         blind = evaluation.blind.per_token
         result = Result(

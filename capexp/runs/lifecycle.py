@@ -3,7 +3,7 @@
 import logging
 from collections.abc import Iterator, Mapping
 from contextlib import ExitStack, contextmanager, nullcontext
-from dataclasses import dataclass, field
+from dataclasses import dataclass, field, replace
 from pathlib import Path
 
 import torch
@@ -66,6 +66,10 @@ class OpenRun:
     def run_id(self) -> str:
         """MLflow's id."""
         return self.tracked.run_id
+
+    def with_experiment(self, experiment: Experiment) -> "OpenRun":
+        """Return the same run, for other settings than it was opened with: those of its best seed or trial."""
+        return replace(self, plan=replace(self.plan, experiment=experiment))
 
 
 @contextmanager

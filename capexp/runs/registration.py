@@ -10,12 +10,12 @@ from typing import Any
 
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import Evaluation
-from capexp.data.dataset import Dataset
 from capexp.data.vgg16 import encoder_at_hand, load_encoder
 from capexp.data.vgg16_weights import State
 from capexp.errors import InputError, Unsent
 from capexp.report.model_card import model_card
 from capexp.runs.conclusion import evaluate_on_dev
+from capexp.runs.lifecycle import OpenRun
 from capexp.settings import WEIGHTS, Experiment
 from capexp.tracking import registry
 from capexp.tracking.known_runs import git_commit
@@ -40,21 +40,14 @@ class Registration:
     promote: bool = False
 
 
-def register(
-    experiment: Experiment,
-    data: Dataset,
-    tracked: TrackedRun,
-    captioner: Captioner,
-    evaluation: Evaluation,
-    encoder: State | None,
-    promote: bool,
-) -> Version:
+def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder: State | None) -> Version:
     """Register a captioner under its run, with card and score, and move ``champion`` to it if it earns it.
 
     ``encoder`` are VGG16's weights, which travel with it where they are given. An interrupt waits until all is done.
     Raises :class:`Unsent` where the server is away: :func:`carry_out` does it later.
     """
     assert captioner.record is not None
+    experiment, data = run.plan.experiment, run.plan.data
     score = Score(
         experiment.registry.metric,
         {"dev_loss": captioner.record.dev_loss, "dev_cider": evaluation.scores.summary["cider"]},
@@ -63,20 +56,20 @@ def register(
     )
     card = model_card(experiment, data, captioner, evaluation)
     tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
-    registration = Registration(experiment.registry.model, card, tags, asdict(score), promote)
-    version = _deliver(tracked, captioner, encoder, registration, PATIENCE)
+    registration = Registration(experiment.registry.model, card, tags, asdict(score), run.plan.promote)
+    version = _deliver(run.tracked, captioner, encoder, registration, PATIENCE)
     assert version is not None
     log.debug("registered %s", version.describe())
     return version
 
 
-def register_bundle(experiment: Experiment, data: Dataset, tracked: TrackedRun, bundle: Path, promote: bool) -> Version:
+def register_bundle(run: OpenRun, bundle: Path) -> Version:
     """Evaluate a captioner that another run has trained, and register it under a run above that one."""
     captioner = Captioner.load(bundle)
-    evaluation = evaluate_on_dev(experiment, data, captioner)
+    evaluation = evaluate_on_dev(run.plan, captioner)
     assert captioner.record is not None
-    tracked.log_metrics(evaluation.metrics(), captioner.record.epoch or 0, time.time_ns() // 1_000_000)
-    return register(experiment, data, tracked, captioner, evaluation, encoder_weights(experiment), promote)
+    run.tracked.log_metrics(evaluation.metrics(), captioner.record.epoch or 0, time.time_ns() // 1_000_000)
+    return register(run, captioner, evaluation, encoder_weights(run.plan.experiment))
 
 
 def log_interrupted(tracked: TrackedRun, captioner: Captioner, encoder: State | None) -> None:

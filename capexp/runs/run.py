@@ -86,7 +86,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
             bundle = _best_bundle(run.folder, experiment)
             captioner = Captioner.load(bundle, run.device)
             metrics = {"best_dev_loss": best.dev_loss, "best_epoch": float(best.number)}
-            evaluation, samples = conclude(plan.experiment, plan.data, run.tracked, captioner, metrics)
+            evaluation, samples = conclude(run, captioner, metrics)
         except Pruned:
             run.tracked.set_tags({"pruned": "true"})
             return Result(run.run_id, _best_bundle(run.folder, experiment), _best(epochs), is_pruned=True)
@@ -99,7 +99,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
         version = None
         if plan.registers:
             on_cpu = Captioner.load(bundle)
-            version = register(experiment, plan.data, run.tracked, on_cpu, evaluation, encoder, plan.promote)
+            version = register(run, on_cpu, evaluation, encoder)
         describe_end(run, captioner, evaluation, bundle, version)
         return Result(
             run.run_id, bundle, best, dev_loss=best.dev_loss, dev_loss_blind=evaluation.blind.per_token,

@@ -152,7 +152,7 @@ class Trials:
         run.tracked.log_metrics({"best_dev_loss": best.dev_loss}, best.number, time.time_ns() // 1_000_000)
         tags = {f"best.{name}": str(value) for name, value in best.values.items()}
         run.tracked.set_tags({"best_trial": str(best.number), "best_run": best.run_id} | tags)
-        version = register_bundle(experiment, self.data, run.tracked, bundle, run.plan.promote)
+        version = register_bundle(run.with_experiment(experiment), bundle)
         values = ", ".join(f"{name} = {value}" for name, value in best.values.items())
         result = f"The best trial is {best.number}, with dev loss {best.dev_loss:.4f} nats per token and {values}."
         run.tracked.describe(describe_run(self.experiment, self.data, [result, describe_use(version.numbered_uri)]))

@@ -14,6 +14,8 @@ from capexp.data.dataset import Dataset
 from capexp.data.features import Features
 from capexp.experiment import find_experiment, load_experiment
 from capexp.runs.conclusion import conclude
+from capexp.runs.folder import RunFolder
+from capexp.runs.lifecycle import OpenRun, Plan
 from capexp.tracking.run import tracked_run
 from capexp.tracking.store import database_uri
 
@@ -50,7 +52,8 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
     captioner = Captioner.ensemble(members, experiment.decoding)
     captioner.record = TrainingRecord(epoch=None, train_loss=None, dev_loss=5.0, dev_digest="d")
     with tracked_run("report", "report", tmp_path, lock=lambda _: nullcontext()) as tracked:
-        evaluation, samples = conclude(experiment, prepared, tracked, captioner, {"dev_loss": 5.0})
+        run = OpenRun(Plan(experiment, prepared), tracked, RunFolder(tracked.folder), captioner.device)
+        evaluation, samples = conclude(run, captioner, {"dev_loss": 5.0})
         metrics = mlflow.get_run(tracked.run_id).data.metrics
     assert metrics["dev_loss"] == 5.0 and metrics["dev_loss_blind"] == evaluation.blind.per_token
     page = (tracked.folder / "captions.html").read_text(encoding="utf-8")
