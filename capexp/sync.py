@@ -26,7 +26,8 @@ def sync(argv: list[str] | None = None) -> int:
     if version is not None:
         print(f"registered  {version.describe()}")
     if state is None:
-        print(f"it was cut short: python -m capexp.train --resume {arguments.run_id} goes on with it")
+        resume = f"python -m capexp.train --resume {arguments.run_id} goes on with it"
+        print(f"it was cut short: {folder.resumed_otherwise() or resume}")
     else:
         print(f"ended       {state}")
     return 0

@@ -4,13 +4,11 @@ import base64
 import json
 import os
 import shutil
-import signal
 import subprocess
 import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
-from typing import Any
 
 import mlflow
 import numpy as np
@@ -245,75 +243,6 @@ def has_epoch(folder: Folder, number: int) -> Callable[[], bool]:
     return lambda: any(list(folder.path.glob(f"checkpoints/*/ep{number:03d}-*")))
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, pytest.param(signal.SIGTERM, marks=pytest.mark.slow)])
-def test_an_interrupt_ends_the_run_killed_with_the_best_model_kept(tmp_path: Path, how: signal.Signals) -> None:
-    folder = Folder(tmp_path)
-    process = folder.start(
-        sys.executable, "-m", "capexp.train", *SMALL, "--training.epochs", "500", "--training.patience", "500"
-    )
-    wait_for(has_epoch(folder, 2))
-    (running,) = folder.runs()
-    assert running.info.status == "RUNNING"
-    assert folder.client.get_metric_history(running.info.run_id, "dev_loss"), "losses appear while it runs"
-    process.send_signal(how)
-    _, err = process.communicate(timeout=60)
-    assert process.returncode == 130, err
-    (run,) = folder.runs()
-    assert run.info.status == "KILLED"
-    assert run.data.tags["stopped"] == "interrupt"
-    assert (folder.artifact(run, "captioner") / "artifacts/bundle/manifest.json").is_file()
-    assert not folder.client.search_registered_models()
-    assert err.splitlines()[-1] == "capexp.train: interrupted"
-
-
-def losses(folder: Folder) -> dict[str, list[tuple[int, float]]]:
-    (run,) = folder.runs()
-    return {
-        metric: [(point.step, point.value) for point in folder.client.get_metric_history(run.info.run_id, metric)]
-        for metric in ("train_loss", "dev_loss")
-    }
-
-
-@pytest.mark.slow
-def test_killed_again_and_again_it_ends_with_the_losses_of_the_undisturbed_run(tmp_path: Path) -> None:
-    plain, broken = Folder(tmp_path / "plain"), Folder(tmp_path / "broken")
-    for folder in (plain, broken):
-        folder.path.mkdir()
-    settings = (*SMALL, "--training.precision", "float32", "--training.epochs", "5", "--training.patience", "9")
-    plain.run("train", *settings)
-
-    moments: dict[str, Callable[[], Any]] = {
-        "within the first epoch": lambda: any(broken.path.glob("checkpoints/*/experiment.toml")),
-        "while the first epoch's state is written": has_epoch(broken, 1),
-        "between epochs": has_epoch(broken, 3),
-        "while a resumed run reads its state": lambda: True,
-        "while the best model is reported and registered": lambda: any(broken.path.glob("checkpoints/*/loss.png")),
-    }
-    resume: tuple[str, ...] = settings
-    for moment, reached in moments.items():
-        process = broken.start(sys.executable, "-m", "capexp.train", *resume)
-        wait_for(reached)
-        time.sleep(3 if "reads" in moment else 0.05)
-        process.kill()
-        process.communicate()
-        assert process.returncode == -signal.SIGKILL, f"the run was over before it was killed {moment}"
-        (run,) = broken.runs()
-        assert run.info.status == "RUNNING", moment
-        resume = ("--resume", run.info.run_id)
-    printed = broken.run("train", *resume)
-    assert "epoch   5" in printed.stdout
-    assert losses(broken) == losses(plain)
-    (run,) = broken.runs()
-    assert run.info.status == "FINISHED"
-    versions = broken.client.search_model_versions("name='capexp-scenes'")
-    assert len(versions) == 1
-    assert_tells_the_truth(broken, versions[0])
-    refused = broken.run("train", "--resume", run.info.run_id, "--model.dropout", "0.1", status=2)
-    assert "--model.dropout 0.1: the run was started with 0.2" in refused.stderr
-    done = broken.run("train", "--resume", run.info.run_id, status=2)
-    assert "has finished" in done.stderr
-
-
 @pytest.mark.slow
 def test_a_version_without_its_card_is_taken_up_or_deleted(tmp_path: Path) -> None:
     """What a kill leaves between the registration of a version and its card."""
@@ -518,31 +447,12 @@ def test_a_run_that_is_being_trained_or_whose_data_changed_is_not_resumed(tmp_pa
 
 
 @pytest.mark.slow
-def test_a_fault_during_the_run_is_one_line_and_fails_the_run_with_its_log(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    printed = folder.run("train", *SMALL, "--training.learning_rate", "1e30", status=2)
-    assert printed.stderr.count("\n") == 1
-    assert "lower training.learning_rate" in printed.stderr
-    (run,) = folder.runs()
-    assert run.info.status == "FAILED"
-    assert "training.learning_rate" in run.data.tags["error"]
-    assert "InputError" in folder.artifact(run, "log.txt").read_text()
-
-
-@pytest.mark.slow
 def test_clearing_features_that_cannot_be_computed_again_is_refused(tmp_path: Path, scenes: Path) -> None:
     folder = Folder(tmp_path)
     shutil.copytree(scenes / "features", tmp_path / "features")
     refused = folder.run("extract", "--features.cache", "features", "--clear", status=2)
     assert "IMAGENET1K_FEATURES" in refused.stderr
     assert list((tmp_path / "features").glob("*.features"))
-
-
-@pytest.mark.slow
-def test_a_study_whose_trials_all_fail_ends(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    printed = folder.run("tune", "--trials", "9", *SMALL, "--training.learning_rate", "1e30", status=2)
-    assert "3 trials in a row have failed" in printed.stderr
 
 
 @pytest.mark.slow
@@ -589,24 +499,6 @@ def test_a_study_goes_on_where_it_stopped_and_registers_its_best_once(tmp_path: 
     for version in versions:
         assert_tells_the_truth(folder, version)
     assert [path.name for path in (tmp_path / "studies/scenes").iterdir()] == [best.info.run_id]
-
-
-@pytest.mark.slow
-def test_ctrl_c_under_mlflow_run_tags_the_run_and_keeps_the_model(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
-    folder.environment["MLFLOW_TRACKING_URI"] = database_uri(tmp_path / "mlflow.db")
-    project = tmp_path / "project"  # checkpoints go where the project is: a copy, to look into it
-    shutil.copytree(ROOT, project, ignore=shutil.ignore_patterns(".git", ".venv", "mlruns", "checkpoints", "*.db"))
-    given = ["-P", "training.epochs=500", "-P", "training.patience=500", "-P", "model.lstm_units=32"]
-    process = folder.start("mlflow", "run", str(project), "--env-manager", "local", *given)
-    wait_for(lambda: any(project.glob("checkpoints/*/ep002-*")))
-    os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
-    process.communicate(timeout=60)
-    wait_for(lambda: "stopped" in folder.runs()[0].data.tags)
-    (run,) = folder.runs()
-    assert run.data.tags["stopped"] == "interrupt"
-    assert run.info.status in ("FAILED", "KILLED")
-    assert (folder.artifact(run, "captioner") / "artifacts/bundle/manifest.json").is_file()
 
 
 @pytest.mark.slow

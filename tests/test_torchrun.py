@@ -2,7 +2,6 @@
 
 import os
 import signal
-import sys
 from pathlib import Path
 
 import numpy as np
@@ -10,6 +9,7 @@ import psutil
 import pytest
 import torch
 import torchvision
+from kinds import TORCHRUN
 from mlflow.entities import Run
 from PIL import Image
 from user_folder import Folder, wait_for
@@ -26,7 +26,6 @@ EXACT = (  # masks of dropout differ by process
     *("--model.output_dropout", "0", "--training.precision", "float32", "--training.schedule", "constant"),
     *("--training.learning_rate", "1e-3"),  # rounding grows from step to step, with a larger one sooner
 )
-TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
 
 
 def together(folder: Folder, command: str, *arguments: str, status: int = 0) -> tuple[str, str]:
@@ -65,16 +64,18 @@ def test_a_run_goes_on_under_torchrun_and_without_it_to_the_same_losses(folder: 
     assert folder.client.get_registered_model("capexp-scenes").latest_versions[0].run_id == run.info.run_id
 
 
-def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder) -> None:
+@pytest.mark.parametrize("rank", ["0", "1"])
+def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder, rank: str) -> None:
     started = folder.start(*TORCHRUN, "capexp.train", *EXACT, "--training.epochs", "500", "--training.patience", "500")
     wait_for(lambda: list(folder.path.glob("checkpoints/*/previous.pt")))
-    second = next(child for child in psutil.Process(started.pid).children() if child.environ().get("RANK") == "1")
-    os.kill(second.pid, signal.SIGKILL)
+    killed = next(child for child in psutil.Process(started.pid).children() if child.environ().get("RANK") == rank)
+    os.kill(killed.pid, signal.SIGKILL)
     _, err = started.communicate(timeout=60)
     assert started.returncode == 1
     (run,) = folder.runs()
-    assert run.info.status in ("FAILED", "KILLED")
-    assert "another of torchrun's processes has gone" in err or "interrupted" in err
+    if rank == "1":  # the first process tells, and brings the run to its end
+        assert run.info.status in ("FAILED", "KILLED")
+        assert "another of torchrun's processes has gone" in err or "interrupted" in err
     assert "Signal 9 (SIGKILL)" in err  # torchrun's own words
     done = len(losses(folder, run))
     assert done >= 2
@@ -82,6 +83,31 @@ def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder) ->
     (run,) = folder.runs()
     assert run.info.status == "FINISHED"
     assert len(losses(folder, run)) == done + 2
+
+
+@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+def test_an_interrupt_ends_the_run_killed_and_it_goes_on_to_the_undisturbed_losses(
+    folder: Folder, how: signal.Signals
+) -> None:
+    settings = (*EXACT, "--training.epochs", "6", "--training.save_steps", "25", "--training.patience", "500")
+    undisturbed = Folder(folder.path / "undisturbed")
+    undisturbed.path.mkdir()
+    undisturbed.environment["OMP_NUM_THREADS"] = "1"
+    together(undisturbed, "train", *settings)
+    (alone,) = undisturbed.runs()
+    started = folder.start(*TORCHRUN, "capexp.train", *settings)
+    wait_for(lambda: list(folder.path.glob("checkpoints/*/ep002-*")))
+    os.kill(started.pid, how)  # torchrun passes it on
+    _, err = started.communicate(timeout=60)
+    assert err.count("capexp.train: interrupted") == 1
+    (run,) = folder.runs()
+    assert run.info.status == "KILLED"
+    assert run.data.tags["stopped"] == "interrupt"
+    together(folder, "train", "--resume", run.info.run_id)
+    (run,) = folder.runs()
+    assert run.info.status == "FINISHED"
+    assert not {"stopped", "error"} & run.data.tags.keys()
+    assert losses(folder, run) == losses(undisturbed, alone)
 
 
 def test_what_is_wrong_for_all_is_told_once(folder: Folder) -> None:

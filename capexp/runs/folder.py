@@ -44,15 +44,10 @@ class RunFolder:
     @classmethod
     def to_resume(cls, run_id: str) -> "RunFolder":
         """Return the folder of a run that ``--resume`` names; refuse what is not resumed so."""
-        status, tags, folder = run_status(run_id), run_tags(run_id), cls(CHECKPOINTS / run_id)
-        if PARENT in tags:
-            raise InputError(
-                f"--resume {run_id}: it is one of several under run {tags[PARENT]}; go on with what started that one"
-            )
-        if STUDY in tags:
-            raise InputError(
-                f"--resume {run_id}: it is the run of study {tags[STUDY]}; give the capexp.tune command again"
-            )
+        status, folder = run_status(run_id), cls(CHECKPOINTS / run_id)
+        another_way = folder.resumed_otherwise()
+        if another_way is not None:
+            raise InputError(f"--resume {run_id}: {another_way}")
         if not (folder.path / SETTINGS).is_file():
             raise InputError(
                 f"--resume {run_id}: the run is {status}, but {folder.path / SETTINGS} is missing; resume where it was "
@@ -70,6 +65,15 @@ class RunFolder:
         raise InputError(
             f"run {run_id}: has no {JOURNAL} under {CHECKPOINTS} or {STUDIES} here; start where it was trained"
         )
+
+    def resumed_otherwise(self) -> str | None:
+        """Return how to go on with a run that ``--resume`` does not take; None where it does."""
+        tags = run_tags(self.run_id)
+        if PARENT in tags:
+            return f"it is one of several under run {tags[PARENT]}; go on with what started that one"
+        if STUDY in tags:
+            return f"it is the run of study {tags[STUDY]}; give the capexp.tune command again"
+        return None
 
     @contextmanager
     def lock(self) -> Iterator[None]:

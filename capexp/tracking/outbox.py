@@ -4,13 +4,16 @@ To a local store it is sent at once, to a server by a thread, so that a server t
 own queue for asynchronous logging does not survive a kill.
 """
 
+import fcntl
 import json
 import logging
 import os
 import threading
 import time
-from collections.abc import Iterable, Sequence
+from collections.abc import Iterable, Iterator, Sequence
+from contextlib import contextmanager
 from dataclasses import dataclass
+from io import FileIO
 from pathlib import Path
 from typing import Any
 
@@ -56,19 +59,14 @@ class Journal:
     def __init__(self, path: Path) -> None:
         """Create the file, or read it; a last line that a kill has cut short is removed."""
         self.path = path
-        with writing(path):
-            path.parent.mkdir(parents=True, exist_ok=True)
-            content = path.read_bytes() if path.exists() else b""
-            whole = content.rfind(b"\n") + 1
-            if whole < len(content):
-                os.truncate(path, whole)
-            else:
-                path.touch()
         self._entries: dict[int, Entry] = {}
         self._sent: set[int] = set()
         self._lock = threading.Lock()
-        for number, line in enumerate(content[:whole].splitlines(), 1):
-            self._read(number, line)
+        self._size, self._lines = 0, 0  # of what was read, and written here
+        with writing(path):
+            path.parent.mkdir(parents=True, exist_ok=True)
+        with self._opened():
+            pass
 
     @property
     def entries(self) -> list[Entry]:
@@ -84,9 +82,9 @@ class Journal:
 
     def write(self, kind: str, content: Any) -> Entry:
         """Append an entry durably; return it."""
-        with undisturbed(), self._lock:
+        with undisturbed(), self._lock, self._opened() as file:
             entry = Entry(max(self._entries, default=0) + 1, kind, content)
-            self._append({"number": entry.number, "kind": kind, "content": content}, durable=True)
+            self._append(file, {"number": entry.number, "kind": kind, "content": content}, durable=True)
             self._entries[entry.number] = entry
         return entry
 
@@ -94,22 +92,39 @@ class Journal:
         """Record that entries are sent."""
         numbers = [entry.number for entry in entries]
         if numbers:
-            with undisturbed(), self._lock:
-                self._append({_SENT: numbers}, durable=False)
+            with undisturbed(), self._lock, self._opened() as file:
+                self._append(file, {_SENT: numbers}, durable=False)
                 self._sent.update(numbers)
 
-    def _append(self, line: dict[str, Any], durable: bool) -> None:
+    @contextmanager
+    def _opened(self) -> Iterator[FileIO]:
+        """Open the file for this process alone, and read what others have written: a study's run has several."""
+        with writing(self.path), self.path.open("a+b", buffering=0) as file:
+            fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
+            file.seek(self._size)
+            content = file.readall()
+            whole = content.rfind(b"\n") + 1
+            if whole < len(content):
+                file.truncate(self._size + whole)
+            self._size += whole
+            for line in content[:whole].splitlines():
+                self._lines += 1
+                self._read(self._lines, line)
+            yield file
+
+    def _append(self, file: FileIO, line: dict[str, Any], durable: bool) -> None:
         content = json.dumps(line).encode() + b"\n"
-        with writing(self.path), self.path.open("ab", buffering=0) as file:
-            before = file.tell()
-            try:
-                while content:
-                    content = content[file.write(content) :]
-                if durable:
-                    os.fsync(file.fileno())
-            except OSError:
-                file.truncate(before)  # half a line would spoil the next one
-                raise
+        left = content
+        try:
+            while left:
+                left = left[file.write(left) :]
+            if durable:
+                os.fsync(file.fileno())
+        except OSError:
+            file.truncate(self._size)  # half a line would spoil the next one
+            raise
+        self._size += len(content)
+        self._lines += 1
 
     def _read(self, number: int, line: bytes) -> None:
         try:

@@ -196,9 +196,10 @@ def tracked_run(
     with ExitStack() as stack:
         if known is not None:
             stack.enter_context(lock(known))
-        run_id = _start(name, experiment, resume, parent, tags or {})
+        above, tracked = mlflow.active_run(), None
         status, patience = RunStatus.to_string(RunStatus.FAILED), SHORT_PATIENCE
         try:
+            run_id = _start(name, experiment, resume, parent, tags or {})
             if known is None:
                 stack.enter_context(lock(run_id))
             with no_retries():
@@ -231,9 +232,17 @@ def tracked_run(
                             raise
                         if not isinstance(left_by, Unsent):
                             log.warning("%s", unsent)
+        except KeyboardInterrupt:
+            status = RunStatus.to_string(RunStatus.KILLED)
+            begun = mlflow.active_run()
+            if tracked is None and begun is not above and begun is not None:  # there is no journal yet
+                with suppress(MlflowException, SQLAlchemyError), no_retries():
+                    MlflowClient().set_tag(begun.info.run_id, "stopped", "interrupt")
+            raise
         finally:
-            with suppress(MlflowException, SQLAlchemyError), no_retries():
-                mlflow.end_run(status)  # it has ended; this takes it off the list of this process's active runs
+            if mlflow.active_run() is not above:
+                with suppress(MlflowException, SQLAlchemyError), no_retries():
+                    mlflow.end_run(status)  # it has ended; this takes it off the list of this process's active runs
 
 
 def _start(name: str, experiment: str, resume: str | None, parent: str | None, tags: Mapping[str, str]) -> str:

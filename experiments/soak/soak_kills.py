@@ -1,4 +1,4 @@
-"""SIGKILL at random moments of training, registration, an ensemble's members, extraction and tuning.
+"""SIGKILL at random moments of each kind of run: training, registration, seeds, an ensemble, tuning; and of extraction.
 
     python experiments/soak/soak_kills.py                 a hundred kills
     python experiments/soak/soak_kills.py --kills 8       a few
@@ -9,42 +9,33 @@ be what an undisturbed one comes to, to the bit. Moments are uniform over the ti
 for registration, over that from its last epoch to its end.
 """
 
-import json
 import random
 import sys
 import tempfile
 import time
 from collections import Counter
 from collections.abc import Callable
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path
 from typing import Any
 
 import numpy as np
 
 sys.path.insert(0, str(Path(__file__).parents[1] / "benchmarks"))
+sys.path.insert(0, str(Path(__file__).parents[2] / "tests"))
 
 from bench_extraction import draw_weights
-from soak import SMALL, Folder, Lost, arguments, finish, kill, wait_for
+from kinds import ENSEMBLE, PARENT, SEEDS, SETTINGS, SINGLE, Kind, flags, study
+from soak import Folder, Lost, arguments, finish, kill, wait_for
 
-SHARES = {"train": 0.3, "register": 0.2, "ensemble": 0.15, "extract": 0.1, "tune": 0.25}
-TRAIN = (
-    *SMALL,
-    *("--training.epochs", "2", "--training.save_steps", "25", "--registry.metric", "dev_cider"),
-    *("--training.self_critical.epochs", "1", "--training.self_critical.photos", "10"),
-    *("--training.self_critical.samples", "2"),
-)
-SETTINGS = {
-    **{"model.embedding_size": 32, "model.lstm_units": 32, "model.output_dropout": 0.0, "training.device": "cpu"},
-    **{"training.learning_rate": 0.01, "training.precision": "float32", "training.epochs": 2},
+SHARES = {"train": 0.2, "register": 0.2, "seeds": 0.16, "ensemble": 0.16, "extract": 0.12, "tune": 0.16}
+SELF_CRITICAL = {
+    "registry.metric": "dev_cider",
+    "training.self_critical.epochs": 1,
+    "training.self_critical.photos": 10,
+    "training.self_critical.samples": 2,
 }
-MEMBERS = json.dumps([{"experiment": "scenes", "seeds": [1, 2], "settings": SETTINGS | {"training.save_steps": 25}}])
-TOGETHER = ("--experiment", "scenes-ensemble", "--ensemble.members", MEMBERS)
-TUNE = (
-    *SMALL,
-    *("--trials", "3", "--workers", "2", "--training.epochs", "2", "--training.save_steps", "25"),
-    *("--tune.pruner", "none", "--tune.search", json.dumps({"model.lstm_units": {"low": 8, "high": 48}})),
-)
+BOTH_PHASES = replace(SINGLE, command=lambda settings: ("train", *flags({**settings, **SELF_CRITICAL})))
 
 
 @dataclass
@@ -61,50 +52,30 @@ class Activity:
     """Whether the time has come in which it is killed, of a command started then."""
 
 
-def _train(folder: Folder) -> tuple[str, ...]:
-    for run in folder.runs():
-        if (folder.path / "checkpoints" / run.info.run_id / "experiment.toml").is_file():
-            return ("train", "--resume", run.info.run_id)
-    return ("train", *TRAIN)
-
-
 def _is_finished(folder: Folder) -> bool:
-    return any(run.info.status == "FINISHED" for run in folder.runs())
+    return any(run.info.status == "FINISHED" for run in folder.runs() if PARENT not in run.data.tags)
 
 
 def _has_trained(folder: Folder, start: float) -> bool:
     return any(one.stat().st_mtime > start for one in folder.path.glob("checkpoints/**/loss.png"))
 
 
-def _trained(folder: Folder) -> Any:
-    """Losses and rewards of each epoch, the weights of the best captioner, and how often it is registered."""
-    *lost, run = folder.runs()
-    if run.info.status != "FINISHED" or len(lost) > 1:
-        raise Lost(f"{len(lost)} runs were begun in vain, the last one is {run.info.status}")
-    told = {
-        name: [(one.step, one.value) for one in folder.client.get_metric_history(run.info.run_id, name)]
-        for name in ("train_loss", "dev_loss", "reward", "epoch_dev_cider")
-    }
-    bundles = sorted(folder.path.glob(f"checkpoints/{run.info.run_id}/self-critical/ep*/decoder.safetensors"))
-    versions = folder.client.search_model_versions("name='capexp-scenes'")
-    cards = [(one.tags["dev_cider"], list(one.aliases)) for one in versions]
-    return told, bundles[-1].read_bytes(), cards
+def _of_kind(kind: Kind, begins: Callable[[Folder, float], bool] = lambda folder, start: True) -> Activity:
+    """Kills a run, or several under one: what is lost may only be runs that had not begun to train."""
 
+    def outcome(folder: Folder) -> Any:
+        for run in folder.runs():
+            if run.info.status != "FINISHED" and list(folder.path.glob(f"checkpoints/**/{run.info.run_id}/last.pt")):
+                raise Lost(f"{run.info.run_name} had begun to train, and nobody has gone on with it: {run.info.run_id}")
+        try:
+            end = kind.end(folder)
+        except AssertionError as error:
+            raise Lost(str(error)) from None
+        if len(end["registered"]) != 1:
+            raise Lost(f"registered {len(end['registered'])} times")
+        return end
 
-def _ensembled(folder: Folder) -> Any:
-    """The losses of its epochs by member, and the weights of all in the one bundle."""
-    told = {
-        run.data.params["seed"]: [
-            (one.step, one.value) for one in folder.client.get_metric_history(run.info.run_id, "dev_loss")
-        ]
-        for run in folder.runs()
-        if run.data.params.get("name") == "scenes" and run.info.status == "FINISHED"
-    }
-    last = [run for run in folder.runs() if run.data.params.get("name") == "scenes-ensemble"][-1]
-    bundle = folder.path / "checkpoints" / last.info.run_id / "ensemble"
-    versions = folder.client.search_model_versions("name='capexp-scenes'")
-    is_champion = any("champion" in one.aliases for one in versions)
-    return told, [path.read_bytes() for path in sorted(bundle.rglob("*.safetensors"))], last.info.status, is_champion
+    return Activity(kind.go_on, outcome, _is_finished, begins)
 
 
 def _extract(weights: Path) -> Callable[[Folder], tuple[str, ...]]:
@@ -147,7 +118,9 @@ def _tuned(folder: Folder) -> Any:
         (undisturbed,) = alone.runs()
         if undisturbed.data.metrics["best_dev_loss"] != trial.value:
             raise Lost(f"trial {trial.number} came to {trial.value}, undisturbed {undisturbed.data.metrics}")
-    return [list(one.aliases) for one in folder.client.search_model_versions("name='capexp-scenes'")]
+    versions = folder.client.search_model_versions("name='capexp-scenes'")
+    champion = folder.client.get_model_version_by_alias("capexp-scenes", "champion").version
+    return [version.version == champion for version in versions]
 
 
 def disturb(name: str, activity: Activity, kills: int, root: Path, draw: random.Random) -> Counter[str]:
@@ -214,11 +187,12 @@ def main() -> int:
     root = Path(tempfile.mkdtemp(prefix="capexp-soak-"))
     weights = draw_weights(root / "random.pth")
     activities = {
-        "train": Activity(_train, _trained, _is_finished),
-        "register": Activity(_train, _trained, _is_finished, _has_trained),
-        "ensemble": Activity(lambda folder: ("train", *TOGETHER), _ensembled),
+        "train": _of_kind(BOTH_PHASES),
+        "register": _of_kind(BOTH_PHASES, _has_trained),
+        "seeds": _of_kind(SEEDS),
+        "ensemble": _of_kind(ENSEMBLE),
         "extract": Activity(_extract(weights), _extracted),
-        "tune": Activity(lambda folder: ("tune", *TUNE), _tuned),
+        "tune": Activity(lambda folder: study(SETTINGS, "--trials", "3", "--workers", "2"), _tuned),
     }
     counted: dict[str, dict[str, int]] = {}
     for name, activity in activities.items():

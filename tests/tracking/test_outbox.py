@@ -69,3 +69,14 @@ def test_a_damaged_journal_is_told_with_its_line(tmp_path: Path, line: bytes) ->
 def test_numbers_go_on_after_those_of_an_earlier_process(tmp_path: Path) -> None:
     Journal(tmp_path / JOURNAL).write("tags", {})
     assert Journal(tmp_path / JOURNAL).write("tags", {}) == Entry(2, "tags", {})
+
+
+def test_several_processes_that_write_one_journal_keep_each_others_entries(tmp_path: Path) -> None:
+    """As those of a study, which all have its run open."""
+    first, second = (Journal(tmp_path / JOURNAL) for _ in range(2))
+    kept = first.write("tags", {"by": "first"})
+    second.mark_sent([second.write("tags", {"by": "second"})])
+    assert Journal(tmp_path / JOURNAL).waiting == [kept]
+    first.mark_sent([kept])
+    assert [entry.number for entry in Journal(tmp_path / JOURNAL).entries] == [1, 2]
+    assert first.write("tags", {}).number == 3

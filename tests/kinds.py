@@ -1,0 +1,148 @@
+"""The kinds of runs, in tiny: how each begins and goes on, where it trains, and what it comes to.
+
+What holds of one kind holds of all: tests and the soak of kills go through this table.
+"""
+
+import json
+import sys
+from collections.abc import Callable, Mapping
+from contextlib import suppress
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any, Protocol
+
+import mlflow
+
+PARENT = "mlflow.parentRunId"
+SETTINGS: Mapping[str, Any] = {
+    **{"model.embedding_size": 32, "model.lstm_units": 32, "model.output_dropout": 0.0},
+    **{"training.learning_rate": 0.01, "training.precision": "float32", "training.device": "cpu"},
+    **{"training.epochs": 2, "training.save_steps": 25},
+}
+"""Settings of ``scenes`` that train in seconds, with states within an epoch."""
+SPACE = {"model.dropout": {"low": 0.1, "high": 0.5}}
+_TIMES = ("epoch_seconds", "tokens_per_second")  # metrics that tell time, beside system/*
+_LOSSES = ("train_loss", "dev_loss", "reward", "epoch_dev_cider")
+
+
+class Place(Protocol):
+    """A user's folder."""
+
+    @property
+    def path(self) -> Path: ...
+
+    @property
+    def client(self) -> Any: ...
+
+    def runs(self) -> list[Any]: ...
+
+
+def flags(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    """Settings as a command line has them."""
+    return tuple(word for name, value in settings.items() for word in (f"--{name}", str(value)))
+
+
+@dataclass(frozen=True)
+class Kind:
+    """A kind of tracked run: one that trains (a leaf), or one with such runs under it."""
+
+    command: Callable[[Mapping[str, Any]], tuple[str, ...]]
+    """Begins it with settings: the name of the command, and its words."""
+    leaves: str
+    """Pattern of the folders of the runs that train."""
+    count: int = 1
+    """How many of them there are."""
+    is_resumed: bool = True
+    """Whether it goes on by ``--resume``, and not by the same command."""
+
+    def begin(self, **changes: Any) -> tuple[str, ...]:
+        """The command that begins it; a setting that is changed has ``__`` for its dot."""
+        return self.command({**SETTINGS, **{name.replace("__", "."): value for name, value in changes.items()}})
+
+    def go_on(self, place: Place, **changes: Any) -> tuple[str, ...]:
+        """The command that goes on with it, or begins it where a kill came before there was anything to resume.
+
+        ``changes`` are those that it was begun with.
+        """
+        if self.is_resumed:
+            for run in place.runs():
+                is_begun = (place.path / "checkpoints" / run.info.run_id / "experiment.toml").is_file()
+                if PARENT not in run.data.tags and is_begun:
+                    return ("train", "--resume", run.info.run_id)
+        return self.begin(**changes)
+
+    def trained(self, place: Place, pattern: str) -> dict[Path, float]:
+        """The files of that name that the runs which train have left, with their times, the newest last."""
+        found = {}
+        for path in place.path.glob(f"{self.leaves}/{pattern}"):
+            with suppress(FileNotFoundError):  # replaced meanwhile
+                found[path] = path.stat().st_mtime
+        return dict(sorted(found.items(), key=lambda item: item[1]))
+
+    def has_state_since(self, place: Place, start: float) -> bool:
+        """Whether the last of its runs has saved a state since then, in seconds since 1970."""
+        states = self.trained(place, "last.pt")
+        return len(states) == self.count and max(states.values()) > start
+
+    def end(self, place: Place) -> dict[str, Any]:
+        """What it comes to: losses of each epoch and results of each finished run, and what is registered.
+
+        Runs go by what they are, since their ids and a trial's number differ.
+        """
+        found: dict[str, Any] = {}
+        for run in place.runs():
+            if run.info.status == "FINISHED":
+                name = _name(run)
+                assert name not in found, f"two runs of {name} have finished"
+                found[name] = {
+                    "results": {
+                        name: value
+                        for name, value in run.data.metrics.items()
+                        if name not in _TIMES and not name.startswith("system/")
+                    },
+                    "losses": {
+                        name: [(point.step, point.value) for point in history]
+                        for name in _LOSSES
+                        if (history := place.client.get_metric_history(run.info.run_id, name))
+                    },
+                }
+        versions = list(place.client.search_model_versions("name='capexp-scenes'"))
+        found["registered"] = [
+            (version.tags["dev_loss"], version.tags["dev_cider"], _weights(place, version)) for version in versions
+        ]
+        if versions:
+            champion = place.client.get_model_version_by_alias("capexp-scenes", "champion").version
+            found["is champion"] = [version.version == champion for version in versions]
+        return found
+
+
+def _name(run: Any) -> str:
+    if PARENT not in run.data.tags:
+        return "the run itself"
+    return f"seed {run.data.params['seed']}, dropout {run.data.params['model.dropout']}"
+
+
+def _weights(place: Place, version: Any) -> dict[str, bytes]:
+    mlflow.set_tracking_uri(place.client.tracking_uri)
+    model = Path(mlflow.artifacts.download_artifacts(f"models:/{version.name}/{version.version}"))
+    return {str(path.relative_to(model)): path.read_bytes() for path in sorted(model.rglob("*.safetensors"))}
+
+
+def _ensemble(settings: Mapping[str, Any]) -> tuple[str, ...]:
+    members = json.dumps([{"experiment": "scenes", "seeds": [1, 2], "settings": dict(settings)}])
+    return ("train", "--experiment", "scenes-ensemble", "--ensemble.members", members)
+
+
+def study(settings: Mapping[str, Any], *words: str) -> tuple[str, ...]:
+    """The command of a study, but for how many trials it has."""
+    return ("tune", *flags(settings), "--tune.pruner", "none", "--tune.search", json.dumps(SPACE), *words)
+
+
+SINGLE = Kind(lambda settings: ("train", *flags(settings)), "checkpoints/*")
+SEEDS = Kind(lambda settings: ("train", "--seeds", "2", *flags(settings)), "checkpoints/*/*", 2)
+ENSEMBLE = Kind(_ensemble, "checkpoints/*", 2)
+# A trial that is run again gets another number, and the trials after it draw other values: only what is stopped in the
+# last one comes to what the undisturbed study comes to.
+STUDY = Kind(lambda settings: study(settings, "--trials", "2"), "studies/scenes/*", 2, is_resumed=False)
+KINDS = {"single": SINGLE, "seeds": SEEDS, "ensemble": ENSEMBLE, "study": STUDY}
+TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")
