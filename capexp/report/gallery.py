@@ -1,23 +1,24 @@
 """The gallery: photos with the captioner's and people's captions, in one self-contained HTML file.
 
-It is built from ``gallery.html``, ``gallery.css`` and ``gallery.js`` beside this module. Captions and file names are
-untrusted text: they are escaped in the page's markup and never appear in its script, and the page's
-Content-Security-Policy allows no other script, style or address. Without its script the page shows every card, the best
-first. MLflow shows the page in a sandboxed frame that may run scripts but has no forms, no storage and no address.
+It is rendered from the Jinja2 template ``gallery.html``, with ``gallery.css`` and ``gallery.js``, beside this module.
+Captions and file names are untrusted text: the template escapes them in the markup, they never appear in the script,
+and the page's Content-Security-Policy allows no other script, style or address. Without its script the page shows every
+card, the best first. MLflow shows the page in a sandboxed frame that may run scripts but has no forms, no storage and
+no address.
 """
 
 import base64
 import hashlib
-import html
 import io
 import random
 import string
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from string import Template
+from typing import Any
 
 import numpy as np
+from jinja2 import Environment, FileSystemLoader
 from numpy.typing import NDArray
 from PIL import Image
 
@@ -134,26 +135,21 @@ def write_gallery(
     by the positions of their cards, which the page's script shows word by word. ``seed`` is that of the bootstrap.
     """
     style, script = _part("gallery.css"), _part("gallery.js")
-    page = Template(_part("gallery.html")).substitute(
+    environment = Environment(
+        loader=FileSystemLoader(Path(__file__).parent), autoescape=True, keep_trailing_newline=True
+    )
+    page = templates.get_template("gallery.html").render(
         style=style,
         style_hash=_hash(style),
         script=script,
         script_hash=_hash(script),
-        experiment=html.escape(heading.experiment),
-        captioner=html.escape(heading.captioner),
-        split=html.escape(heading.split),
-        decoding=html.escape(heading.decoding),
-        loss=f"{heading.loss:.3f}",
-        loss_blind=f"{heading.loss_blind:.3f}",
+        heading=heading,
         scores=_score_rows(heading.scores, seed),
         photos=f"{len(cards):,}",
         shown=_describe_choice(choice, len(cards)),
-        best=len(choice.best),
-        worst=len(choice.worst),
-        random=len(choice.random),
-        all=len(choice.shown),
-        looked="" if maps else "hidden",
-        cards="\n".join(_card(cards[position], position, choice, maps.get(position)) for position in choice.shown),
+        choice=choice,
+        has_maps=bool(maps),
+        cards=[_parts_of(cards[position], position, choice, maps.get(position)) for position in choice.shown],
     )
     return write_whole(path, page)
 
@@ -176,31 +172,24 @@ def _describe_choice(choice: Choice, count: int) -> str:
     )
 
 
-def _score_rows(scores: CaptionScores, seed: int) -> str:
+def _score_rows(scores: CaptionScores, seed: int) -> list[tuple[str, float, float, float, float]]:
+    """Return each score's name, value, ends of the interval, and value with photos shuffled."""
     values, intervals, blind = scores.photos.corpus(), scores.photos.intervals(seed=seed), scores.blind.corpus()
-    return "\n".join(
-        f'<tr><th scope="row">{name}</th><td>{values[key]:.3f}</td>'
-        f"<td>{intervals[key][0]:.3f} to {intervals[key][1]:.3f}</td><td>{blind[key]:.3f}</td></tr>"
-        for key, name in SCORE_NAMES.items()
-    )
+    return [(name, values[key], *intervals[key], blind[key]) for key, name in SCORE_NAMES.items()]
 
 
-def _card(card: GalleryCard, position: int, choice: Choice, maps: Maps | None) -> str:
-    """Return the markup of a card: text for people, and numbers for the script in ``data-`` attributes."""
+def _parts_of(card: GalleryCard, position: int, choice: Choice, maps: Maps | None) -> dict[str, Any]:
+    """Return what the template shows of a card."""
     image, width, height = _inlined(card.photo)
-    references = "".join(f'<li dir="auto">{html.escape(reference)}</li>' for reference in card.references)
-    views = [view for view in ("best", "worst") if position in getattr(choice, view)]
-    drawn = f' data-drawn="{choice.random.index(position)}"' if position in choice.random else ""
-    looked = "" if maps is None else f' data-looked="{_encode_maps(maps)}"'
-    return f"""<article data-views="{" ".join(views)}"{drawn}{looked} data-cider="{card.cider:.4f}" \
-data-rouge-l="{card.rouge_l:.4f}" data-log-probability="{card.log_probability:.4f}">
-<img src="{image}" width="{width}" height="{height}" alt="{html.escape(card.references[0])}">
-<h2 dir="auto">{html.escape(card.caption) or "(no words)"}</h2>
-<ul>{references}</ul>
-<dl><div><dt>CIDEr</dt><dd>{card.cider:.2f}</dd></div><div><dt>ROUGE-L</dt><dd>{card.rouge_l:.2f}</dd></div>\
-<div><dt>log-probability</dt><dd>{card.log_probability:.2f}</dd></div></dl>
-<p dir="auto">{html.escape(card.name)}</p>
-</article>"""
+    return {
+        "of": card,
+        "image": image,
+        "width": width,
+        "height": height,
+        "views": " ".join(view for view in ("best", "worst") if position in getattr(choice, view)),
+        "drawn": choice.random.index(position) if position in choice.random else None,
+        "maps": None if maps is None else _encode_maps(maps),
+    }
 
 
 def _encode_maps(maps: Maps) -> str:

@@ -1,10 +1,11 @@
 """Charts of a study: history, importances, parallel coordinates and slices, as one HTML page and as PNGs."""
 
-import html
 import logging
 import warnings
 from pathlib import Path
 from typing import Any
+
+from jinja2 import Environment, FileSystemLoader
 
 log = logging.getLogger(__name__)
 
@@ -38,7 +39,7 @@ def draw_charts(study: Any, name: str, folder: Path) -> list[Path]:
 
     shares = importances(study)
     pictures: list[Path] = []
-    sections: list[str] = []
+    sections: list[tuple[str, str]] = []
     evaluator = optuna.importance.FanovaImportanceEvaluator(seed=0)
     for chart, (function, title) in _CHARTS.items():
         options: dict[str, Any] = {"target_name": _LOSS}
@@ -50,10 +51,11 @@ def draw_charts(study: Any, name: str, folder: Path) -> list[Path]:
             warnings.simplefilter("ignore")
             figure = getattr(optuna.visualization, f"plot_{function}")(study, **options)
             figure.update_layout(title=None, template="plotly_white", margin={"t": 24})
-            sections.append(f"<h2>{title}</h2>" + figure.to_html(full_html=False, include_plotlyjs=not sections))
+            sections.append((title, figure.to_html(full_html=False, include_plotlyjs=not sections)))
             pictures.append(_draw_picture(study, function, title, options, folder / f"{chart}.png"))
     page = folder / "study.html"
-    page.write_text(_PAGE.format(title=html.escape(name), sections="\n".join(sections)), encoding="utf-8")
+    templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
+    page.write_text(templates.get_template("study.html").render(title=name, sections=sections), encoding="utf-8")
     return [page, *pictures]
 
 
@@ -74,15 +76,3 @@ def _draw_picture(study: Any, function: str, title: str, options: dict[str, Any]
     figure.savefig(path, dpi=120, bbox_inches="tight")
     pyplot.close(figure)
     return path
-
-
-_PAGE = """<!doctype html>
-<html lang="en"><head><meta charset="utf-8"><meta name="viewport" content="width=device-width, initial-scale=1">
-<title>{title}</title>
-<style>
-body {{ font: 15px/1.45 system-ui, sans-serif; margin: 2rem auto; max-width: 1100px; padding: 0 1rem; color: #1f2328; }}
-</style></head><body>
-<h1>{title}</h1>
-{sections}
-</body></html>
-"""
