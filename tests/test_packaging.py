@@ -54,5 +54,5 @@ def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
     subprocess.run([*wheel, str(tmp_path), str(source)], check=True)
     (built,) = tmp_path.glob("capexp-*.whl")
     files = {str(path.relative_to(source)) for path in (source / "capexp").rglob("*") if path.is_file()}
-    assert "capexp/tracking/gallery.html" in files
+    assert "capexp/report/gallery.html" in files
     assert files <= set(zipfile.ZipFile(built).namelist())
