@@ -95,7 +95,7 @@ def checkout_in(path: Path) -> Folder:
 
 def make(folder: Folder, *words: str) -> subprocess.CompletedProcess[str]:
     process = folder.start("make", *words)
-    out, err = process.communicate(timeout=600)
+    out, err = process.communicate(timeout=1200)
     return subprocess.CompletedProcess(words, process.returncode, out, err)
 
 

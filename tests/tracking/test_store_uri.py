@@ -19,7 +19,7 @@ MISTAKEN = {"a%20b": "%20", "a%c3%bcb": "%c3", "x?y..z": "..", "a\udce9b": "UTF-
 @pytest.fixture(autouse=True)
 def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
     """MLflow with its default store, as in a new process; afterwards as it was."""
-    tracking, registry = mlflow.get_tracking_uri(), mlflow.get_registry_uri()
+    tracking = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     environment = dict(os.environ)
     mlflow.set_tracking_uri(None)
     mlflow.set_registry_uri(None)
@@ -27,7 +27,7 @@ def untouched(monkeypatch: pytest.MonkeyPatch) -> Iterator[None]:
         os.environ.pop(name, None)
     yield
     mlflow.set_tracking_uri(tracking)
-    mlflow.set_registry_uri(registry)
+    mlflow.set_registry_uri(None)  # the tracking URI, again
     os.environ.clear()
     os.environ.update(environment)
 
