@@ -4,9 +4,8 @@ Shapes: B batch (captions), N photos, M words, T steps, P grid positions, F feat
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import TypeVar
 
@@ -17,6 +16,7 @@ from torch import Tensor
 
 from capexp.data.captions import Split
 from capexp.data.features import Features
+from capexp.data.prefetch import prefetch
 from capexp.data.vocabulary import BOS, EOS, Vocabulary
 from capexp.distributed import ALONE, World
 from capexp.settings import Order
@@ -297,10 +297,5 @@ def _shard(batch: NDArray[np.int64], world: World) -> tuple[NDArray[np.int64], b
 def _ahead(make: Callable[[NDArray[np.int64]], T], order: NDArray[np.int64], size: int) -> Iterator[T]:
     """What is made of each part of an order, by a thread that is a few parts ahead."""
     with ThreadPoolExecutor(1) as pool:
-        ahead: deque[Future[T]] = deque()
-        for start in range(0, len(order), size):
-            ahead.append(pool.submit(make, order[start : start + size]))
-            if len(ahead) > _AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        parts = (order[start : start + size] for start in range(0, len(order), size))
+        yield from prefetch(pool, make, parts, 1 + _AHEAD)

@@ -28,7 +28,8 @@ from tqdm import tqdm
 from capexp.data.extraction import compute_features
 from capexp.data.features import Features, release
 from capexp.data.photos import digest_photos
-from capexp.data.pixels import ahead, decoding_processes
+from capexp.data.pixels import decoding_processes
+from capexp.data.prefetch import prefetch
 from capexp.data.vgg16 import Encoder, EncoderIdentity
 from capexp.errors import InputError, Outage, listed
 from capexp.files import writing
@@ -63,8 +64,8 @@ class FeatureCache:
     def _rows(self, records: NDArray[Any], mapping: mmap.mmap | None, digests: list[bytes]) -> NDArray[np.int64]:
         wanted = set(digests)
 
-        def check(start: int, stop: int) -> dict[bytes, int]:
-            block, found = records[start:stop], {}
+        def check(start: int) -> dict[bytes, int]:
+            block, found = records[start : start + size], {}
             for row, photo in enumerate(block["photo"], start):
                 # NumPy strips zero bytes from the end of a byte string.
                 key = bytes(photo).ljust(32, b"\0")
@@ -76,8 +77,7 @@ class FeatureCache:
         rows: dict[bytes, int] = {}
         size = max(1, _BLOCK // self._record.itemsize)
         with ThreadPoolExecutor() as pool:
-            parts = ((start, min(start + size, len(records))) for start in range(0, len(records), size))
-            for found in ahead(pool, check, parts, _CHECKED):
+            for found in prefetch(pool, check, range(0, len(records), size), _CHECKED):
                 rows |= found
                 release(mapping)
         damaged = sum(row < 0 for row in rows.values())
