@@ -98,7 +98,7 @@ class CaptionBatches:
         positions, size = self.features.shape
         room = _room(device)
         if self._held is None and 4 * 2 * len(self.features) * self.features.views * positions * size <= room:
-            parts = [torch.from_numpy(part).to(device) for part in self.features.all_parts(_HELD_AT_ONCE)]
+            parts = [torch.from_numpy(part).to(device) for part in self.features.parts_of_views(_HELD_AT_ONCE)]
             self._held = torch.cat(parts)
         return self._held is not None and self._held.device.type == device.type
 
@@ -132,7 +132,7 @@ class CaptionBatches:
         nth = np.arange(counts.max())
         captions = self._bounds[units][..., None] + nth
         captions = np.where(there[..., None] & (nth < counts[units][..., None]), captions, len(self._lengths))
-        photos = self.features.seen_in(seed, number)[self._photos[self._bounds[units]]]
+        photos = self.features.draw_views(seed, number)[self._photos[self._bounds[units]]]
         return photos, captions, self._reads[captions]
 
     def __len__(self) -> int:
@@ -162,7 +162,7 @@ class CaptionBatches:
             return self._batch(self._captions(units), seen, share)
 
         targets = np.add.reduceat(self._lengths + 1, self._bounds[:-1])  # of each unit
-        seen = self.features.seen_in(seed, number)
+        seen = self.features.draw_views(seed, number)
         return _ahead(make, self._order(seed, number)[done * self._units :], self._units)
 
     def in_order(self, photos: NDArray[np.int64] | None = None, world: World = ALONE) -> Iterator[Batch]:
@@ -284,7 +284,7 @@ def photo_batches(
         photos, is_own = _shard(some, world)
         return photos, torch.from_numpy(features.gather(seen[photos]).astype(np.float32)), is_own
 
-    seen = features.seen_in(seed, number)
+    seen = features.draw_views(seed, number)
     return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features))[done * size :], size)
 
 

@@ -171,7 +171,7 @@ class SelfCritical(Objective):
     def _cross_entropy(self, number: int, photos: NDArray[np.int64]) -> tuple[Tensor, int]:
         """Return the mean cross-entropy of the photos' own captions, and the number of their targets."""
         training = self.training
-        views = training.train.features.seen_in(training.seed, number)
+        views = training.train.features.draw_views(training.seed, number)
         batch = training.train.of_photos(photos, views).to(training.device)
         decoder = training.decoder
         outputs = decoder.outputs(batch.features, batch.photos, batch.words, batch.counts)
