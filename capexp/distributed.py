@@ -1,26 +1,31 @@
-"""This process among those that torchrun starts to train one captioner together, and the device it computes on.
+"""Processes and devices: torchrun's ranks, spawned processes and their environment, and the device to compute on.
 
-Each rank takes its shard of every batch and gradients are summed over all ranks, so that all take the same step.
-Rank 0 alone tracks, saves and prints.
+Under torchrun each rank takes its shard of every batch and gradients are summed over all ranks, so that all take the
+same step. Rank 0 alone tracks, saves and prints.
 """
 
 import atexit
+import multiprocessing
 import os
 import re
 import signal
+import threading
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from contextlib import contextmanager
 from dataclasses import dataclass
 from datetime import timedelta
 from typing import TYPE_CHECKING, TypeVar
 
 from capexp.errors import InputError, Outage
-from capexp.settings import Precision
 
-if TYPE_CHECKING:  # a command asks which rank it is before it has read its flags, and must not wait for torch
+# A command asks for its rank before it has read its flags, and processes that decode photos import this module: neither
+# may wait for torch or pydantic.
+if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
+
+    from capexp.settings import Precision
 
 T = TypeVar("T")
 _TIMEOUT = timedelta(hours=6)  # rank 0 evaluates, or hashes photos, while the others wait
@@ -29,14 +34,14 @@ _GRACE = 10.0  # seconds; torchrun ends the other ranks long before
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process and the number of ranks; of size 1 nothing is sent or waited for."""
+    """The rank of this process and the number of ranks; a world of size 1 communicates nothing."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Return this process's place among torchrun's, or a world of one; the ranks are not connected yet."""
+        """Return the rank and size that torchrun has set, or a world of one; the ranks are not connected yet."""
         if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
             return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         return cls()
@@ -47,7 +52,7 @@ class World:
         return self.rank == 0
 
     def start(self) -> None:
-        """Connect the ranks; returns when all are there."""
+        """Connect the ranks; return when all are connected."""
         if self.size == 1:
             return
         import torch
@@ -63,10 +68,10 @@ class World:
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """Disconnect the ranks and end the threads that sent and received.
+        """Disconnect the ranks and end the threads that communicate.
 
-        A thread that outlived this would free its last tensor while the interpreter exits, which ends the process by
-        SIGABRT, and torchrun then counts the work as failed.
+        A thread that is still alive frees its last tensor while the interpreter exits. That aborts the process
+        (SIGABRT), and torchrun reports a failure.
         """
         if self.size == 1:
             return
@@ -76,12 +81,12 @@ class World:
             torch.distributed.destroy_process_group()
 
     def shard(self, items: T) -> T:
-        """Return every ``size``-th item of a list or array, from ``rank`` on."""
+        """Return this rank's shard of a list or array: every ``size``-th item, from ``rank`` on."""
         shard: T = items[self.rank :: self.size]  # type: ignore[index]
         return shard
 
     def barrier(self) -> None:
-        """Wait until all ranks are here."""
+        """Wait until all ranks have come here."""
         self.sum(0.0)
 
     def sum(self, *values: float) -> list[float]:
@@ -110,7 +115,7 @@ class World:
         return flat[0]
 
     def broadcast(self, make: Callable[[], T]) -> T:
-        """Run ``make`` on rank 0 and broadcast its result: tensors and plain values, no pickled code."""
+        """Run ``make`` on rank 0 and broadcast its result: tensors and plain values only."""
         if self.size == 1:
             return make()
         import torch
@@ -118,7 +123,7 @@ class World:
 
         results = [make() if self.is_main else None]
         with self._collective():
-            # Without weights_only anything could be unpickled.
+            # Without weights_only, any pickled code would run.
             torch.distributed.broadcast_object_list(results, 0, device=torch.device("cpu"), weights_only=True)
         return results[0]  # type: ignore[return-value]
 
@@ -130,9 +135,9 @@ class World:
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
-        """End this process where another rank is gone: rank 0 with an :class:`Outage`, the others silently.
+        """End this process when another rank has died: rank 0 with an :class:`Outage`, the others silently.
 
-        torchrun reports the exit status of the rank that ends first, so the others leave that to the one that failed.
+        torchrun reports the exit status of the rank that ends first. So the others wait before they end.
         """
         try:
             yield
@@ -140,7 +145,7 @@ class World:
             if not self.is_main:
                 time.sleep(_GRACE)
                 raise SystemExit(1) from error
-            # torchrun ends the other ranks when one is gone; this one brings the run to its end meanwhile.
+            # torchrun sends SIGTERM to the other ranks; rank 0 still closes the run.
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             raise Outage(
                 "another of torchrun's processes has gone; see what it or torchrun told, then go on with --resume"
@@ -150,10 +155,41 @@ class World:
 ALONE = World()
 
 
-def choose_device(name: str) -> "torch.device":
-    """Return the device that ``training.device`` names; ``auto`` is CUDA where it is.
+@contextmanager
+def environment(**values: str | None) -> Iterator[None]:
+    """Set environment variables inside the block, unset those given as None, and restore all of them after it."""
+    before = {name: os.environ.get(name) for name in values}
+    _set_environment(values)
+    try:
+        yield
+    finally:
+        _set_environment(before)
 
-    Of torchrun's processes on a machine, each has a GPU of its own.
+
+def _set_environment(values: Mapping[str, str | None]) -> None:
+    for name, value in values.items():
+        if value is None:
+            os.environ.pop(name, None)
+        else:
+            os.environ[name] = value
+
+
+def follow_parent(end: Callable[[], object]) -> None:
+    """Call ``end`` in a background thread when the parent of this spawned process dies."""
+    parent = multiprocessing.parent_process()
+    assert parent is not None, "not a process that multiprocessing has spawned"
+
+    def follow() -> None:
+        parent.join()
+        end()
+
+    threading.Thread(target=follow, daemon=True).start()
+
+
+def choose_device(name: str) -> "torch.device":
+    """Return the device that ``training.device`` names; ``auto`` is CUDA where available.
+
+    Under torchrun each process has its own GPU.
     """
     import torch
 
@@ -172,8 +208,8 @@ def choose_device(name: str) -> "torch.device":
     return device
 
 
-def use_bfloat16(device: "torch.device", precision: Precision) -> bool:
-    """Return whether to compute in bfloat16; ``auto`` does where the device has instructions for it."""
+def use_bfloat16(device: "torch.device", precision: "Precision") -> bool:
+    """Return whether to compute in bfloat16; ``auto`` does if the device has instructions for it."""
     import torch
 
     if precision != "auto":

@@ -4,6 +4,7 @@ import json
 import os
 import subprocess
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -12,7 +13,7 @@ import pytest
 from small import checkpoints_in, losses, started
 from train_together import CONFIG, KINDS, training
 
-from capexp.distributed import ALONE, World
+from capexp.distributed import ALONE, World, environment
 
 ROOT = Path(__file__).parents[1]
 TOGETHER = Path(__file__).parent / "training/train_together.py"
@@ -23,6 +24,23 @@ def test_torchruns_environment_tells_the_place_and_nothing_else_does(monkeypatch
         assert World.from_environment() == ALONE
         monkeypatch.setenv(name, "3")
     assert World.from_environment() == World(3, 3)
+
+
+def test_the_environment_is_set_for_a_block_and_restored(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPEXP_A", "old")
+    monkeypatch.setenv("CAPEXP_B", "kept")
+    monkeypatch.delenv("CAPEXP_C", raising=False)
+    before = dict(os.environ)
+    for error in (None, KeyboardInterrupt):
+        with suppress(KeyboardInterrupt), environment(CAPEXP_A="new", CAPEXP_B=None, CAPEXP_C="new"):
+            changed = dict(os.environ)
+            if error is not None:
+                raise error
+        assert changed == {name: value for name, value in before.items() if name != "CAPEXP_B"} | {
+            "CAPEXP_A": "new",
+            "CAPEXP_C": "new",
+        }
+        assert dict(os.environ) == before
 
 
 @pytest.mark.slow

@@ -1,14 +1,17 @@
-"""Teacher-forced batches: captions in random order, with their photos' features.
+"""Teacher-forced batches: captions in random order, with the features of their photos.
 
-Shapes: B batch (captions), N photos, M words, T steps, P grid positions, F feature.
+A packed batch has no padding; it can be made for each of several ranks. Padded batches have few shapes and are gathered
+on a device that holds all captions and features.
+
+Shapes: B captions, N photos, K captions of a photo, M targets, T steps, S batches of an epoch, P grid positions,
+F feature.
 """
 
 import math
-from collections import deque
 from collections.abc import Callable, Iterator
-from concurrent.futures import Future, ThreadPoolExecutor
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeVar
+from typing import NamedTuple, TypeVar
 
 import numpy as np
 import torch
@@ -17,52 +20,62 @@ from torch import Tensor
 
 from capexp.data.captions import Split
 from capexp.data.features import Features
+from capexp.data.prefetch import prefetch
 from capexp.data.vocabulary import BOS, EOS, Vocabulary
 from capexp.distributed import ALONE, World
 from capexp.settings import Order
 
-_AHEAD = 2  # batches that are read before they are asked for
-_READ_AT_ONCE = 1024  # captions of a batch that a GPU does not learn from, at most,
-_READ_BYTES = 2**26  # and bytes of its features
-_HELD_AT_ONCE = 1000  # photos whose features are moved to a device together
+_PREFETCHED = 2  # batches that are ready, or being made, while one is learnt from
+_EVALUATED_CAPTIONS = 1024  # of a batch that is evaluated on a GPU, at most,
+_EVALUATED_BYTES = 2**26  # and bytes of its features in float32
+_PRELOADED_PHOTOS = 1000  # whose features are moved to a device together
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Batch:
-    """Some captions, packed as decoders read them: the longest first, the first word of each, then the second ones.
+    """A packed batch: the first words of all captions, then the second words, and so on; the longest caption first.
 
-    Each word that is read has one target, the word that comes next; there is no padding.
+    Each input word has one target, the word after it. There is no padding.
     """
 
     features: Tensor  # (N, P, F), float16 until they are on a device
-    photos: Tensor  # (B,): the row of each caption's photo in the features
-    words: Tensor  # (M,): BOS and each caption's words
-    targets: Tensor  # (M,): the words and EOS
-    counts: tuple[int, ...]  # captions that have a word at each step
-    share: float = 1.0  # of the targets of the whole batch, where several processes share it
+    photos: Tensor  # (B,): the row in features of each caption's photo
+    words: Tensor  # (M,): the inputs, BOS and the words of each caption
+    targets: Tensor  # (M,): the words of each caption, and EOS
+    counts: tuple[int, ...]  # T numbers of captions that have an input at each step
+    share: float = 1.0  # of this rank, in the targets of the batch of all ranks
 
     def to(self, device: torch.device) -> "Batch":
-        """The batch on a device."""
-        features = on_device(self.features, device).float()  # half as much to move
+        """Return the batch on a device, the features in float32."""
+        features = on_device(self.features, device).float()  # moved as float16, half the bytes
         photos, words, targets = (on_device(value, device) for value in (self.photos, self.words, self.targets))
         return Batch(features, photos, words, targets, self.counts, self.share)
 
 
+class PhotoBatch(NamedTuple):
+    """Some photos of a split, without captions."""
+
+    photos: NDArray[np.int64]  # (N,): positions in the split
+    features: Tensor  # (N, P, F)
+    is_own: bool  # False if another rank has the same photo: this rank's work on it does not count
+
+
 def on_device(value: Tensor, device: torch.device) -> Tensor:
-    """A tensor on a device, without waiting for it."""
+    """Return a tensor on a device, without waiting for the copy."""
     if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()  # of other memory the processor would wait for the copy
+        value = value.pin_memory()  # a copy from other memory would be waited for
     return value.to(device, non_blocking=True)
 
 
 class CaptionBatches:
-    """All captions of a split as batches, in a new random order for each epoch.
+    """All captions of a split as batches, in a new random order each epoch.
 
-    In the order ``captions`` each stands for itself, with its own copy of its photo's features; in the order
-    ``photos`` those of a photo stay together, so that its features are read and projected once. The tokens are held
-    as one flat array (four bytes a token), the features are read from their file for the photos of a batch, by a
-    thread that is a few batches ahead.
+    With the order ``captions`` single captions are shuffled, each with its own copy of its photo's features. With the
+    order ``photos`` the captions of a photo stay together, so that its features are read and projected once.
+
+    The tokens are in memory as one flat array (four bytes a token). Features are read from their file for each batch,
+    by a thread that is a few batches ahead, or gathered on a device that they were loaded onto before.
     """
 
     def __init__(
@@ -75,232 +88,240 @@ class CaptionBatches:
         self.split = split
         self.features = features
         self.order = order
-        self._lengths = np.array([len(tokens) for tokens in encoded], dtype=np.int64)
-        # Each caption with BOS and EOS; its words to read begin where it does, their targets one further.
-        self._starts = np.concatenate(([0], np.cumsum(self._lengths + 2)))
-        self._tokens = np.fromiter((token for tokens in encoded for token in (BOS, *tokens, EOS)), np.int32)
-        self._reads = np.append(self._lengths + 1, 0)  # words to read of each, and of what stands for no caption
+        self._tokens = np.fromiter((token for words in encoded for token in (BOS, *words, EOS)), np.int32)
+        # Of each caption: the number of its inputs, which is that of its targets; its first token; its photo.
+        self._lengths = np.array([len(words) + 1 for words in encoded], dtype=np.int64)
+        self._starts = np.concatenate(([0], np.cumsum(self._lengths + 1)))
         self._photos = np.repeat(np.arange(len(split.photos)), counts)
-        # What stays together: the captions of a unit are those from its bound to the next.
-        units = counts if order == "photos" else np.ones_like(self._lengths)
-        self._bounds = np.concatenate(([0], np.cumsum(units)))
-        a_unit = len(self._lengths) / len(units)  # captions
-        self._units = min(max(1, round(batch_size / a_unit)), len(units))  # in a batch
+        # Unit i is captions bounds[i]:bounds[i+1] (one caption, or all of a photo); units are shuffled as a whole.
+        self._photo_bounds = np.concatenate(([0], np.cumsum(counts)))
+        self._bounds = self._photo_bounds if order == "photos" else np.arange(len(encoded) + 1)
+        units = len(self._bounds) - 1
+        unit_size = len(encoded) / units  # captions
+        self._batch_units = min(max(1, round(batch_size / unit_size)), units)
         positions, size = features.shape
-        self._units_read = max(self._units, min(round(_READ_AT_ONCE / a_unit), _READ_BYTES // (4 * positions * size)))
-        self._held: Tensor | None = None  # the features of all photos, where a device has room for them
-
-    def hold(self, device: torch.device) -> bool:
-        """Holds the features of all photos on a device, unless they would take more than a quarter of its free memory.
-
-        Batches are then put together there. Tells whether they are held.
-        """
-        positions, size = self.features.shape
-        room = _room(device)
-        if self._held is None and 4 * 2 * len(self.features) * self.features.views * positions * size <= room:
-            parts = [torch.from_numpy(part).to(device) for part in self.features.all_parts(_HELD_AT_ONCE)]
-            self._held = torch.cat(parts)
-        return self._held is not None and self._held.device.type == device.type
-
-    def padding(self) -> float:
-        """How many times as many words as there are the rectangles of an epoch's batches have."""
-        _, captions, reads = self.table(0, 0)
-        return float((captions[0].size * reads.max((1, 2))).sum() / self.targets)
-
-    def rectangles(self, device: torch.device) -> "Rectangles":
-        """The batches for a device that is to put them together itself, and holds the features."""
-        is_held = self.hold(device)
-        assert is_held and self._held is not None
-        return Rectangles(
-            self._held,
-            torch.from_numpy(self._tokens).to(device),
-            torch.from_numpy(self._starts).to(device),
-            torch.from_numpy(self._reads).to(device),
-            self,
-        )
-
-    def table(self, seed: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """The batches of :meth:`epoch` as numbers.
-
-        Where the features of their photos stand, ``(S, N)``; their captions, ``(S, N, K)``, K the most that a photo has
-        in a batch and behind the last caption a number that stands for none; and the words to read of each caption.
-        """
-        order = self._order(seed, number)
-        units = np.pad(order, (0, -len(order) % self._units)).reshape(-1, self._units)
-        counts = np.diff(self._bounds)
-        there = np.arange(units.size).reshape(units.shape) < len(order)
-        nth = np.arange(counts.max())
-        captions = self._bounds[units][..., None] + nth
-        captions = np.where(there[..., None] & (nth < counts[units][..., None]), captions, len(self._lengths))
-        photos = self.features.seen_in(seed, number)[self._photos[self._bounds[units]]]
-        return photos, captions, self._reads[captions]
+        evaluated = min(round(_EVALUATED_CAPTIONS / unit_size), _EVALUATED_BYTES // (4 * positions * size))
+        self._evaluated_units = max(self._batch_units, evaluated)
+        self._preloaded: Tensor | None = None  # the features of all views, on a device
 
     def __len__(self) -> int:
-        """Batches in an epoch."""
-        return -(-(len(self._bounds) - 1) // self._units)
+        """Return the number of batches in an epoch."""
+        return -(-(len(self._bounds) - 1) // self._batch_units)
 
     @property
     def targets(self) -> int:
-        """Targets in an epoch: each caption's known words, and EOS."""
-        return int(self._lengths.sum()) + len(self._lengths)
+        """Targets in an epoch: the known words of each caption, and EOS."""
+        return int(self._lengths.sum())
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest caption, BOS and EOS counted."""
-        return int(self._lengths.max()) + 2
+        """Tokens of the longest caption, BOS and EOS included."""
+        return int(self._lengths.max()) + 1
 
     def epoch(self, seed: int, number: int, world: World = ALONE, done: int = 0) -> Iterator[Batch]:
-        """Every caption but those of batches done, once, in an order that depends on seed and epoch number only.
+        """Yield the packed batches of an epoch, without the first ``done``; their order follows from seed and number.
 
-        Of several processes each gets its share of every batch, and there are as many batches as for one. In a batch
-        too small for all, those left over get a part of it with a share of 0.
+        Each rank gets its shard of every batch. A rank for which a batch is too small repeats another's unit, with a
+        share of 0.
         """
+        targets = np.add.reduceat(self._lengths, self._bounds[:-1])  # of each unit
+        views = self.features.draw_views(seed, number)
 
-        def make(some: NDArray[np.int64]) -> Batch:
-            units, is_own = _shard(some, world)
-            share = float(targets[units].sum() / targets[some].sum()) if is_own else 0.0
-            return self._batch(self._captions(units), seen, share)
+        def pack(units: NDArray[np.int64]) -> Batch:
+            shard, is_own = _shard(units, world)
+            share = float(targets[shard].sum() / targets[units].sum()) if is_own else 0.0
+            return self._pack(_concatenate_ranges(self._bounds, shard), views, share)
 
-        targets = np.add.reduceat(self._lengths + 1, self._bounds[:-1])  # of each unit
-        seen = self.features.seen_in(seed, number)
-        return _ahead(make, self._order(seed, number)[done * self._units :], self._units)
+        return _prefetched(pack, self._order(seed, number)[done * self._batch_units :], self._batch_units)
 
     def in_order(self, photos: NDArray[np.int64] | None = None, world: World = ALONE) -> Iterator[Batch]:
-        """Every caption once, sorted by length; with ``photos``, caption of photo i sees photo ``photos[i]``.
+        """Yield every caption once, in packed batches sorted by length, for evaluation; each rank gets its shard.
 
-        Of several processes each gets captions of its own.
+        With ``photos``, the captions of photo i get the features of photo ``photos[i]``.
         """
-        seen = np.arange(len(self.features)) if photos is None else photos
-        longest = np.maximum.reduceat(self._lengths, self._bounds[:-1])
+        views = np.arange(len(self.features)) if photos is None else photos
+        longest = np.maximum.reduceat(self._lengths, self._bounds[:-1])  # of each unit
         units = world.shard(np.argsort(longest, kind="stable"))
-        size = self._units if self._held is None else self._units_read
-        return _ahead(lambda some: self._batch(self._captions(some), seen), units, size)
+        size = self._batch_units if self._preloaded is None else self._evaluated_units
+        return _prefetched(lambda part: self._pack(_concatenate_ranges(self._bounds, part), views), units, size)
 
-    def of_photos(self, photos: NDArray[np.int64], seen: NDArray[np.int64]) -> Batch:
-        """All captions of some photos, by the position of what is seen of each photo of the split."""
-        first, last = (np.searchsorted(self._photos, photos, side) for side in ("left", "right"))
-        captions = np.concatenate([np.arange(*bounds) for bounds in zip(first, last, strict=True)])
-        return self._batch(captions, seen)
+    def captions_of(self, photos: NDArray[np.int64], seed: int, number: int) -> Batch:
+        """Return all captions of some photos as a packed batch, with the views of an epoch."""
+        return self._pack(_concatenate_ranges(self._photo_bounds, photos), self.features.draw_views(seed, number))
+
+    def photo_batches(
+        self, size: int, seed: int, number: int, world: World = ALONE, done: int = 0
+    ) -> Iterator[PhotoBatch]:
+        """Yield all photos of an epoch, ``size`` at a time, without the first ``done`` batches.
+
+        The order follows from seed and number. Each rank gets its shard of every batch; a rank for which a batch is too
+        small repeats another's photo.
+        """
+        views = self.features.draw_views(seed, number)
+
+        def gather(batch: NDArray[np.int64]) -> PhotoBatch:
+            photos, is_own = _shard(batch, world)
+            features = torch.from_numpy(self.features.gather(views[photos]).astype(np.float32))
+            return PhotoBatch(photos, features, is_own)
+
+        return _prefetched(gather, _permutation(len(self.features), seed, number)[done * size :], size)
+
+    def preload(self, device: torch.device) -> bool:
+        """Load the features of all views onto a device, if they take at most a quarter of its free memory.
+
+        Batches are then gathered there. Returns whether the features are on the device.
+        """
+        positions, size = self.features.shape
+        needed = 2 * len(self.features) * self.features.views * positions * size  # bytes in float16
+        if self._preloaded is None and 4 * needed <= _free_memory(device):
+            parts = self.features.parts_of_views(_PRELOADED_PHOTOS)
+            self._preloaded = torch.cat([torch.from_numpy(part).to(device) for part in parts])
+        return self._preloaded is not None and self._preloaded.device.type == device.type
+
+    def padded(self, device: torch.device) -> "PaddedBatches":
+        """Return the padded batches on a device that has room for all features."""
+        is_preloaded = self.preload(device)
+        assert is_preloaded and self._preloaded is not None
+        lengths = np.append(self._lengths, 0)  # of each caption, and of "no caption"
+        return PaddedBatches(
+            self,
+            self._preloaded,
+            torch.from_numpy(self._tokens).to(device),
+            torch.from_numpy(self._starts).to(device),
+            torch.from_numpy(lengths).to(device),
+        )
+
+    def padding(self) -> float:
+        """Return the inputs of padded batches, padding included, for each input that is not padding."""
+        _, captions, lengths = self.padded_indices(0, 0)
+        return float((captions[0].size * lengths.max((1, 2))).sum() / self.targets)
+
+    def padded_indices(self, seed: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the batches of :meth:`epoch` as indices, padded.
+
+        These are the views of their photos ``(S, N)``, their captions ``(S, N, K)`` and the captions' lengths
+        ``(S, N, K)``. K is the most captions of a photo in a batch; the number of all captions stands for no caption.
+        """
+        order = self._order(seed, number)
+        units = np.pad(order, (0, -len(order) % self._batch_units)).reshape(-1, self._batch_units)  # (S, N)
+        is_unit = np.arange(units.size).reshape(units.shape) < len(order)
+        counts = np.diff(self._bounds)
+        nth = np.arange(counts.max())  # (K,)
+        is_caption = is_unit[..., None] & (nth < counts[units][..., None])
+        no_caption = len(self._lengths)
+        captions = np.where(is_caption, self._bounds[units][..., None] + nth, no_caption)
+        views = self.features.draw_views(seed, number)[self._photos[self._bounds[units]]]
+        return views, captions, np.append(self._lengths, 0)[captions]
 
     def _order(self, seed: int, number: int) -> NDArray[np.int64]:
-        """The units of an epoch, in its order."""
-        # Batches of like length would need less padding, but they learn worse: 0.05 nats a token on Flickr8k.
-        return np.random.default_rng([seed, number]).permutation(len(self._bounds) - 1)
+        """Return the units of an epoch, in its order."""
+        # Batches of captions of similar length need less padding, but learn worse: 0.05 nats a token on Flickr8k.
+        return _permutation(len(self._bounds) - 1, seed, number)
 
-    def _captions(self, units: NDArray[np.int64]) -> NDArray[np.int64]:
-        return np.concatenate([np.arange(self._bounds[unit], self._bounds[unit + 1]) for unit in units])
-
-    def _batch(self, captions: NDArray[np.int64], views: NDArray[np.int64], share: float = 1.0) -> Batch:
+    def _pack(self, captions: NDArray[np.int64], views: NDArray[np.int64], share: float = 1.0) -> Batch:
+        """Return captions as a packed batch; ``views`` is the view of each photo of the split."""
         captions = captions[np.argsort(-self._lengths[captions], kind="stable")]
-        read = self._lengths[captions] + 1  # words of each
-        steps = np.arange(read[0])[:, None]  # (T, 1)
-        there = steps < read  # (T, B)
-        places = (self._starts[captions] + steps)[there]  # (M,)
+        lengths = self._lengths[captions]
+        steps = np.arange(lengths[0])[:, None]  # (T, 1)
+        has_input = steps < lengths  # (T, B)
+        inputs = (self._starts[captions] + steps)[has_input]  # (M,): positions in the tokens
         seen, rows = views[self._photos[captions]], np.arange(len(captions))
         if self.order == "photos":
             seen, rows = np.unique(seen, return_inverse=True)
-        if self._held is not None:
-            features = self._held[on_device(torch.from_numpy(seen), self._held.device)]
+        if self._preloaded is not None:
+            features = self._preloaded[on_device(torch.from_numpy(seen), self._preloaded.device)]
         else:
             features = torch.from_numpy(self.features.gather(seen))
         return Batch(
             features,
             torch.from_numpy(rows),
-            torch.from_numpy(self._tokens[places].astype(np.int64)),
-            torch.from_numpy(self._tokens[places + 1].astype(np.int64)),
-            tuple(there.sum(1).tolist()),
+            torch.from_numpy(self._tokens[inputs].astype(np.int64)),
+            torch.from_numpy(self._tokens[inputs + 1].astype(np.int64)),
+            tuple(has_input.sum(1).tolist()),
             share,
         )
 
 
-def _room(device: torch.device) -> float:
-    """Bytes that can still be had of a device's memory."""
-    if device.type != "cuda":
-        return math.inf
-    own = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
-    return float(torch.cuda.mem_get_info(device)[0] + own)
-
-
 @dataclass(frozen=True)
-class Table:
-    """The batches of an epoch, on a device."""
+class PaddedEpoch:
+    """The padded batches of an epoch, as indices on a device."""
 
-    photos: Tensor  # (S, N): where the features stand
+    views: Tensor  # (S, N): rows in the features
     captions: Tensor  # (S, N * K)
-    longest: list[int]  # words to read of the longest caption of each
-    targets: list[int]  # in each
+    lengths: list[int]  # S numbers of inputs of the longest caption of a batch
+    targets: list[int]  # S numbers of targets of a batch
+
+
+class PaddedBatch(NamedTuple):
+    """A padded batch: the first words of all captions, then the second words, and so on; B is N * K."""
+
+    features: Tensor  # (N, P, F)
+    words: Tensor  # (T * B,): the inputs
+    targets: Tensor  # (T * B,)
+    real: Tensor  # (T * B,): False where there is padding
 
 
 @dataclass(frozen=True)
-class Rectangles:
-    """All captions of a split on a device, which puts batches together there without waiting for it.
+class PaddedBatches:
+    """All captions and features of a split on a device, which gathers padded batches there without a synchronisation.
 
-    A batch is a rectangle: of as many captions a photo, and words a caption.
+    All batches have as many photos, and as many captions of each: padding stands for the captions that a photo lacks.
     """
 
-    features: Tensor  # of all photos, float16
-    tokens: Tensor  # of all captions, with BOS and EOS
-    starts: Tensor  # of each caption in the tokens
-    reads: Tensor  # words to read of each caption, and 0 of one that is none
     batches: CaptionBatches
+    features: Tensor  # of all views, float16
+    tokens: Tensor  # of all captions, with BOS and EOS
+    starts: Tensor  # position of each caption's first token
+    lengths: Tensor  # inputs of each caption, and 0 of "no caption"
 
     @property
     def longest(self) -> int:
-        """Words to read of the longest caption of all."""
+        """Inputs of the longest caption of the split."""
         return self.batches.longest - 1
 
-    def epoch(self, seed: int, number: int) -> Table:
-        """The batches of an epoch, the same as those of :meth:`CaptionBatches.epoch`."""
-        photos, captions, reads = self.batches.table(seed, number)
+    def epoch(self, seed: int, number: int) -> PaddedEpoch:
+        """Return the batches of an epoch, the same as those of :meth:`CaptionBatches.epoch`."""
+        views, captions, lengths = self.batches.padded_indices(seed, number)
         flat = captions.reshape(len(captions), -1)
-        device = self.features.device
-        seen, said = (on_device(torch.from_numpy(value), device) for value in (photos, flat))
-        return Table(seen, said, reads.max((1, 2)).tolist(), reads.sum((1, 2)).tolist())
+        views_here, captions_here = (
+            on_device(torch.from_numpy(value), self.features.device) for value in (views, flat)
+        )
+        return PaddedEpoch(views_here, captions_here, lengths.max((1, 2)).tolist(), lengths.sum((1, 2)).tolist())
 
-    def batch(self, photos: Tensor, captions: Tensor, length: int) -> tuple[Tensor, Tensor, Tensor, Tensor]:
-        """The features of photos, ``(N, P, F)``, and words, targets, and which of them are real, ``(length * B,)``.
-
-        First the first words of all captions, then the second ones.
-        """
+    def gather(self, views: Tensor, captions: Tensor, length: int) -> PaddedBatch:
+        """Return a batch of views ``(N,)`` and captions ``(B,)``, padded to ``length`` steps."""
         steps = torch.arange(length, device=captions.device).unsqueeze(1)
-        real = steps < self.reads[captions]  # (length, B)
-        places = (self.starts[captions] + steps) * real
-        words, targets = (self.tokens[places + ahead].long() * real for ahead in (0, 1))
-        return self.features[photos].float(), words.flatten(), targets.flatten(), real.flatten()
+        real = steps < self.lengths[captions]  # (T, B)
+        inputs = (self.starts[captions] + steps) * real  # positions in the tokens
+        words, targets = (self.tokens[inputs + shift].long() * real for shift in (0, 1))
+        return PaddedBatch(self.features[views].float(), words.flatten(), targets.flatten(), real.flatten())
 
 
-def photo_batches(
-    features: Features, size: int, seed: int, number: int, world: World = ALONE, done: int = 0
-) -> Iterator[tuple[NDArray[np.int64], Tensor, bool]]:
-    """All photos once, so many at a time: where they stand in the split, and their features ``(N, P, F)``.
+def _free_memory(device: torch.device) -> float:
+    """Return the bytes of a device's memory that are free, those in torch's own cache included."""
+    if device.type != "cuda":
+        return math.inf
+    cached = torch.cuda.memory_reserved(device) - torch.cuda.memory_allocated(device)
+    return float(torch.cuda.mem_get_info(device)[0] + cached)
 
-    Those of the batches done are left out.
 
-    The order depends on seed and epoch number only. Of several processes each gets its share of every batch; in a batch
-    too small for all, those left over get a photo of it that is another's, and are told so.
-    """
+def _permutation(count: int, seed: int, number: int) -> NDArray[np.int64]:
+    return np.random.default_rng([seed, number]).permutation(count)
 
-    def make(some: NDArray[np.int64]) -> tuple[NDArray[np.int64], Tensor, bool]:
-        photos, is_own = _shard(some, world)
-        return photos, torch.from_numpy(features.gather(seen[photos]).astype(np.float32)), is_own
 
-    seen = features.seen_in(seed, number)
-    return _ahead(make, np.random.default_rng([seed, number]).permutation(len(features))[done * size :], size)
+def _concatenate_ranges(bounds: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[np.int64]:
+    """Return the numbers from ``bounds[i]`` to ``bounds[i + 1]`` of each index i."""
+    return np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in indices])
 
 
 def _shard(batch: NDArray[np.int64], world: World) -> tuple[NDArray[np.int64], bool]:
-    """Return what one of several ranks does of a batch, and whether it counts: each rank must do some work."""
+    """Return a rank's shard of a batch, and whether it counts: an empty shard is replaced, as each rank must work."""
     shard = world.shard(batch)
     return (shard, True) if len(shard) else (batch[:1], False)
 
 
-def _ahead(make: Callable[[NDArray[np.int64]], T], order: NDArray[np.int64], size: int) -> Iterator[T]:
-    """What is made of each part of an order, by a thread that is a few parts ahead."""
+def _prefetched(make: Callable[[NDArray[np.int64]], T], order: NDArray[np.int64], size: int) -> Iterator[T]:
+    """Yield ``make`` of every ``size`` items of an order, computed ahead of need by a thread."""
     with ThreadPoolExecutor(1) as pool:
-        ahead: deque[Future[T]] = deque()
-        for start in range(0, len(order), size):
-            ahead.append(pool.submit(make, order[start : start + size]))
-            if len(ahead) > _AHEAD:
-                yield ahead.popleft().result()
-        while ahead:
-            yield ahead.popleft().result()
+        parts = (order[start : start + size] for start in range(0, len(order), size))
+        yield from prefetch(pool, make, parts, 1 + _PREFETCHED)

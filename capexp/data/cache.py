@@ -1,9 +1,9 @@
-"""Features computed once: one memory-mapped file an encoder, keyed by the photos' digests.
+"""Features computed once: a memory-mapped file for each encoder, with a record for each photo.
 
-The file is a header of 4096 bytes (magic, JSON identity, zeros) and then one record a photo: SHA-256 of the
-photo's bytes, CRC-32 of the features, features in float16. Records are only appended, under a lock, so a
-killed extraction leaves whole records and at most one cut short, which the next one overwrites. A changed
-photo has another digest and so a record of its own.
+The file is a header of 4096 bytes (magic, JSON identity, zeros), then the records: SHA-256 of the photo's bytes, CRC-32
+of the features, features in float16. Records are only appended, under a lock. So a killed extraction leaves whole
+records and at most one that is cut short, which the next extraction overwrites. A changed photo has another digest, and
+so gets a record of its own.
 """
 
 import json
@@ -16,9 +16,12 @@ from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import closing, contextmanager
 from dataclasses import asdict
+from functools import partial
+from io import FileIO
 from itertools import islice
 from pathlib import Path
-from typing import Any
+from types import TracebackType
+from typing import Any, Self
 
 import numpy as np
 from filelock import FileLock, Timeout
@@ -26,9 +29,10 @@ from numpy.typing import NDArray
 from tqdm import tqdm
 
 from capexp.data.extraction import compute_features
-from capexp.data.features import Features, release
+from capexp.data.features import Features, release_pages
 from capexp.data.photos import digest_photos
-from capexp.data.pixels import ahead, decoding_processes
+from capexp.data.pixels import decoding_processes
+from capexp.data.prefetch import prefetch
 from capexp.data.vgg16 import Encoder, EncoderIdentity
 from capexp.errors import InputError, Outage, listed
 from capexp.files import writing
@@ -36,15 +40,18 @@ from capexp.files import writing
 log = logging.getLogger(__name__)
 
 _MAGIC = b"capexp features 1\n"
-_HEADER = 4096
-_COPIED = 256  # records at a time
-_BEHIND = 4  # batches that are being written, at most
-_BLOCK = 2**23  # bytes that a thread checks at a time
-_CHECKED = 8  # of these at most before their pages are let go
+_HEADER = 4096  # bytes
+_COPIED = 256  # records that are copied at a time
+_BEHIND = 4  # batches that are computed and not yet written, at most
+_BLOCK = 2**23  # bytes of records that a thread checks at a time
+_BLOCKS = 8  # that are checked at a time, at most, before their pages are released
+
+_Batch = dict[bytes, NDArray[np.float16]]
+"""Features (P, F) by the photo's digest."""
 
 
 class FeatureCache:
-    """The features of photos for one encoder, in ``folder``."""
+    """The features of photos by one encoder, in a file in ``folder``."""
 
     def __init__(self, folder: Path, identity: EncoderIdentity) -> None:
         self.identity = identity
@@ -53,205 +60,94 @@ class FeatureCache:
         self._record = np.dtype([("photo", "S32"), ("check", "<u4"), ("features", "<f2", identity.shape)])
 
     def lookup(self, digests: list[bytes]) -> NDArray[np.int64]:
-        """The record of each photo, -1 where there is none or a damaged one; reads the file once, in blocks.
-
-        Raises:
-            InputError: the file belongs to another encoder, or is no feature cache.
-        """
-        return self._rows(*self._records(), digests)
-
-    def _rows(self, records: NDArray[Any], mapping: mmap.mmap | None, digests: list[bytes]) -> NDArray[np.int64]:
-        wanted = set(digests)
-
-        def check(start: int, stop: int) -> dict[bytes, int]:
-            block, found = records[start:stop], {}
-            for row, photo in enumerate(block["photo"], start):
-                # NumPy strips zero bytes from the end of a byte string.
-                key = bytes(photo).ljust(32, b"\0")
-                if key in wanted:  # the last record of a photo counts: it mends a damaged one
-                    whole = zlib.crc32(block["features"][row - start]) == block["check"][row - start]
-                    found[key] = row if whole else -1
-            return found
-
-        rows: dict[bytes, int] = {}
-        size = max(1, _BLOCK // self._record.itemsize)
-        with ThreadPoolExecutor() as pool:
-            parts = ((start, min(start + size, len(records))) for start in range(0, len(records), size))
-            for found in ahead(pool, check, parts, _CHECKED):
-                rows |= found
-                release(mapping)
-        damaged = sum(row < 0 for row in rows.values())
-        if damaged:
-            log.warning("%s: %d damaged records; these photos are computed again", self.path, damaged)
-        return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
+        """Return the row of each photo's record, -1 where there is none or a damaged one; reads the whole file once."""
+        return self._find_rows(*self._map_records(), digests)
 
     def find(self, digests: list[bytes]) -> Features | None:
-        """The features of photos, or None where the cache lacks some."""
-        records, mapping = self._records()
-        rows = self._rows(records, mapping, digests)
+        """Return the features of photos, or None if the cache lacks some of them."""
+        records, mapping = self._map_records()
+        rows = self._find_rows(records, mapping, digests)
         return Features(records["features"], rows, mapping) if (rows >= 0).all() else None
 
     def open(self, digests: list[bytes]) -> Features:
-        """The features of photos that are all in the cache."""
+        """Return the features of photos that are all in the cache."""
         features = self.find(digests)
         assert features is not None, f"{self.path}: photos are not in the cache"
         return features
 
     def extend(
-        self, photos: list[Path], digests: list[bytes], encoder: Encoder, batch_size: int, anew: bool = False
+        self, photos: list[Path], digests: list[bytes], encoder: Encoder, batch_size: int, recompute: bool = False
     ) -> int:
-        """Computes the features of the photos that the cache lacks, and returns how many these were.
+        """Compute the features of the photos that the cache lacks; return the number of these photos.
 
-        A second process that wants the same waits, and then finds them. Memory holds a few batches, whatever
-        the number of photos. ``anew`` computes those of all these photos, and the file stays as it was until they
-        are whole; those of other photos stay.
+        A second process that wants the same features waits for the lock and then finds them. Memory holds a few
+        batches, whatever the number of photos. Photos that cannot be read are refused together, at the end: the
+        features of all others are kept.
 
-        Raises:
-            InputError: pictures that cannot be read; all are counted and the first few named, the others are kept.
+        ``recompute`` replaces the records of all these photos; those of other photos stay. The old file is kept until
+        the new one is whole.
         """
         assert encoder.identity.key() == self.identity.key()
         self.path.parent.mkdir(parents=True, exist_ok=True)
-        with FileLock(self.path.with_suffix(".lock")):
+        with self._lock():
             absent = set(digests)
-            if not anew:
+            if not recompute:
                 absent -= {digest for digest, row in zip(digests, self.lookup(digests), strict=True) if row >= 0}
             # Equal files under several names have one digest and are computed once.
-            todo: dict[bytes, list[Path]] = {}
+            paths: dict[bytes, list[Path]] = {}
             for path, digest in zip(photos, digests, strict=True):
                 if digest in absent:
-                    todo.setdefault(digest, []).append(path)
-            if not todo:
-                return 0
-            bad: list[Path] = []
-            faults: list[InputError] = []
-            opened = self._renewing(absent) if anew else self._appending()
-            processes = decoding_processes(len(todo), encoder.identity.size) if encoder.device.type == "cuda" else 0
-            computed = compute_features((paths[0] for paths in todo.values()), encoder, batch_size, processes)
-            with (
-                opened as file,
-                tqdm(total=len(todo), unit="photo", desc="features") as progress,
-                closing(computed) as results,
-                self._writing(file) as write,
-            ):
-                rest = iter(todo)
-                for batch in results:
-                    of_batch = dict(zip(islice(rest, len(batch)), batch, strict=True))
-                    whole = {key: value for key, value in of_batch.items() if not isinstance(value, InputError)}
-                    for digest, result in of_batch.items():
-                        if isinstance(result, InputError):
-                            bad += todo[digest]
-                            faults.append(result)
-                    write(whole)
-                    progress.update(len(batch))
-                if len(bad) == 1:
-                    raise faults[0]
-                if bad:
-                    names = listed([str(path) for path in bad])
-                    raise InputError(f"{len(bad)} photos cannot be read as pictures: {names}; replace them")
-            return len(todo)
+                    paths.setdefault(digest, []).append(path)
+            if paths:
+                with self._replacing(absent) if recompute else self._open_to_append() as file:
+                    self._compute(paths, encoder, batch_size, file)
+            return len(paths)
 
-    def of_rank(self, rank: int) -> "FeatureCache":
-        """Where one of several processes puts what it computes, until it is absorbed."""
-        own = FeatureCache(self.path.parent, self.identity)
-        own.path = self.path.with_stem(f"{self.path.stem}-rank{rank}")
-        return own
+    def shard(self, rank: int) -> "FeatureCache":
+        """Return the cache that one rank writes its shard to, until :meth:`merge_shards`."""
+        return self._at(self.path.with_stem(f"{self.path.stem}-rank{rank}"))
 
-    def absorb(self, wait: bool = True) -> None:
-        """Takes over what processes have put into caches of their own, killed ones too, and deletes those.
+    def merge_shards(self, blocking: bool = True) -> None:
+        """Append the records of all ranks' shards, killed ranks' too, and delete the shards.
 
-        Those at work are waited for, or passed over.
+        A shard that is being written is waited for; if not ``blocking`` it is left alone.
         """
         for path in sorted(self.path.parent.glob(f"{self.path.stem}-rank*{self.path.suffix}")):
-            part = FeatureCache(self.path.parent, self.identity)
-            part.path = path
+            shard = self._at(path)
             try:
-                with FileLock(path.with_suffix(".lock"), blocking=wait), FileLock(self.path.with_suffix(".lock")):
-                    self._append(part)
+                with shard._lock(blocking), self._lock():
+                    self._append(shard)
                     path.unlink(missing_ok=True)
             except Timeout:
                 continue
 
-    def _append(self, part: "FeatureCache") -> None:
-        records, mapping = part._records()
-        with self._appending() as file:
-            for start in range(0, len(records), _COPIED):
-                self._write(file, records[start : start + _COPIED].tobytes())
-                release(mapping)
-            with writing(self.path):
-                os.fsync(file.fileno())
+    def clean_up(self) -> None:
+        """Delete or merge the files that killed processes have left."""
+        if self._part.exists():
+            with self._lock():
+                self._part.unlink(missing_ok=True)
+        self.merge_shards(blocking=False)
 
-    def tidy(self) -> None:
-        """Clears up what killed processes have left."""
-        if self._beside.exists():
-            with FileLock(self.path.with_suffix(".lock")):
-                self._beside.unlink(missing_ok=True)
-        self.absorb(wait=False)
+    def _at(self, path: Path) -> "FeatureCache":
+        cache = FeatureCache(path.parent, self.identity)
+        cache.path = path
+        return cache
 
-    def _write(self, file: Any, content: bytes | memoryview) -> None:
-        try:
-            rest = memoryview(content)
-            while rest:
-                rest = rest[file.write(rest) :]
-        except OSError as error:
-            raise Outage(
-                f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then start again: "
-                "what is there is kept"
-            ) from None
+    def _lock(self, blocking: bool = True) -> FileLock:
+        return FileLock(self.path.with_suffix(".lock"), blocking=blocking)
 
-    @contextmanager
-    def _writing(self, file: Any) -> Iterator[Callable[[dict[bytes, NDArray[np.float16]]], None]]:
-        """What writes features of photos by their digests, in order, behind the back of whoever computes more of them.
+    @property
+    def _part(self) -> Path:
+        """A new file, until it is whole and takes the place of the cache."""
+        return self.path.with_suffix(".part")
 
-        All that was given to it is in the file after the block, however that ends, unless the file cannot take it, of
-        which the block is told where it has not ended otherwise.
-        """
+    def _header(self) -> bytes:
+        identity = asdict(self.identity)
+        del identity["weights"]  # tells where the weights are from, and is not part of the identity
+        return (_MAGIC + json.dumps(identity, sort_keys=True).encode()).ljust(_HEADER, b"\0")
 
-        def record(features: dict[bytes, NDArray[np.float16]]) -> NDArray[Any]:
-            records = np.empty(len(features), self._record)
-            for row, (digest, one) in enumerate(features.items()):
-                records[row] = digest, 0, one
-                records["check"][row] = zlib.crc32(records["features"][row])
-            return records
-
-        begun: deque[Future[None]] = deque()
-        is_whole = True  # behind a record that was cut short, none would be found
-
-        def write(made: Future[NDArray[Any]]) -> None:
-            nonlocal is_whole
-            if is_whole:
-                is_whole = False
-                self._write(file, made.result().view(np.uint8).data)
-                is_whole = True
-
-        def add(features: dict[bytes, NDArray[np.float16]]) -> None:
-            begun.append(writer.submit(write, makers.submit(record, features)))
-            while len(begun) > _BEHIND:
-                begun[0].result()
-                begun.popleft()
-
-        def finish() -> None:
-            """Waits for all, an interrupt meanwhile too: the file and its lock are let go of next."""
-            interrupt: KeyboardInterrupt | None = None
-            while not all(one.done() for one in begun):
-                try:
-                    wait(begun)
-                except KeyboardInterrupt as error:
-                    interrupt = error
-            if interrupt is not None:
-                raise interrupt
-
-        with ThreadPoolExecutor(_BEHIND) as makers, ThreadPoolExecutor(1) as writer:
-            try:
-                yield add
-            except BaseException:
-                finish()
-                raise
-            finish()
-            for one in begun:
-                one.result()
-
-    def _records(self) -> tuple[NDArray[Any], mmap.mmap | None]:
-        """The whole records of the file, and the memory map that holds them."""
+    def _map_records(self) -> tuple[NDArray[Any], mmap.mmap | None]:
+        """Return the whole records of the file, memory-mapped, and the memory map, if there is one."""
         if self.path.parent.exists() and not self.path.parent.is_dir():
             raise InputError(f"features.cache = '{self.path.parent}': a file; name a folder")
         if not self.path.is_file() or self.path.stat().st_size == 0:
@@ -269,64 +165,191 @@ class FeatureCache:
             mapping = mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ)
         return np.frombuffer(mapping, self._record, count, _HEADER), mapping
 
-    @property
-    def _beside(self) -> Path:
-        return self.path.with_suffix(".part")
+    def _find_rows(self, records: NDArray[Any], mapping: mmap.mmap | None, digests: list[bytes]) -> NDArray[np.int64]:
+        wanted = set(digests)
 
-    @contextmanager
-    def _renewing(self, photos: set[bytes]) -> Iterator[Any]:
-        """A file with the records of all but some photos, which takes the place of the old one after the block."""
-        records, mapping = self._records()
-        try:
-            with self._beside.open("wb", buffering=0) as file:
-                self._write(file, self._header())
-                for start in range(0, len(records), _COPIED):
-                    part = records[start : start + _COPIED]
-                    kept = [bytes(photo).ljust(32, b"\0") not in photos for photo in part["photo"]]
-                    self._write(file, part[kept].tobytes())
-                    release(mapping)
-                yield file
-                with writing(self.path):
-                    os.fsync(file.fileno())
-            self._beside.replace(self.path)
-        finally:
-            self._beside.unlink(missing_ok=True)
+        def check(start: int) -> dict[bytes, int]:
+            """Return the row of each wanted photo in a block of records, -1 of a damaged record."""
+            block, found = records[start : start + size], {}
+            for row, photo in enumerate(block["photo"]):
+                digest = _full_digest(photo)
+                if digest in wanted:
+                    is_whole = zlib.crc32(block["features"][row]) == block["check"][row]
+                    found[digest] = start + row if is_whole else -1
+            return found
 
-    def _appending(self) -> Any:
-        """The file, open at the end of its last whole record."""
-        count = len(self._records()[0])
+        rows: dict[bytes, int] = {}
+        size = max(1, _BLOCK // self._record.itemsize)  # records
+        with ThreadPoolExecutor() as pool:
+            for found in prefetch(pool, check, range(0, len(records), size), _BLOCKS):
+                rows |= found  # a photo's last record counts: it was appended because an earlier one is damaged
+                release_pages(mapping)
+        damaged = sum(row < 0 for row in rows.values())
+        if damaged:
+            log.warning("%s: %d damaged records; these photos are computed again", self.path, damaged)
+        return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
+
+    def _open_to_append(self) -> FileIO:
+        """Open the file, created where it is missing, at the end of its last whole record."""
+        count = len(self._map_records()[0])
         if not self.path.is_file() or self.path.stat().st_size == 0:
             try:
                 with writing(self.path):
-                    self._beside.write_bytes(self._header())
-                    self._beside.replace(self.path)
+                    self._part.write_bytes(self._header())
+                    self._part.replace(self.path)
             finally:
-                self._beside.unlink(missing_ok=True)
-        file = self.path.open("r+b", buffering=0)  # what does not fit on the disk is told when it is written
+                self._part.unlink(missing_ok=True)
+        file = self.path.open("r+b", buffering=0)  # unbuffered: a full disk is noticed at the write that it fails
         file.truncate(_HEADER + count * self._record.itemsize)
         file.seek(0, 2)
         return file
 
-    def _header(self) -> bytes:
-        record = asdict(self.identity)
-        del record["weights"]  # a hint where to get the weights, not part of the identity
-        return (_MAGIC + json.dumps(record, sort_keys=True).encode()).ljust(_HEADER, b"\0")
+    @contextmanager
+    def _replacing(self, photos: set[bytes]) -> Iterator[FileIO]:
+        """Open a new file with the records of all other photos; it replaces the cache after the block."""
+        records, mapping = self._map_records()
+        try:
+            with self._part.open("wb", buffering=0) as file:
+                self._write(file, self._header())
+                for start in range(0, len(records), _COPIED):
+                    copied = records[start : start + _COPIED]
+                    kept = [_full_digest(photo) not in photos for photo in copied["photo"]]
+                    self._write(file, copied[kept].tobytes())
+                    release_pages(mapping)
+                yield file
+                with writing(self.path):
+                    os.fsync(file.fileno())
+            self._part.replace(self.path)
+        finally:
+            self._part.unlink(missing_ok=True)
+
+    def _append(self, shard: "FeatureCache") -> None:
+        records, mapping = shard._map_records()
+        with self._open_to_append() as file:
+            for start in range(0, len(records), _COPIED):
+                self._write(file, records[start : start + _COPIED].tobytes())
+                release_pages(mapping)
+            with writing(self.path):
+                os.fsync(file.fileno())
+
+    def _compute(self, paths: dict[bytes, list[Path]], encoder: Encoder, batch_size: int, file: FileIO) -> None:
+        """Append the features of photos, whose paths are by digest; then refuse those that cannot be read."""
+        processes = decoding_processes(len(paths), encoder.identity.size) if encoder.device.type == "cuda" else 0
+        photos = (equal_files[0] for equal_files in paths.values())
+        errors: dict[bytes, InputError] = {}
+        with (
+            tqdm(total=len(paths), unit="photo", desc="features") as progress,
+            closing(compute_features(photos, encoder, batch_size, processes)) as computed,
+            self._writer(file) as writer,
+        ):
+            digests = iter(paths)
+            for results in computed:
+                batch: _Batch = {}
+                for digest, result in zip(islice(digests, len(results)), results, strict=True):
+                    if isinstance(result, InputError):
+                        errors[digest] = result
+                    else:
+                        batch[digest] = result
+                writer.add(batch)
+                progress.update(len(results))
+            unreadable = [str(path) for digest in errors for path in paths[digest]]
+            if len(unreadable) == 1:
+                raise next(iter(errors.values()))
+            if unreadable:
+                raise InputError(
+                    f"{len(unreadable)} photos cannot be read as pictures: {listed(unreadable)}; replace them"
+                )
+
+    def _writer(self, file: FileIO) -> "_BackgroundWriter":
+        return _BackgroundWriter(self._make_records, partial(self._write, file))
+
+    def _make_records(self, batch: _Batch) -> memoryview:
+        """Return the records of a batch as bytes."""
+        records = np.empty(len(batch), self._record)
+        for row, (digest, features) in enumerate(batch.items()):
+            records[row] = digest, 0, features
+            records["check"][row] = zlib.crc32(records["features"][row])
+        return records.view(np.uint8).data
+
+    def _write(self, file: FileIO, content: bytes | memoryview) -> None:
+        try:
+            rest = memoryview(content)
+            while rest:
+                rest = rest[file.write(rest) :]
+        except OSError as error:
+            raise Outage(
+                f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then start again: "
+                "what is there is kept"
+            ) from None
+
+
+class _BackgroundWriter:
+    """Writes batches of features in the background, in order, while the next batches are computed.
+
+    The thread of a batch makes its records with their checksums, waits until the batch before is written, and writes.
+    (Threads take batches in order, so that batch has a thread.) After a batch that failed nothing more is written:
+    records behind one that was cut short would not be found.
+
+    When the ``with`` block ends, by an interrupt too, all batches are written: the file's lock may be released.
+    """
+
+    def __init__(self, make_records: Callable[[_Batch], memoryview], write: Callable[[memoryview], None]) -> None:
+        self._make_records, self._write = make_records, write
+        self._pool = ThreadPoolExecutor(_BEHIND + 1)
+        self._pending: deque[Future[None]] = deque()
+        self._is_closed = False
+
+    def add(self, batch: _Batch) -> None:
+        """Write a batch in the background; wait while more than ``_BEHIND`` are pending, and raise their errors."""
+        before = self._pending[-1] if self._pending else None
+        self._pending.append(self._pool.submit(self._append, batch, before))
+        while len(self._pending) > _BEHIND:
+            self._pending[0].result()  # removed afterwards only: if this is interrupted, __exit__ still waits for it
+            self._pending.popleft()
+
+    def _append(self, batch: _Batch, before: Future[None] | None) -> None:
+        records = self._make_records(batch)
+        if before is not None:
+            before.result()
+        self._write(records)
+
+    def __enter__(self) -> Self:
+        return self
+
+    def __exit__(
+        self, kind: type[BaseException] | None, error: BaseException | None, trace: TracebackType | None
+    ) -> None:
+        interrupt: KeyboardInterrupt | None = None
+        while not self._is_closed:
+            try:
+                wait(self._pending)  # a thread's join, once interrupted, would return too early (Python 3.11, 3.12)
+                self._pool.shutdown()
+                self._is_closed = True
+            except KeyboardInterrupt as another:
+                interrupt = another
+        if interrupt is not None:
+            raise interrupt
+        if error is None:
+            for write in self._pending:
+                write.result()
+
+
+def _full_digest(stored: bytes) -> bytes:
+    """Return a photo's digest of 32 bytes: NumPy strips zero bytes from the end of a byte string."""
+    return bytes(stored).ljust(32, b"\0")
 
 
 def cache_features(
-    photos: list[Path], cache: FeatureCache, encoder: Callable[[], Encoder], batch_size: int, anew: bool = False
+    photos: list[Path], cache: FeatureCache, load: Callable[[], Encoder], batch_size: int, recompute: bool = False
 ) -> Features:
-    """The features of photos, those that the cache lacks computed first, or all of them ``anew``.
+    """Return the features of photos; compute those that the cache lacks, or all of them with ``recompute``.
 
-    The encoder is only loaded if it is needed.
-
-    Raises:
-        InputError: as :meth:`FeatureCache.extend`, or the encoder's weights cannot be had.
+    ``load`` is called only if features must be computed.
     """
     digests = digest_photos(photos)
-    cache.tidy()
-    found = None if anew else cache.find(digests)
-    if found is None:
-        cache.extend(photos, digests, encoder(), batch_size, anew)
-        found = cache.open(digests)
-    return found
+    cache.clean_up()
+    features = None if recompute else cache.find(digests)
+    if features is None:
+        cache.extend(photos, digests, load(), batch_size, recompute)
+        features = cache.open(digests)
+    return features

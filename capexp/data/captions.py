@@ -1,11 +1,11 @@
 """Photos with captions, in predefined splits, from files in Flickr8k's or COCO's format.
 
-On disk: a folder of photos, one captions file, and one list of file names a split. The captions file is
+On disk there are a folder of photos, one captions file, and a list of file names for each split. The captions file is
 
 * Flickr8k's (Hodosh, Young and Hockenmaier, JAIR 2013): lines ``name.jpg#2<TAB>A dog runs .``;
 * or, ending in ``.json``, COCO's (Lin et al., ECCV 2014; Chen et al., 2015): ``images`` with ``id`` and ``file_name``,
   ``annotations`` with ``image_id`` and ``caption``; or Karpathy's form of it (Karpathy and Fei-Fei, CVPR 2015):
-  ``images`` with ``filename``, ``sentences`` and ``split``, which can take the place of the lists.
+  ``images`` with ``filename``, ``sentences`` and ``split``, which can replace the lists.
 """
 
 import codecs
@@ -27,7 +27,7 @@ _KARPATHY: dict[str, SplitName] = {"train": "train", "restval": "train", "val": 
 
 @dataclass(frozen=True)
 class Split:
-    """The photos of one split, in the order of its list, each with its reference captions."""
+    """The photos of a split, in the order of its list, with the reference captions of each."""
 
     name: SplitName
     folder: Path
@@ -35,34 +35,30 @@ class Split:
     references: tuple[tuple[str, ...], ...]
 
     def paths(self) -> list[Path]:
-        """The photo files."""
+        """Return the photo files."""
         return [self.folder / photo for photo in self.photos]
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 over photo names and captions, in order."""
+        """Return the hexadecimal SHA-256 over photo names and captions, in order."""
         record = json.dumps([self.photos, self.references], ensure_ascii=False)
         return hashlib.sha256(record.encode()).hexdigest()
 
 
 @dataclass(frozen=True)
 class CaptionsFile:
-    """What a captions file holds."""
+    """The content of a captions file."""
 
     captions: dict[str, tuple[str, ...]]
     """By photo name, in the order of the file."""
     splits: dict[SplitName, tuple[str, ...]]
-    """The photos of each split, where the file tells them."""
+    """The photo names of each split, if the file assigns photos to splits."""
 
 
 def read_captions(path: Path) -> CaptionsFile:
-    """All captions of a file; JSON, told by its name's ending, is COCO's or Karpathy's, else it is Flickr8k's format.
+    """Read all captions of a file: COCO's or Karpathy's format if its name ends in ``.json``, else Flickr8k's.
 
-    In Flickr8k's, the photo's name is what stands before the last ``#`` of the key, taken literally: the odd key
-    ``2258277193_586949ec62.jpg.1#0`` names a photo that no list names.
-
-    Raises:
-        InputError: a line without ``key#number<TAB>caption``, JSON of another form, an empty caption, bytes that are
-            not UTF-8.
+    In Flickr8k's, the photo's name is everything before the last ``#`` of the key, taken literally: the odd key
+    ``2258277193_586949ec62.jpg.1#0`` names a photo that is in no list.
     """
     return _read_json(path) if path.suffix.lower() == ".json" else CaptionsFile(_read_lines(path), {})
 
@@ -76,7 +72,7 @@ def _read_lines(path: Path) -> dict[str, tuple[str, ...]]:
             raise InputError(
                 f"{path}, line {number}: {line[:60]!r} is not 'photo.jpg#0<TAB>caption'; mend or delete the line"
             )
-        captions.setdefault(_plain(photo), []).append(caption.strip())
+        captions.setdefault(_normalized(photo), []).append(caption.strip())
     if not captions:
         raise InputError(f"{path}: no captions in it; give lines like 'photo.jpg#0<TAB>caption'")
     return {photo: tuple(texts) for photo, texts in captions.items()}
@@ -111,7 +107,7 @@ class _Coco(BaseModel):
 
 def _read_json(path: Path) -> CaptionsFile:
     try:
-        coco = _Coco.model_validate_json(_content(path, "captions file").removeprefix(codecs.BOM_UTF8))
+        coco = _Coco.model_validate_json(_read_bytes(path, "captions file").removeprefix(codecs.BOM_UTF8))
     except ValidationError as error:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
@@ -126,7 +122,7 @@ def _read_json(path: Path) -> CaptionsFile:
         where = f"{path}, images.{number}"
         if not (image.file_name or image.filename):
             raise InputError(f"{where}: has no file_name (COCO) nor filename (Karpathy); add it")
-        name = _inside(image.name, where)
+        name = _checked(image.name, where)
         if name in captions:
             raise InputError(f"{where}: {name!r} stands there already; delete one")
         captions[name] = [sentence.raw for sentence in image.sentences]
@@ -148,9 +144,9 @@ def _read_json(path: Path) -> CaptionsFile:
     if not any(captions.values()):
         raise InputError(f"{path}: no captions in it; give annotations, or images with sentences")
     if splits and sum(map(len, splits.values())) < len(captions):
-        known = {name for names in splits.values() for name in names}
-        bare = [name for name in captions if name not in known]
-        raise InputError(f"{path}: {len(bare)} images have no split while others have: {listed(bare)}")
+        assigned = {name for names in splits.values() for name in names}
+        rest = [name for name in captions if name not in assigned]
+        raise InputError(f"{path}: {len(rest)} images have no split while others have: {listed(rest)}")
     return CaptionsFile(
         {name: tuple(" ".join(text.split()) for text in texts) for name, texts in captions.items() if texts},
         {split: tuple(names) for split, names in splits.items()},
@@ -158,14 +154,10 @@ def _read_json(path: Path) -> CaptionsFile:
 
 
 def read_list(path: Path) -> tuple[str, ...]:
-    """The photo names that a split's list names, one a line.
-
-    Raises:
-        InputError: an empty list, a name twice, or a name that would leave the photo folder.
-    """
+    """Read the photo names in a split's list, one a line."""
     names: dict[str, int] = {}
     for number, line in _lines(path, "list of photos"):
-        name = _inside(line.strip(), f"{path}, line {number}")
+        name = _checked(line.strip(), f"{path}, line {number}")
         if name in names:
             raise InputError(f"{path}, line {number}: {name!r} stands on line {names[name]} already; delete one")
         names[name] = number
@@ -175,11 +167,10 @@ def read_list(path: Path) -> tuple[str, ...]:
 
 
 def read_splits(config: CaptionsConfig, wanted: Iterable[SplitName] | None = None) -> dict[SplitName, Split]:
-    """Reads the splits asked for, and of the others only their lists, where these exist; by default all there are.
+    """Read the splits in ``wanted``, by default all there are.
 
-    Raises:
-        InputError: a photo in two splits, listed photos without captions or without a file (all are counted),
-            or any fault of the files themselves.
+    Of other splits only the lists are read: a photo in two splits is refused. All listed photos without captions or
+    without a file are refused together.
     """
     if not config.root.is_dir():
         raise InputError(f"{config.root}: no such folder; set captions.root to the folder that holds the data")
@@ -192,12 +183,12 @@ def read_splits(config: CaptionsConfig, wanted: Iterable[SplitName] | None = Non
     chosen = list(lists if wanted is None else wanted)
     faults = []
     for name in chosen:
-        bare = [photo for photo in lists[name] if photo not in file.captions]
+        uncaptioned = [photo for photo in lists[name] if photo not in file.captions]
         missing = [photo for photo in lists[name] if not (folder / photo).is_file()]
         where = f"{config.list_of(name)}: {{}} of its {name} photos"
-        if bare:
-            text = f"have no captions in {config.root / config.captions}: {listed(bare)}"
-            faults.append(f"{where.format(len(bare))} {text}")
+        if uncaptioned:
+            text = f"have no captions in {config.root / config.captions}: {listed(uncaptioned)}"
+            faults.append(f"{where.format(len(uncaptioned))} {text}")
         if missing:
             faults.append(f"{where.format(len(missing))} are not in {folder}: {listed(missing)}")
     if faults:
@@ -208,11 +199,7 @@ def read_splits(config: CaptionsConfig, wanted: Iterable[SplitName] | None = Non
 
 
 def read_texts(config: CaptionsConfig, split: SplitName) -> list[str] | None:
-    """All captions of a split, whose photos need not be there; None where nothing tells its photos.
-
-    Raises:
-        InputError: any fault of the files.
-    """
+    """Read all captions of a split without looking for its photos; return None if there is no list of its photos."""
     file = read_captions(config.root / config.captions)
     if config.splits == "karpathy":
         photos = file.splits.get(split)
@@ -224,17 +211,17 @@ def read_texts(config: CaptionsConfig, split: SplitName) -> list[str] | None:
 def _split_photos(
     config: CaptionsConfig, file: CaptionsFile, wanted: Iterable[SplitName] | None
 ) -> dict[SplitName, tuple[str, ...]]:
-    """The photos of the splits asked for, which must be there, and of the others that are."""
-    asked = () if wanted is None else tuple(wanted)
+    """Return the photo names of all splits that exist; those in ``wanted`` must."""
+    required = () if wanted is None else tuple(wanted)
     if config.splits == "lists":
-        there = [name for name in SPLITS if name in asked or config.list_of(name).is_file()]
-        if not there:
+        names = [name for name in SPLITS if name in required or config.list_of(name).is_file()]
+        if not names:
             raise InputError(f"{config.list_of('train')}: no such list of photos, nor one for dev or test; make them")
-        return {name: read_list(config.list_of(name)) for name in there}
-    lacking = [name for name in asked if name not in file.splits]
-    if lacking:
+        return {name: read_list(config.list_of(name)) for name in names}
+    missing = [name for name in required if name not in file.splits]
+    if missing:
         raise InputError(
-            f"{config.root / config.captions}: no photo of it has the split {lacking[0]}; give its images a split "
+            f"{config.root / config.captions}: no photo of it has the split {missing[0]}; give its images a split "
             "(train, val, test), or set captions.splits = 'lists' and name lists"
         )
     return file.splits
@@ -252,20 +239,20 @@ def _refuse_overlap(config: CaptionsConfig, lists: dict[SplitName, tuple[str, ..
                 )
 
 
-def _inside(name: str, where: str) -> str:
-    """A photo's name, spelled in the one way that it is known by."""
+def _checked(name: str, where: str) -> str:
+    """Return a photo's name, normalized; refuse one that leaves the photo folder."""
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
         raise InputError(f"{where}: {name!r} leaves the photo folder; name a file inside it")
-    return _plain(name)
+    return _normalized(name)
 
 
-def _plain(name: str) -> str:
-    """``./a.jpg`` is ``a.jpg``."""
+def _normalized(name: str) -> str:
+    """Return ``a.jpg`` for ``./a.jpg``."""
     return str(PurePosixPath(name)) if "/" in name else name
 
 
-def _content(path: Path, what: str) -> bytes:
+def _read_bytes(path: Path, what: str) -> bytes:
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise InputError(f"{path}: the {what} is no file; check captions.root and the paths beside it")
     try:
@@ -277,9 +264,9 @@ def _content(path: Path, what: str) -> bytes:
 
 
 def _lines(path: Path, what: str) -> list[tuple[int, str]]:
-    """The non-empty lines of a UTF-8 file, numbered from 1."""
+    """Return the non-empty lines of a UTF-8 file, numbered from 1."""
     lines = []
-    for number, line in enumerate(_content(path, what).splitlines(), start=1):
+    for number, line in enumerate(_read_bytes(path, what).splitlines(), start=1):
         try:
             text = line.decode("utf-8-sig" if number == 1 else "utf-8")
         except UnicodeDecodeError as error:

@@ -1,4 +1,4 @@
-"""An experiment's data: splits, vocabulary and features, read and checked before anything is computed."""
+"""An experiment's data: splits, vocabulary and features."""
 
 import hashlib
 import logging
@@ -23,9 +23,10 @@ log = logging.getLogger(__name__)
 
 
 class Dataset:
-    """Splits of photos with captions, the vocabulary, and the identity of the encoder whose features they get.
+    """Splits of photos with captions, the vocabulary, the encoder's identity and the photos' features.
 
-    :meth:`read` checks captions and lists; :meth:`with_features` reads the pictures and computes what the cache lacks.
+    :meth:`read` reads and checks captions and lists, before anything expensive is computed. :meth:`with_features` reads
+    the photos and computes the features that the cache lacks.
     """
 
     def __init__(
@@ -53,34 +54,34 @@ class Dataset:
         if vocabulary is None:
             captions = (caption for captions in splits["train"].references for caption in captions)
             vocabulary = build_vocabulary(captions, experiment.vocabulary)
-        choose_device(experiment.training.device)  # refuses one that is not there
+        choose_device(experiment.training.device)  # refuses a device that does not exist
         return cls(splits, vocabulary, experiment.features)
 
     @cached_property
     def encoder(self) -> EncoderIdentity:
-        """The encoder's identity; weights whose digest is not known are read for it, or fetched."""
+        """The encoder's identity; weights whose digest is not known are read, or fetched first."""
         return identify(self.config)
 
     def with_features(self, experiment: Experiment, world: World = ALONE) -> "Dataset":
-        """Return the dataset with features, from the cache or computed now, each rank its shard."""
+        """Return the dataset with features, cached or computed now; each rank computes a shard."""
         features = compute_split_features(experiment, list(self.splits.values()), self.encoder, world=world)
         return Dataset(self.splits, self.vocabulary, self.config, features)
 
     def count_uncached(self) -> int:
-        """Return how many photos the cache lacks features of."""
-        lacking: set[Path] = set()
+        """Return the number of photos whose features the cache lacks."""
+        uncached: set[Path] = set()
         for splits, identity in encoder_passes(list(self.splits.values()), self.encoder, self.config.mirror):
             paths = _paths(splits)
             rows = FeatureCache(self.config.cache, identity).lookup(digest_photos(paths))
-            lacking |= {path for path, row in zip(paths, rows, strict=True) if row < 0}
-        return len(lacking)
+            uncached |= {path for path, row in zip(paths, rows, strict=True) if row < 0}
+        return len(uncached)
 
     def batches(self, name: SplitName, config: TrainingConfig) -> CaptionBatches:
-        """Return a split's captions as batches, encoded once for all runs that ask for the same ones."""
+        """Return a split's captions as batches; runs with the same batch size and order share them."""
         kind = config.batch_size, config.order
         if name not in self._batches or self._batches[name][0] != kind:
-            made = CaptionBatches(self.splits[name], self.vocabulary, self.features[name], *kind)
-            self._batches[name] = kind, made
+            batches = CaptionBatches(self.splits[name], self.vocabulary, self.features[name], *kind)
+            self._batches[name] = kind, batches
         return self._batches[name][1]
 
     def digest(self) -> str:
@@ -91,7 +92,7 @@ class Dataset:
 def encoder_passes(
     splits: list[Split], identity: EncoderIdentity, mirror: bool
 ) -> Iterator[tuple[list[Split], EncoderIdentity]]:
-    """Yield which splits are encoded by which encoder: all, and with ``mirror`` those of train mirrored too."""
+    """Yield the splits to encode with each encoder: all with ``identity``; with ``mirror`` train mirrored as well."""
     yield splits, identity
     train = [split for split in splits if split.name == "train"]
     if mirror and train:
@@ -106,10 +107,10 @@ def compute_split_features(
     recompute: bool = False,
     world: World = ALONE,
 ) -> dict[SplitName, Features]:
-    """Return the features of some splits, from the cache or computed now, each rank its shard.
+    """Return the features of splits, cached or computed now; each rank computes a shard.
 
-    With ``features.mirror`` those of train hold those of its mirrored photos too. ``recompute`` replaces what is
-    cached.
+    With ``features.mirror`` the train features include those of the mirrored photos. ``recompute`` replaces the cached
+    features.
     """
     config, device = experiment.features, choose_device(experiment.training.device)
     features: dict[SplitName, Features] = {}
@@ -127,7 +128,7 @@ def compute_split_features(
             cached = cache_features(_paths(group), cache, load, config.batch_size, recompute)
         start = 0
         for split in group:
-            part = cached.part(start, start + len(split.photos))
+            part = cached.slice(start, start + len(split.photos))
             features[split.name] = features[split.name].with_mirrored(part) if encoder.is_mirrored else part
             start += len(split.photos)
     return features
@@ -140,18 +141,18 @@ def _paths(splits: list[Split]) -> list[Path]:
 def _cache_by_shards(
     paths: list[Path], cache: FeatureCache, load: Callable[[], Encoder], batch_size: int, world: World
 ) -> Features:
-    """As :func:`cache_features`: each rank computes a shard into a file of its own, rank 0 merges the files."""
-    digests = [bytes(row) for row in world.broadcast(lambda: _as_rows(digest_photos(paths))).numpy()]
+    """Return features as :func:`cache_features`; each rank computes a shard into its own file, rank 0 merges them."""
+    digests = [bytes(row) for row in world.broadcast(lambda: _as_tensor(digest_photos(paths))).numpy()]
     if world.is_main:
-        cache.tidy()
+        cache.clean_up()
     world.barrier()
     rows = cache.lookup(digests)
-    lacking = {digest: path for digest, path, row in zip(digests, paths, rows, strict=True) if row < 0}
-    shard = world.shard(list(lacking.items()))
-    fault: InputError | None = None
+    uncached = {digest: path for digest, path, row in zip(digests, paths, rows, strict=True) if row < 0}
+    shard = world.shard(list(uncached.items()))
+    fault: InputError | None = None  # raised after the barrier, at which the other ranks wait
     if shard:
         try:
-            cache.of_rank(world.rank).extend(
+            cache.shard(world.rank).extend(
                 [path for _, path in shard], [digest for digest, _ in shard], load(), batch_size
             )
         except InputError as error:
@@ -160,16 +161,17 @@ def _cache_by_shards(
     if fault is not None:
         raise fault
     if world.is_main:
-        cache.absorb()
+        cache.merge_shards()
     world.barrier()
-    found = cache.find(digests)
-    if found is None:
+    features = cache.find(digests)
+    if features is None:
         raise InputError(
             f"features.cache = '{cache.path.parent}': lacks what other processes have computed; "
             "give a folder that all machines share"
         )
-    return found
+    return features
 
 
-def _as_rows(digests: list[bytes]) -> torch.Tensor:
+def _as_tensor(digests: list[bytes]) -> torch.Tensor:
+    """Return digests as a tensor ``(photos, 32)`` that can be broadcast."""
     return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)

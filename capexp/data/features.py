@@ -1,6 +1,9 @@
-"""Photos' features by position in a list of photos, read from the cache's file as they are asked for.
+"""Photos' features by position in a list of photos, read from the memory-mapped cache file on demand.
 
-Shapes: B photos, P grid positions, F feature.
+A view of a photo is the photo itself or its mirror image. Of N photos, view i is photo i; with mirror images, view
+N + i is the mirror image of photo i.
+
+Shapes: B views, P grid positions, F feature.
 """
 
 import mmap
@@ -9,14 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-_MIRROR = 7  # tells this draw of a seed and an epoch from the order of the captions
+_MIRROR = 7  # makes this draw independent of the shuffling of captions by the same seed and epoch
 
 
 class Features:
-    """Photos' features by position in a list of photos, read from the memory map as they are asked for.
-
-    Behind the last photo's position, those of the mirrored photos may follow, in the same order.
-    """
+    """The features of a list of photos, and of their mirror images where there are any."""
 
     def __init__(
         self,
@@ -25,18 +25,19 @@ class Features:
         mapping: mmap.mmap | None = None,
         mirrored: "Features | None" = None,
     ) -> None:
+        """``records`` are the cache's features, ``rows`` the row of each photo, ``mapping`` their memory map if any."""
         self._records = records
         self._rows = rows
         self._mapping = mapping
         self._mirrored = mirrored
 
     def with_mirrored(self, mirrored: "Features") -> "Features":
-        """These and those of the mirrored photos."""
+        """Return these features together with those of the mirror images."""
         assert len(mirrored) == len(self) and mirrored.shape == self.shape
         return Features(self._records, self._rows, self._mapping, mirrored)
 
-    def seen_in(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """The position of what an epoch sees of each photo: the photo, or by chance the mirrored one where there is."""
+    def draw_views(self, seed: int, epoch: int) -> NDArray[np.int64]:
+        """Return the view of each photo in an epoch: the photo or, where there are mirror images, either at random."""
         photos = np.arange(len(self))
         if self._mirrored is None:
             return photos
@@ -44,50 +45,51 @@ class Features:
         return photos + len(self) * is_mirrored
 
     def __len__(self) -> int:
+        """Return the number of photos."""
         return len(self._rows)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(P, F) of one photo."""
+        """(P, F) of one view."""
         _, positions, size = self._records.shape
         return positions, size
 
     @property
     def views(self) -> int:
-        """What there is of each photo: itself, and the mirrored one."""
+        """The number of views of each photo: 1, or 2 with mirror images."""
         return 1 if self._mirrored is None else 2
 
-    def part(self, start: int, stop: int) -> "Features":
-        """The features of a slice of the photos."""
+    def slice(self, start: int, stop: int) -> "Features":
+        """Return the features of the photos from ``start`` to ``stop``, without mirror images."""
         return Features(self._records, self._rows[start:stop], self._mapping)
 
-    def gather(self, positions: NDArray[np.int64]) -> NDArray[np.float16]:
-        """The features of some photos: (B, P, F)."""
-        if self._mirrored is None or (plain := positions < len(self)).all():
-            found: NDArray[np.float16] = self._records[self._rows[positions]]
-            release(self._mapping)
-            return found
-        both = np.empty((len(positions), *self.shape), np.float16)
-        both[plain] = self.gather(positions[plain])
-        both[~plain] = self._mirrored.gather(positions[~plain] - len(self))
+    def gather(self, views: NDArray[np.int64]) -> NDArray[np.float16]:
+        """Return the features of some views, (B, P, F)."""
+        if self._mirrored is None or (is_photo := views < len(self)).all():
+            gathered: NDArray[np.float16] = self._records[self._rows[views]]
+            release_pages(self._mapping)
+            return gathered
+        both = np.empty((len(views), *self.shape), np.float16)
+        both[is_photo] = self.gather(views[is_photo])
+        both[~is_photo] = self._mirrored.gather(views[~is_photo] - len(self))
         return both
 
     def parts(self, size: int) -> Iterator[NDArray[np.float16]]:
-        """The features of all photos, of so many at a time: (B, P, F)."""
+        """Yield the features of all photos, ``size`` at a time, (B, P, F)."""
         for start in range(0, len(self), size):
             yield self.gather(np.arange(start, min(start + size, len(self))))
 
-    def all_parts(self, size: int) -> Iterator[NDArray[np.float16]]:
-        """The features at all positions, those of mirrored photos too: (B, P, F)."""
+    def parts_of_views(self, size: int) -> Iterator[NDArray[np.float16]]:
+        """Yield the features of all views, ``size`` at a time, (B, P, F)."""
         yield from self.parts(size)
         if self._mirrored is not None:
             yield from self._mirrored.parts(size)
 
 
-def release(mapping: mmap.mmap | None) -> None:
-    """Lets go of the pages that were read, which the system keeps as long as nobody else wants the memory.
+def release_pages(mapping: mmap.mmap | None) -> None:
+    """Release the pages of a memory map that were read; the system still caches them while memory is free.
 
-    Otherwise a process comes to hold the whole file, and where memory is limited that counts as its own.
+    Otherwise the resident memory of the process grows to the size of the file, and counts against a memory limit.
     """
     if mapping is not None and hasattr(mmap, "MADV_DONTNEED"):  # not on Windows
         mapping.madvise(mmap.MADV_DONTNEED)

@@ -1,4 +1,4 @@
-"""Flickr8k: what it must contain, and how it is fetched, unpacked and checked."""
+"""Flickr8k: download it into a folder and check that it is complete."""
 
 import os
 from collections.abc import Callable
@@ -20,16 +20,16 @@ as a Ranking Task: Data, Models and Evaluation Metrics", Journal of Artificial I
 
 
 Say = Callable[[str], None]
-"""Prints a line of progress."""
+"""Print a line of progress."""
 
 
 def _silent(line: str) -> None:
-    pass
+    """Print nothing."""
 
 
 @dataclass(frozen=True)
 class Contents:
-    """The numbers of photos, caption lines, and photos in each list (0: there is no such list)."""
+    """The expected numbers of photos, of lines of captions, and of photos in each list (0: there is no such list)."""
 
     photos: int = 8091
     captions: int = 40_460
@@ -38,26 +38,29 @@ class Contents:
     test: int = 1000
 
     def lists(self) -> dict[str, int]:
-        """Return the lists with the number of photos in each."""
+        """Return the number of photos in each list, by file name."""
         counts = {"train": self.train, "dev": self.dev, "test": self.test}
         return {f"Flickr_8k.{split}Images.txt": count for split, count in counts.items() if count}
 
     def archives(self) -> dict[str, tuple[str, ...]]:
-        """Return the archives with what each must contain."""
+        """Return what each archive must contain at its top level, by the archive's file name."""
         return {"Flickr8k_text.zip": (CAPTIONS, *self.lists()), "Flickr8k_Dataset.zip": (PHOTOS,)}
 
 
 def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool = False, say: Say = _silent) -> None:
-    """Fetch, unpack and check what is not in ``output`` yet; ``source`` is a folder or the URL of the archives."""
+    """Download and unpack the archives that ``output`` lacks, and check that the data is complete.
+
+    ``source`` is the folder or the URL that has the archives. Downloaded archives are deleted unless ``keep``.
+    """
     if "://" in source and not _is_url(source):
         raise InputError(f"--source {source}: neither a folder nor an http or https URL")
     archives = contents.archives()
     try:
         output.mkdir(parents=True, exist_ok=True)
         with FileLock(output / "download.lock", timeout=0):
-            lacking = [name for name, needed in archives.items() if not all((output / one).exists() for one in needed)]
-            say(NOTICE if lacking else f"{output}: complete already, nothing is fetched")
-            for name in lacking:
+            missing = [name for name, tops in archives.items() if not all((output / top).exists() for top in tops)]
+            say(NOTICE if missing else f"{output}: complete already, nothing is fetched")
+            for name in missing:
                 archive = _find(name, source, output)
                 if not archive.is_file():
                     fetch(f"{source.rstrip('/')}/{name}", archive)
@@ -69,7 +72,7 @@ def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool
                     archive.unlink()
                     raise InputError(f"{error}; it is deleted, and the same command fetches it anew") from None
             say(check(output, contents))
-            if lacking and not keep and _is_url(source):
+            if missing and not keep and _is_url(source):
                 for name in archives:
                     (output / name).unlink(missing_ok=True)
     except Timeout:
@@ -83,7 +86,7 @@ def _is_url(source: str) -> bool:
 
 
 def _find(name: str, source: str, output: Path) -> Path:
-    """Return where an archive is, or where it is fetched to."""
+    """Return the path of an archive, or the path to fetch it to."""
     archive = (output if _is_url(source) else Path(source)) / name
     if not archive.is_file():
         if not _is_url(source):
@@ -94,7 +97,10 @@ def _find(name: str, source: str, output: Path) -> Path:
 
 
 def check(folder: Path, contents: Contents = Contents()) -> str:
-    """Refuse data that is not whole; return its counts in a line."""
+    """Check that a folder holds all of ``contents``, and that listed photos have a file and captions.
+
+    Returns a line with the counts.
+    """
     remedy = f"delete what is in {folder}, then give the same command again, or with another --source"
     photos = {path.name for path in (folder / PHOTOS).glob("*.jpg")}
     texts = (folder / CAPTIONS).read_text(encoding="utf-8", errors="replace")
@@ -113,12 +119,12 @@ def check(folder: Path, contents: Contents = Contents()) -> str:
         read_splits(CaptionsConfig(root=folder), wanted)
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from None
-    # Flickr8k's captions name two photos that are not there, one by the odd key 2258277193_586949ec62.jpg.1#0.
+    # Flickr8k has captions of two photos that it lacks, one by the odd key 2258277193_586949ec62.jpg.1#0.
     absent = {line.partition("\t")[0].rpartition("#")[0] for line in lines} - photos
     assert not absent & listed_photos
     lists = " + ".join(f"{count:,} {split}" for split, count in zip(wanted, contents.lists().values(), strict=True))
-    told = f"{folder}: {len(photos):,} photos, {len(lines):,} captions, lists of {lists} photos"
+    summary = f"{folder}: {len(photos):,} photos, {len(lines):,} captions, lists of {lists} photos"
     if absent:
-        told += f"; captions of {len(absent)} photos that are not there and in no list are left out: "
-        told += listed(sorted(absent))
-    return told
+        summary += f"; captions of {len(absent)} photos that are not there and in no list are left out: "
+        summary += listed(sorted(absent))
+    return summary

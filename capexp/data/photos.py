@@ -16,15 +16,14 @@ from capexp.errors import InputError, listed
 MAXIMUM_PIXELS = 100_000_000  # a 100-megapixel photo; more is a decompression bomb, or no photo
 MAXIMUM_UPLOAD = 20 * 2**20  # bytes of a photo that a stranger sends
 _BLOCK = 2**20  # bytes of a file that are read at a time
-_TOGETHER = 64  # files that a thread takes at a time: to hand one over costs as much as to read it
-_SHARES = 256  # that few files are cut into, for all threads to have some
+_FILES_PER_TASK = 64  # at most: to hand a file to a thread takes as long as to read it
+_TASKS = 256  # at least, if there are so many files, so that every thread has some
 
 
 def read_photo(source: Path | bytes) -> Image.Image:
-    """A photo as an upright RGB image: first frame, EXIF rotation applied, transparency over white.
+    """Return a photo as an upright RGB image: first frame, EXIF rotation applied, transparency over white.
 
-    Raises:
-        InputError: nothing that can be decoded as a picture, or one of more than 100 megapixels.
+    What cannot be decoded as a picture is refused, and so is a picture of more than 100 megapixels.
     """
     name = str(source) if isinstance(source, Path) else "the photo"
     if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for ever
@@ -63,10 +62,9 @@ def _rgb(image: Image.Image) -> Image.Image:
 
 
 def find_photos(names: list[str]) -> list[Path]:
-    """Photo files by path, by pattern (``holiday/*.jpg``), or all pictures in and below a folder, in order.
+    """Return photo files by path, by pattern (``holiday/*.jpg``), or all pictures in a folder and below, in order.
 
-    Raises:
-        InputError: paths that do not exist, patterns that match nothing, folders without pictures; all are counted.
+    All names without a photo are refused together.
     """
     found: list[Path] = []
     missing: list[str] = []
@@ -74,12 +72,12 @@ def find_photos(names: list[str]) -> list[Path]:
         path = Path(name)
         if name and path.is_dir():
             known = Image.registered_extensions()
-            photos = [one for one in sorted(path.rglob("*")) if one.suffix.lower() in known and one.is_file()]
+            photos = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in known and file.is_file()]
         elif path.is_file():
             photos = [path]
         else:
             matches = sorted(glob.glob(name, recursive=True))  # noqa: PTH207 (pathlib takes no absolute patterns)
-            photos = [Path(one) for one in matches if Path(one).is_file()]
+            photos = [Path(match) for match in matches if Path(match).is_file()]
         found += photos
         if not photos:
             is_folder = bool(name) and path.is_dir()
@@ -91,40 +89,39 @@ def find_photos(names: list[str]) -> list[Path]:
 
 
 def squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """The whole photo squashed to a square of ``size``, bilinear and antialiased: ``(size, size, 3)``."""
+    """Squash the whole photo to a square of ``size`` pixels, bilinear and antialiased; return ``(size, size, 3)``."""
     if image.size != (size, size):
         image = image.resize((size, size), Image.Resampling.BILINEAR)
     return np.asarray(image)
 
 
 def digest_photos(paths: list[Path]) -> list[bytes]:
-    """SHA-256 of each file's bytes: a photo is known by its content, so a changed one is a new one.
+    """Return the SHA-256 of each file's bytes: a photo is identified by its content, so a changed photo is a new one.
 
-    Raises:
-        InputError: files that cannot be read; all are counted.
+    All files that cannot be read are refused together.
     """
 
     def digest(path: Path) -> bytes | None:
-        whole = hashlib.sha256()
+        sha256 = hashlib.sha256()
         try:
-            # Without a file object, which costs as much as a small photo.
+            # Without a file object, which takes as long to make as a small photo to read.
             file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             try:
                 while block := os.read(file, _BLOCK):
-                    whole.update(block)
+                    sha256.update(block)
             finally:
                 os.close(file)
         except OSError:
             return None
-        return whole.digest()
+        return sha256.digest()
 
-    def digests(start: int) -> list[bytes | None]:
+    def digest_part(start: int) -> list[bytes | None]:
         return [digest(path) for path in paths[start : start + size]]
 
+    size = max(1, min(_FILES_PER_TASK, len(paths) // _TASKS))
     with ThreadPoolExecutor() as pool:
-        size = max(1, min(_TOGETHER, len(paths) // _SHARES))
-        found = [one for part in pool.map(digests, range(0, len(paths), size)) for one in part]
-    unread = [str(path) for path, value in zip(paths, found, strict=True) if value is None]
+        digests = [value for part in pool.map(digest_part, range(0, len(paths), size)) for value in part]
+    unread = [str(path) for path, value in zip(paths, digests, strict=True) if value is None]
     if unread:
         raise InputError(f"{len(unread)} photos cannot be read: {listed(unread)}")
-    return [value for value in found if value is not None]
+    return [value for value in digests if value is not None]

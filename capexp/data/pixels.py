@@ -1,4 +1,4 @@
-"""Photos decoded ahead of need, in order, by threads or by processes.
+"""Photos decoded to pixels ahead of need, in order, by threads or by processes.
 
 A process that decodes imports this module and nothing heavy, so that it starts in a third of a second.
 """
@@ -7,50 +7,50 @@ import multiprocessing
 import os
 import shutil
 import signal
-import threading
-from collections import deque
-from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import Executor, Future, ProcessPoolExecutor, ThreadPoolExecutor
+from collections.abc import Iterable, Iterator
+from concurrent.futures import ProcessPoolExecutor, ThreadPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
+from functools import partial
 from itertools import islice
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Final, TypeVar
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capexp.data.photos import read_photo, squash
+from capexp.data.prefetch import prefetch
+from capexp.distributed import follow_parent
 from capexp.errors import InputError, Outage
 
 Pixels = NDArray[np.uint8] | InputError
-"""A photo squashed to (size, size, 3), or what is wrong with it."""
+"""A photo squashed to (size, size, 3), or the error of a photo that cannot be read."""
 
-AHEAD: Final = 2  # tasks at hand for each thread or process: one at work, one waiting
-PART: Final = 16  # photos that a process decodes at a time
-_PROCESSES: Final = 32  # at most: as many feed the fastest GPU
-_ENOUGH: Final = 4  # cores that threads use as well as processes would
-_WORTH: Final = 1000  # photos that take longer to decode than processes to start
-
-T = TypeVar("T")
+TASKS_PER_WORKER: Final = 2  # for each thread or process: one that it works on, one that waits
+PHOTOS_PER_TASK: Final = 16  # of a process
+_MAXIMUM_PROCESSES: Final = 32  # as many feed the fastest GPU
+_CORES_FOR_THREADS: Final = 4  # up to so many cores, threads decode as fast as processes
+_PHOTOS_FOR_PROCESSES: Final = 1000  # fewer are decoded in less time than processes take to start
 
 
 def decoding_processes(photos: int, size: int) -> int:
-    """How many processes should decode so many photos for a GPU: 0 where threads do as well.
+    """Return the number of processes that should decode ``photos`` photos for a GPU; 0 where threads do as well.
 
     Threads share one interpreter, which a GPU outpaces; a process costs its start.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
-    if cores <= _ENOUGH or photos < _WORTH or multiprocessing.current_process().daemon:
+    if cores <= _CORES_FOR_THREADS or photos < _PHOTOS_FOR_PROCESSES or multiprocessing.current_process().daemon:
         return 0
-    processes = min(cores - 1, _PROCESSES)
-    if Path("/dev/shm").is_dir():  # containers may have 64 MB there, and whoever writes more than there is dies
-        processes = min(processes, shutil.disk_usage("/dev/shm").free // (2 * AHEAD * PART * size * size * 3))
+    processes = min(cores - 1, _MAXIMUM_PROCESSES)
+    if Path("/dev/shm").is_dir():  # containers may have 64 MB there; a process that writes beyond its end is killed
+        bytes_per_process = TASKS_PER_WORKER * PHOTOS_PER_TASK * size * size * 3
+        processes = min(processes, shutil.disk_usage("/dev/shm").free // (2 * bytes_per_process))
     return processes
 
 
 def decode_photo(photo: Path, size: int) -> Pixels:
-    """A photo squashed to a square, or what is wrong with it."""
+    """Return a photo squashed to a square, or the error of a photo that cannot be read."""
     try:
         return squash(read_photo(photo), size)
     except InputError as error:
@@ -58,30 +58,30 @@ def decode_photo(photo: Path, size: int) -> Pixels:
 
 
 def decode_by_threads(photos: Iterable[Path], size: int) -> Iterator[Pixels]:
-    """Photos as pixels, in order, by a thread a core."""
+    """Yield the pixels of photos, in order, decoded by threads."""
     with ThreadPoolExecutor() as pool:
-        yield from ahead(pool, decode_photo, ((photo, size) for photo in photos), AHEAD * PART)
+        yield from prefetch(pool, partial(decode_photo, size=size), photos, TASKS_PER_WORKER * PHOTOS_PER_TASK)
 
 
 def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> Iterator[Pixels]:
-    """Photos as pixels, in order, by processes that end with this one, however it ends.
+    """Yield the pixels of photos, in order, decoded by processes that end with this one, however it ends.
 
-    Pixels come through shared memory: through pipes they would cost this process more than all else that it does.
+    Pixels come through shared memory: to read them from pipes would take this process longer than all else it does.
 
     Raises:
         Outage: a process was killed.
     """
-    tasks = AHEAD * processes
-    shape = (tasks, PART, size, size, 3)
+    tasks = TASKS_PER_WORKER * processes
+    shape = (tasks, PHOTOS_PER_TASK, size, size, 3)
     memory = SharedMemory(create=True, size=int(np.prod(shape)))
     slots = np.ndarray(shape, np.uint8, memory.buf)
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _begin, (memory.name, shape)) as pool:
-            # With at most so many tasks begun and not yet taken, a task's slot is free when it comes round again.
-            numbered = ((i % tasks, part) for i, part in enumerate(parts(photos, PART)))
-            for i, faults in enumerate(ahead(pool, _decode_part, numbered, tasks)):
-                # Copied, all at once: behind the last photo the memory is gone, whoever looks at it.
+        with ProcessPoolExecutor(processes, context, _open_memory, (memory.name, shape)) as pool:
+            # Task i writes to slot i % tasks, which is free again: prefetch has at most `tasks` tasks in flight.
+            numbered = ((i % tasks, batch) for i, batch in enumerate(batched(photos, PHOTOS_PER_TASK)))
+            for i, faults in enumerate(prefetch(pool, _decode_to_slot, numbered, tasks)):
+                # One copy of the whole slot: the shared memory is gone after the last photo, whoever holds its pixels.
                 for pixels, fault in zip(slots[i % tasks].copy(), faults, strict=False):
                     yield pixels if fault is None else fault
     except BrokenProcessPool:
@@ -95,57 +95,37 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
         memory.close()
 
 
-def parts(photos: Iterable[Path], size: int) -> Iterator[list[Path]]:
-    """Photos, so many at a time, taken as they are asked for."""
+def batched(photos: Iterable[Path], size: int) -> Iterator[list[Path]]:
+    """Yield lists of ``size`` photos, the last one shorter, each read when it is asked for (``itertools.batched``)."""
     rest = iter(photos)
-    while part := list(islice(rest, size)):
-        yield part
-
-
-def ahead(pool: Executor, work: Callable[..., T], tasks: Iterator[tuple[object, ...]], limit: int) -> Iterator[T]:
-    """What work makes of tasks, in order, with at most so many of them begun and not yet taken."""
-    begun: deque[Future[T]] = deque()
-    try:
-        while True:
-            for task in islice(tasks, limit - len(begun)):
-                begun.append(pool.submit(work, *task))
-            if not begun:
-                return
-            yield begun.popleft().result()
-    finally:
-        for future in begun:
-            future.cancel()  # an interrupt waits for what is at work, not for what is waiting
+    while batch := list(islice(rest, size)):
+        yield batch
 
 
 class _Slots:
-    """The shared memory in a process that decodes."""
+    """The shared memory, in a process that decodes."""
 
     memory: SharedMemory
-    pixels: NDArray[np.uint8]  # (tasks, PART, size, size, 3)
+    pixels: NDArray[np.uint8]  # (tasks, PHOTOS_PER_TASK, size, size, 3)
 
 
-def _begin(name: str, shape: tuple[int, ...]) -> None:
-    """Opens the shared memory. An interrupt is the parent's matter; the parent's end is this process's too."""
+def _open_memory(name: str, shape: tuple[int, ...]) -> None:
+    """Open the shared memory in a process that decodes; leave Ctrl-C to the parent, and exit when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    threading.Thread(target=_follow_parent, daemon=True).start()
+    follow_parent(partial(os._exit, 1))
     _Slots.memory = SharedMemory(name)
     _Slots.pixels = np.ndarray(shape, np.uint8, _Slots.memory.buf)
 
 
-def _follow_parent() -> None:
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os._exit(1)
-
-
-def _decode_part(slot: int, photos: list[Path]) -> list[InputError | None]:
-    """Decodes photos into a slot, and tells what is wrong with each."""
+def _decode_to_slot(task: tuple[int, list[Path]]) -> list[InputError | None]:
+    """Decode the photos of a task into its slot; return each photo's error, or None."""
+    slot, photos = task
     faults: list[InputError | None] = []
     for row, photo in zip(_Slots.pixels[slot], photos, strict=False):
         pixels = decode_photo(photo, len(row))
-        fault = pixels if isinstance(pixels, InputError) else None
-        if not isinstance(pixels, InputError):
+        if isinstance(pixels, InputError):
+            faults.append(pixels)
+        else:
             row[:] = pixels
-        faults.append(fault)
+            faults.append(None)
     return faults

@@ -1,8 +1,9 @@
-"""VGG16 without its output layer: photos to features.
+"""VGG16 without its output layer: the encoder that turns photos into features.
 
-The network is torchvision's, layer for layer, with ImageNet weights (Simonyan and Zisserman, 2014). Two layers are
-offered: ``fc2``, the 4096 values after the last hidden layer (the tutorial's choice), and ``conv5_3``, a grid of 512
-values before the last pooling, whole or pooled: 14x14 for photos squashed to 224 pixels, larger for larger ones.
+The network is torchvision's, layer for layer, with ImageNet weights (Simonyan and Zisserman, 2014). Features come from
+one of two layers: ``fc2``, the 4096 values of the last hidden layer (the tutorial's choice), or ``conv5_3``, 512 values
+at each position of a grid, before the last pooling. The grid is 14x14 for photos squashed to 224 pixels, larger for
+larger ones, and may be pooled.
 
 Shapes: B batch, P grid positions, F feature.
 """
@@ -37,7 +38,7 @@ from capexp.settings import (
 
 @dataclass(frozen=True)
 class EncoderIdentity:
-    """All that decides what a photo's features are; features of different identities never mix."""
+    """Everything that a photo's features depend on; features of different identities are never mixed."""
 
     layer: Layer
     pool: Pool
@@ -45,29 +46,30 @@ class EncoderIdentity:
     std: tuple[float, float, float]
     weights_digest: str
     weights: str
+    """Where to get the weights; has no effect on :meth:`key`."""
     size: PhotoSize = PHOTO_SIZE
     transform: Literal["squash-bilinear-antialias", "squash-bilinear-antialias-mirror"] = "squash-bilinear-antialias"
 
     def __post_init__(self) -> None:
-        """Raises ValueError where no photo of that size has features of that layer and pool."""
+        """Raise ValueError if photos of this size have no features of this layer and pool."""
         check_grid(self.layer, self.pool, self.size)
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(P, F): grid positions and features at each."""
+        """(P, F): the number of grid positions, and of features at each."""
         return grid_shape(self.layer, self.pool, self.size)
 
     @property
     def is_mirrored(self) -> bool:
-        """Whether left and right of a photo change places."""
+        """Whether photos are mirrored, left to right, before they are encoded."""
         return self.transform == "squash-bilinear-antialias-mirror"
 
     def mirrored(self) -> "EncoderIdentity":
-        """The same of photos whose left and right have changed places."""
+        """Return the identity of the same encoder for mirrored photos."""
         return replace(self, transform="squash-bilinear-antialias-mirror")
 
     def key(self) -> str:
-        """A short digest of the identity; the weights' name is a hint where to get them, not part of it."""
+        """Return a short digest of the identity, without the name of the weights."""
         record = asdict(self)
         del record["weights"]
         return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
@@ -78,12 +80,12 @@ class EncoderIdentity:
         return f"VGG16 {self.layer}{size}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
 
 
-# Photos at a time through the convolutions on a CPU: a layer's output of more is memory that is mapped anew each time.
-_AT_ONCE: Final = 2
+# Photos that go through the convolutions together on a CPU: for more, the allocator maps new memory at each layer.
+_CPU_BATCH: Final = 2
 
 
 class Encoder(nn.Module):
-    """VGG16 up to the layer that its identity names, with its preprocessing inside."""
+    """VGG16 up to the layer of its identity, preprocessing included."""
 
     def __init__(self, identity: EncoderIdentity, state: State) -> None:
         super().__init__()
@@ -91,25 +93,25 @@ class Encoder(nn.Module):
         self.convolutions, self.dense = network(identity.layer)
         self.load_state_dict({name: value.float() for name, value in state.items()}, assign=True)
         self.requires_grad_(False).eval()
-        # Buffers, so that the numbers travel with the network; not in the state, they are in the identity.
+        # Buffers, so that they move with the network; not in its state dict, because the identity has them.
         self.register_buffer("mean", torch.tensor(identity.mean), persistent=False)
         self.register_buffer("std", torch.tensor(identity.std), persistent=False)
 
     @property
     def device(self) -> torch.device:
-        """Where the network is."""
+        """The device of the network."""
         return next(self.parameters()).device
 
     @property
-    def at_once(self) -> int:
-        """Photos that a core of a CPU should be given at a time: the dense layers are read once for all of them."""
-        return _AT_ONCE * (8 if self.identity.layer == "fc2" else 1)
+    def photos_per_core(self) -> int:
+        """Photos that a CPU core should encode at a time: more where dense layers' weights are read once for all."""
+        return _CPU_BATCH * (8 if self.identity.layer == "fc2" else 1)
 
     @torch.inference_mode()
     def forward(self, photos: Tensor) -> Tensor:
-        """Features of photos ``(B, size, size, 3)`` in 0..255, as float16 ``(B, P, F)``."""
-        parts = torch.split(photos, _AT_ONCE) if self.device.type == "cpu" else [photos]
-        x = torch.cat([self._convolved(part) for part in parts])  # (B, 512, side, side); 7 for fc2
+        """Return the features of photos ``(B, size, size, 3)`` in 0..255, as float16 ``(B, P, F)``."""
+        parts = torch.split(photos, _CPU_BATCH) if self.device.type == "cpu" else [photos]
+        x = torch.cat([self._convolve(part) for part in parts])  # (B, 512, side, side); 7 for fc2
         if self.identity.layer == "fc2":
             dense: Tensor = self.dense(x.contiguous().flatten(1))  # (B, 4096)
             return dense.unsqueeze(1).half()
@@ -120,17 +122,17 @@ class Encoder(nn.Module):
             grid = grid.float().mean(1, keepdim=True)
         return grid.half()
 
-    def _convolved(self, photos: Tensor) -> Tensor:
+    def _convolve(self, photos: Tensor) -> Tensor:
         assert isinstance(self.mean, Tensor) and isinstance(self.std, Tensor)
         weight = next(self.parameters())
-        # Bytes go to the device, a quarter of what floats would be.
+        # Bytes are moved to the device, a quarter of the size of floats.
         moved = photos.to(weight.device, non_blocking=True)
         pixels = ((moved.flip(2) if self.identity.is_mirrored else moved).float() - self.mean) / self.std
         x: Tensor = self.convolutions(pixels.permute(0, 3, 1, 2).to(weight.dtype))  # channels last in memory
         return x
 
     def prepare(self, device: torch.device, precision: Precision) -> "Encoder":
-        """Moves the network to a device, in the precision that is fast there."""
+        """Move the network to a device, in the precision of the settings; return it."""
         dtype = torch.bfloat16 if use_bfloat16(device, precision) else torch.float32
         buffers = dict(self.named_buffers())
         self.to(device, dtype).to(memory_format=torch.channels_last)
@@ -139,56 +141,46 @@ class Encoder(nn.Module):
         return self
 
     def encode(self, photos: list[NDArray[np.uint8]]) -> NDArray[np.float16]:
-        """Features ``(B, P, F)`` of squashed photos, each ``(size, size, 3)``."""
-        return self.begin(torch.from_numpy(np.stack(photos)))()
+        """Return the features ``(B, P, F)`` of squashed photos, each ``(size, size, 3)``."""
+        return self.launch(torch.from_numpy(np.stack(photos)))()
 
-    def begin(self, photos: Tensor) -> Callable[[], NDArray[np.float16]]:
-        """Begins with squashed photos ``(B, size, size, 3)``, and gives what waits for their features ``(B, P, F)``.
+    def launch(self, photos: Tensor) -> Callable[[], NDArray[np.float16]]:
+        """Launch squashed photos ``(B, size, size, 3)``; return a function that waits for their features ``(B, P, F)``.
 
-        A GPU works on meanwhile, from the start where the photos are in pinned memory.
+        A GPU computes in the meantime. Only if the photos are in pinned memory is their copy not waited for either.
         """
         features = self(photos)
         if self.device.type != "cuda":
             return lambda: features.cpu().numpy()
-        copied = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
-        copied.copy_(features, non_blocking=True)
-        there = torch.cuda.Event()  # type: ignore[no-untyped-call]
-        there.record(torch.cuda.current_stream(self.device))
+        copy = torch.empty(features.shape, dtype=features.dtype, pin_memory=True)
+        copy.copy_(features, non_blocking=True)
+        is_copied = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        is_copied.record(torch.cuda.current_stream(self.device))
 
-        def finish() -> NDArray[np.float16]:
-            there.synchronize()
-            return copied.numpy()
+        def wait() -> NDArray[np.float16]:
+            is_copied.synchronize()
+            return copy.numpy()
 
-        return finish
+        return wait
 
     def weights(self) -> State:
-        """The layers used, in float16, which is what they are rounded to at loading."""
+        """Return the weights of the layers used, in float16, to which they were rounded when they were read."""
         return {name: value.half() for name, value in self.state_dict().items()}
 
 
 def identify(config: FeaturesConfig) -> EncoderIdentity:
-    """The identity of the encoder that a config asks for, without its weights where their digest is known.
-
-    Raises:
-        InputError: as :func:`load_encoder`.
-    """
-    net = NETS.get(config.weights)
-    known = net.digests.get(config.layer) if net is not None else None
+    """Return the identity of a config's encoder; its weights are read only if their digest is not known."""
+    known = _known_digest(config)
     if known is not None:
         return _identity(config, known)
     return _identity(config, digest_weights(read_weights(config.weights, config.layer)))
 
 
 def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
-    """The encoder that a config asks for, or that of mirrored photos; torchvision fetches weights at their first use.
-
-    Raises:
-        InputError: weights that are missing, cut short, not VGG16's, or cannot be fetched.
-    """
+    """Return a config's encoder, or the one for mirrored photos; torchvision fetches weights at their first use."""
     state = read_weights(config.weights, config.layer)
     identity = _identity(config, digest_weights(state))
-    net = NETS.get(config.weights)
-    known = net.digests.get(config.layer) if net is not None else None
+    known = _known_digest(config)
     if known is not None and known != identity.weights_digest:
         raise InputError(
             f"features.weights = '{config.weights}': digest {identity.weights_digest[:12]}, expected {known[:12]}; "
@@ -198,8 +190,14 @@ def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
 
 
 def encoder_at_hand(config: FeaturesConfig) -> bool:
-    """Whether the encoder can be loaded without fetching anything."""
+    """Return whether the encoder can be loaded without fetching its weights."""
     return config.weights not in NETS or hub_file(config.weights).is_file()
+
+
+def _known_digest(config: FeaturesConfig) -> str | None:
+    """Return the published digest of a config's weights, or None where none is recorded."""
+    net = NETS.get(config.weights)
+    return net.digests.get(config.layer) if net is not None else None
 
 
 def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:

@@ -1,4 +1,4 @@
-"""VGG16's published weights: the layers, the file that holds theirs, and what it must hold."""
+"""VGG16's layers and published weights: where a file of weights is found, and what it must hold."""
 
 import hashlib
 import io
@@ -16,13 +16,13 @@ from capexp.settings import Layer
 
 State = dict[str, Tensor]
 
-_CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions, block by block
+_CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions, by block
 _DENSE = 4096 * 25088  # weights of the first fully connected layer
 
 
 @dataclass(frozen=True)
 class Net:
-    """A published set of weights: its preprocessing, in units of 0..255, and its digests where known."""
+    """A published set of weights: its preprocessing, in units of 0..255, and its digests as far as they are known."""
 
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
@@ -42,9 +42,9 @@ NETS: dict[str, Net] = {
 
 
 def network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
-    """VGG16's parts up to a layer, without memory for their weights yet; its layers have torchvision's numbers.
+    """Return VGG16's convolutions and dense layers up to a layer, on the meta device, numbered as torchvision's.
 
-    Torchvision itself would be a second and a half in being imported.
+    They are written out here because importing torchvision takes a second and a half.
     """
     with torch.device("meta"):
         layers: list[nn.Module] = []
@@ -61,12 +61,9 @@ def network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
 
 
 def read_weights(weights: str, layer: Layer) -> State:
-    """The weights of the layers up to one, rounded to float16, under the encoder's own names.
+    """Return the weights of all layers up to ``layer``, rounded to float16, by the encoder's parameter names.
 
-    ``weights`` is a name of ``NETS``, whose file torchvision fetches at its first use, or the path of a file.
-
-    Raises:
-        InputError: weights that are missing, cut short, not VGG16's, or cannot be fetched.
+    ``weights`` is a name in ``NETS``, whose file torchvision fetches at its first use, or the path of a file.
     """
     path = Path(weights)
     if weights in NETS:
@@ -90,7 +87,7 @@ def read_weights(weights: str, layer: Layer) -> State:
     wrong = [name for name, shape in expected.items() if name not in named or named[name].shape != shape]
     if wrong:
         raise InputError(f"{path}: not VGG16's weights ({wrong[0]} is missing or has another shape)")
-    named = {name: value.half() for name, value in named.items()}  # of known shapes: a stranger's may claim any
+    named = {name: value.half() for name, value in named.items()}  # only now: a hostile file may claim any shape
     dense = state.get("classifier.0.weight")
     is_whole = dense is not None and dense.numel() <= _DENSE and bool(dense.isfinite().all())
     if weights not in NETS and is_whole:
@@ -105,7 +102,7 @@ def read_weights(weights: str, layer: Layer) -> State:
 
 
 def digest_weights(state: State) -> str:
-    """SHA-256 over the layers used, in float16, so that one net from two files is one encoder."""
+    """Return the SHA-256 over the layers used, in float16: the same net from two files is the same encoder."""
     digest = hashlib.sha256()
     for name, value in sorted(state.items()):
         digest.update(f"{name} {tuple(value.shape)}\n".encode())
@@ -114,7 +111,7 @@ def digest_weights(state: State) -> str:
 
 
 def hub_file(name: str) -> Path:
-    """Where torchvision keeps the weights of that name."""
+    """Return the path to which torchvision downloads the weights of this name."""
     from torchvision.models import VGG16_Weights
 
     return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights[name].url).name
@@ -133,7 +130,7 @@ def _fetch(name: str) -> Path:
         torch.hub.download_url_to_file(
             VGG16_Weights[name].url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=True
         )
-    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash a RuntimeError
+    except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise InputError(
             f"features.weights = '{name}': cannot be fetched ({error}); with a copy of the file, "
             f"put it at {path} or give its path with --features.weights"
@@ -146,15 +143,15 @@ def _load_state(path: Path) -> State:
         if zipfile.is_zipfile(path):
             with zipfile.ZipFile(path) as archive:
                 claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > path.stat().st_size:  # torch packs nothing
+            if claimed > path.stat().st_size:  # torch compresses nothing
                 raise InputError(f"{path}: an archive that would swell to {claimed:,} bytes; get the weights again")
-        with path.open("rb", buffering=0) as file, _Bounded(file) as bounded:
-            state = torch.load(bounded, map_location="cpu", weights_only=True)
+        with path.open("rb", buffering=0) as file, _SizeLimited(file) as limited:
+            state = torch.load(limited, map_location="cpu", weights_only=True)
     except InputError:
         raise
     except MemoryError:
         raise
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by kind of damage
+    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... depending on the damage
         kind = type(error).__name__
         raise InputError(
             f"{path}: damaged, or holds more than tensors, which is not loaded ({kind}); get the weights again"
@@ -164,10 +161,10 @@ def _load_state(path: Path) -> State:
     return state
 
 
-class _Bounded(io.BufferedReader):
-    """A file that takes no memory for more bytes than it has, whatever number its content makes a reader ask for."""
+class _SizeLimited(io.BufferedReader):
+    """A file of which at most the remaining bytes are read: damaged content may ask for more than memory holds."""
 
     def read(self, size: int | None = -1, /) -> bytes:
-        """At most so many bytes."""
+        """Return at most ``size`` bytes."""
         left = os.fstat(self.fileno()).st_size - self.tell()
         return super().read(left if size is None or size < 0 else min(size, left))

@@ -1,7 +1,7 @@
-"""Words to numbers and back: how captions are cleaned, and which words a captioner knows.
+"""The vocabulary: how captions are cleaned and tokenized, and which words a captioner knows.
 
 Entry 0 is PAD, 1 is BOS (begin of caption), 2 is EOS (end of caption); with ``unknown = "token"`` entry 3 is
-UNK; the words follow, most frequent first. Only train captions are counted.
+UNK. The words follow, most frequent first. Only train captions are counted.
 """
 
 import hashlib
@@ -21,11 +21,10 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
 def tokenize(caption: str, cleaning: Cleaning) -> list[str]:
-    """The tokens of a caption.
+    """Return the tokens of a caption.
 
-    ``tutorial``: lower-case, punctuation off, then only words of two letters or more that hold nothing but
-    letters. ``standard``: lower-case, split at blanks, tokens without any letter or digit dropped; "a" and
-    numbers stay.
+    Both cleanings lower the case and split at blanks. ``tutorial`` then removes punctuation and drops tokens that hold
+    anything but letters, or fewer than two. ``standard`` drops tokens without a letter or digit; "a" and numbers stay.
     """
     tokens = caption.lower().split()
     if cleaning == "standard":
@@ -36,14 +35,14 @@ def tokenize(caption: str, cleaning: Cleaning) -> list[str]:
 
 @dataclass(frozen=True)
 class Vocabulary:
-    """The words that a captioner reads and writes, with the cleaning that makes them."""
+    """The words that a captioner knows, with the cleaning that gives them."""
 
     words: tuple[str, ...]
     cleaning: Cleaning
     unknown: Unknown
 
     def __len__(self) -> int:
-        """The number of entries V, PAD, BOS, EOS and (if kept) UNK included."""
+        """Return the number of entries V: the words, PAD, BOS, EOS and, if there is one, UNK."""
         return self.first_word + len(self.words)
 
     @property
@@ -58,18 +57,18 @@ class Vocabulary:
 
     @property
     def never_emitted(self) -> tuple[int, ...]:
-        """Entries that no caption may hold: PAD, BOS and UNK."""
+        """The entries that no generated caption may contain: PAD, BOS and UNK."""
         return (PAD, BOS, UNK) if self.unknown == "token" else (PAD, BOS)
 
     def encode(self, caption: str) -> list[int]:
-        """The entries of a caption's tokens, without BOS and EOS; unknown words as the policy says."""
+        """Return the entries of a caption's tokens, without BOS and EOS; unknown words become UNK or are dropped."""
         tokens = tokenize(caption, self.cleaning)
         if self.unknown == "token":
             return [self.entries.get(token, UNK) for token in tokens]
         return [self.entries[token] for token in tokens if token in self.entries]
 
     def decode(self, entries: Iterable[int]) -> str:
-        """The caption that some entries spell, up to the first EOS."""
+        """Return the words of some entries as a caption, up to the first EOS; PAD, BOS and UNK are left out."""
         words = []
         for entry in entries:
             if entry == EOS:
@@ -79,21 +78,17 @@ class Vocabulary:
         return " ".join(words)
 
     def digest(self) -> str:
-        """Hexadecimal SHA-256 of cleaning, unknown policy and words: losses compare only where it is equal."""
+        """Return the hexadecimal SHA-256 of cleaning, unknown and words; only if it is equal can losses be compared."""
         return hashlib.sha256(self.to_json().encode()).hexdigest()
 
     def to_json(self) -> str:
-        """The vocabulary as JSON."""
+        """Return the vocabulary as JSON."""
         record = {"cleaning": self.cleaning, "unknown": self.unknown, "words": self.words}
         return json.dumps(record, ensure_ascii=False)
 
 
 def build_vocabulary(captions: Iterable[str], config: VocabularyConfig) -> Vocabulary:
-    """Counts the words of the train captions and keeps those seen ``minimum_count`` times or more.
-
-    Raises:
-        InputError: no word is left.
-    """
+    """Count the words of the train captions and keep those that occur ``minimum_count`` times or more."""
     counts = Counter(token for caption in captions for token in tokenize(caption, config.cleaning))
     kept = sorted(
         (word for word, count in counts.items() if count >= config.minimum_count),

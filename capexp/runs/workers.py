@@ -7,11 +7,11 @@ pipe, so that the address of a storage, with its password, is neither in a comma
 import multiprocessing
 import os
 import signal
-import threading
 import time
 from collections.abc import Callable, Generator, Iterator
 from contextlib import closing, contextmanager
 from dataclasses import dataclass
+from functools import partial
 from multiprocessing.connection import Connection, wait
 from multiprocessing.process import BaseProcess
 from typing import NoReturn
@@ -19,6 +19,7 @@ from typing import NoReturn
 import torch
 
 from capexp.data.dataset import Dataset
+from capexp.distributed import environment, follow_parent
 from capexp.errors import InputError
 from capexp.runs.folder import STUDIES
 from capexp.runs.study import Trials, comparable_settings
@@ -146,17 +147,12 @@ def _start(task: Task, threads: int, program: Program) -> tuple[BaseProcess, Con
 
 @contextmanager
 def _spawning(threads: int) -> Iterator[None]:
-    """Set what a new process inherits: its number of threads, and Ctrl-C ignored until it can end in order."""
-    before = os.environ.get("OMP_NUM_THREADS")
+    """Let a new process inherit its number of threads, and ignore Ctrl-C until it can end in order."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
-    os.environ["OMP_NUM_THREADS"] = str(threads)
     try:
-        yield
+        with environment(OMP_NUM_THREADS=str(threads)):
+            yield
     finally:
-        if before is None:
-            del os.environ["OMP_NUM_THREADS"]
-        else:
-            os.environ["OMP_NUM_THREADS"] = before
         signal.signal(signal.SIGINT, handler)
 
 
@@ -164,7 +160,7 @@ def _serve(task: Task, threads: int, connection: Connection, program: Program) -
     """Run a worker, in its process."""
 
     def tell() -> int:
-        threading.Thread(target=_follow_parent, daemon=True).start()
+        follow_parent(partial(os.kill, os.getpid(), signal.SIGTERM))  # an interrupt, to end in order
         torch.set_num_threads(threads)
         try:
             data = Dataset.read(task.experiment)
@@ -180,11 +176,3 @@ def _serve(task: Task, threads: int, connection: Connection, program: Program) -
         return 0
 
     program.main(tell)
-
-
-def _follow_parent() -> None:
-    """Interrupt this process when the one that started it has died."""
-    parent = multiprocessing.parent_process()
-    assert parent is not None
-    parent.join()
-    os.kill(os.getpid(), signal.SIGTERM)

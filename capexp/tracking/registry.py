@@ -3,9 +3,7 @@
 import base64
 import importlib.metadata
 import io
-import os
-from collections.abc import Iterator, Mapping
-from contextlib import contextmanager
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
@@ -20,6 +18,7 @@ from mlflow.types.schema import ColSpec, DataType, ParamSchema, ParamSpec, Schem
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
+from capexp.distributed import environment
 from capexp.errors import InputError
 from capexp.settings import Metric
 from capexp.tracking.models import find_bundle
@@ -124,7 +123,8 @@ def log_captioner(run_id: str, bundle: Path) -> str:
     model = client.create_logged_model(
         run.info.experiment_id, ARTIFACT, run_id, resolve_tags({_DIGEST: digest}), dict(run.data.params)
     )
-    with _offline(), artifact_faults(run_id):
+    # MLflow runs the model on the example when it logs it: that must not download weights.
+    with environment(CAPEXP_OFFLINE="1"), artifact_faults(run_id):
         Model.log(  # what mlflow.pyfunc.log_model calls, which knows only the run of this process
             artifact_path=None,
             run_id=run_id,
@@ -219,17 +219,3 @@ def _example() -> pd.DataFrame:
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(buffer, "PNG")
     return pd.DataFrame({"photo": [base64.b64encode(buffer.getvalue()).decode()]})
-
-
-@contextmanager
-def _offline() -> Iterator[None]:
-    """Forbid downloads: MLflow runs the model on the example when it logs it."""
-    before = os.environ.get("CAPEXP_OFFLINE")
-    os.environ["CAPEXP_OFFLINE"] = "1"
-    try:
-        yield
-    finally:
-        if before is None:
-            del os.environ["CAPEXP_OFFLINE"]
-        else:
-            os.environ["CAPEXP_OFFLINE"] = before

@@ -17,6 +17,7 @@ from mlflow.tracking import MlflowClient
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
+from capexp.distributed import environment
 from capexp.errors import InputError, Outage, shown_uri, without_secrets
 from capexp.files import sync
 
@@ -162,14 +163,8 @@ def check_store() -> None:
             raise InputError(f"{artifacts}: MLflow's artifacts cannot be written; mend its permissions")
     _refuse_unreachable()
     if store_exists():
-        before = {name: os.environ.get(name) for name in _QUICK}
-        os.environ.update({name: value for name, value in _QUICK.items() if before[name] is None})
-        try:
+        with environment(**{name: os.environ.get(name, value) for name, value in _QUICK.items()}):
             prepare_store()
-        finally:
-            for name, value in before.items():
-                if value is None:
-                    del os.environ[name]
 
 
 def await_store() -> None:
@@ -202,13 +197,8 @@ def no_retries() -> Iterator[None]:
 
     The journal sends again, and in the background.
     """
-    before = os.environ.get(_RETRIES)
-    os.environ.setdefault(_RETRIES, "0")
-    try:
+    with environment(**{_RETRIES: os.environ.get(_RETRIES, "0")}):
         yield
-    finally:
-        if before is None:
-            del os.environ[_RETRIES]
 
 
 def require_store() -> None:

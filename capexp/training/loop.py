@@ -180,7 +180,7 @@ def fit(
     """
     world = training.world
     if training.device.type == "cuda":
-        training.dev.hold(training.device)
+        training.dev.preload(training.device)
     history, progress = list(before), EpochProgress()
 
     def save(progress: EpochProgress) -> None:

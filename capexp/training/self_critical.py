@@ -19,7 +19,6 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.decoder import Decoder, Packed
 from capexp.captioning.decoding import sample_captions
 from capexp.captioning.evaluation import Loss, caption_all
-from capexp.data.batches import photo_batches
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
@@ -110,13 +109,12 @@ class SelfCritical(Objective):
     ) -> TrainStats:
         """Train an epoch; the loss is that of the sampled captions, in nats per token, beside their mean reward."""
         training, settings, world = self.training, self._settings, self.training.world
-        features = training.train.features
-        start, steps = time.perf_counter() - progress.seconds, -(-len(features) // settings.photos)
+        start, steps = time.perf_counter() - progress.seconds, -(-len(training.train.features) // settings.photos)
         is_resumed = progress.steps > 0 and world.is_main
         # Of nats, targets, rewards and captions.
         sums = np.array(progress.sums if is_resumed else (0.0, 0.0, 0.0, 0.0))
         with torch.random.fork_rng():
-            shards = photo_batches(features, settings.photos, training.seed, number, world, progress.steps)
+            shards = training.train.photo_batches(settings.photos, training.seed, number, world, progress.steps)
             for step, (photos, seen, is_own) in enumerate(shards, start=progress.steps + 1):
                 seed_step(training.seed, number, step, world.rank)
                 for group in self._optimizer.param_groups:
@@ -172,8 +170,7 @@ class SelfCritical(Objective):
     def _cross_entropy(self, number: int, photos: NDArray[np.int64]) -> tuple[Tensor, int]:
         """Return the mean cross-entropy of the photos' own captions, and the number of their targets."""
         training = self.training
-        views = training.train.features.seen_in(training.seed, number)
-        batch = training.train.of_photos(photos, views).to(training.device)
+        batch = training.train.captions_of(photos, training.seed, number).to(training.device)
         decoder = training.decoder
         outputs = decoder.outputs(batch.features, batch.photos, batch.words, batch.counts)
         return decoder.vocabulary.cross_entropy(outputs, batch.targets)[1], len(batch.targets)

@@ -115,8 +115,8 @@ class CapturedSteps(Steps):
         self._rate = torch.full((), config.learning_rate, device=device)
         self._uses_graphs = device.type == "cuda"
         super().__init__(training, decoder, self._rate, capturable=self._uses_graphs)
-        self._rectangles = batches.rectangles(device)
-        self._table = self._rectangles.epoch(0, 0)  # overwritten for each epoch, at the address that graphs know
+        self._batches = batches.padded(device)
+        self._epoch = self._batches.epoch(0, 0)  # overwritten for each epoch, at the address that graphs know
         self._rates = torch.empty(len(batches), device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
@@ -128,18 +128,18 @@ class CapturedSteps(Steps):
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
         """Take the steps, as :meth:`Steps.of_epoch`."""
         seed, device = self.training.seed, self.training.device
-        table = self._rectangles.epoch(seed, number)
-        self._table.photos.copy_(table.photos)
-        self._table.captions.copy_(table.captions)
-        rates = [self.rate(number, step) for step in range(1, len(table.targets) + 1)]
+        epoch = self._batches.epoch(seed, number)
+        self._epoch.views.copy_(epoch.views)
+        self._epoch.captions.copy_(epoch.captions)
+        rates = [self.rate(number, step) for step in range(1, len(epoch.targets) + 1)]
         self._rates.copy_(on_device(torch.tensor(rates), device))
         self._next.fill_(done)
         seeds = np.random.SeedSequence([seed, number]).generate_state(len(rates), np.uint64).tolist()
         generator = torch.cuda.default_generators[device.index or 0] if self._uses_graphs else torch.default_generator
         for step in range(done, len(rates)):
             generator.manual_seed(seeds[step])
-            self._take(_rounded(table.longest[step], self._rectangles.longest))
-            yield Step(self._loss, table.targets[step], self._loss)
+            self._take(_rounded(epoch.lengths[step], self._batches.longest))
+            yield Step(self._loss, epoch.targets[step], self._loss)
 
     def _take(self, length: int) -> None:
         if not self._uses_graphs:
@@ -172,11 +172,11 @@ class CapturedSteps(Steps):
         return graph
 
     def _work(self, length: int) -> None:
-        """The next step of the table, of whose captions the longest has at most ``length`` words to read."""
-        table = self._table.photos, self._table.captions, self._rates
-        photos, captions, rate = (rows.index_select(0, self._next).squeeze(0) for rows in table)
+        """Take the next step of the epoch, whose captions have at most ``length`` inputs."""
+        epoch = self._epoch.views, self._epoch.captions, self._rates
+        views, captions, rate = (rows.index_select(0, self._next).squeeze(0) for rows in epoch)
         self._rate.copy_(rate)
-        features, words, targets, real = self._rectangles.batch(photos, captions, length)
+        features, words, targets, real = self._batches.gather(views, captions, length)
         with self.training.autocast():
             state = self.decoder.start(features).repeat(len(captions) // len(features))
             outputs, _ = self.decoder.read(state, words, (len(captions),) * length)  # (M, H)
@@ -203,8 +203,8 @@ def choose_steps(training: Training, decoder: RecurrentDecoder) -> Steps:
     Packed too where captions or photos are so unlike that padded batches would be padding for the most part.
     """
     batches, device = training.train, training.device
-    is_held = device.type == "cuda" and batches.hold(device)
-    if is_held and training.world.size == 1 and batches.padding() < _MOST_PADDING:
+    is_preloaded = device.type == "cuda" and batches.preload(device)
+    if is_preloaded and training.world.size == 1 and batches.padding() < _MOST_PADDING:
         return CapturedSteps(training, decoder)
     return PackedSteps(training, decoder)
 

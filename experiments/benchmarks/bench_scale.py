@@ -50,7 +50,7 @@ def digest_of(photo: int) -> bytes:
 def write_cache(folder: Path, photos: int) -> None:
     """Records as an extraction leaves them."""
     cache, rng = FeatureCache(folder, IDENTITY), np.random.default_rng(1)
-    with cache._appending() as file:
+    with cache._open_to_append() as file:
         for start in range(0, photos, _AT_ONCE):
             records = np.empty(min(_AT_ONCE, photos - start), cache._record)
             records["features"] = rng.random((len(records), *IDENTITY.shape), dtype=np.float32)

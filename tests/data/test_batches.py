@@ -9,7 +9,7 @@ import pytest
 import torch
 from numpy.typing import NDArray
 
-from capexp.data.batches import Batch, CaptionBatches, photo_batches
+from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, Vocabulary, build_vocabulary
@@ -165,14 +165,14 @@ def test_caption_without_a_known_word_has_one_target() -> None:
     assert (made.targets, made.longest) == (3, 3)
 
 
-@pytest.mark.parametrize("held", [False, True])
+@pytest.mark.parametrize("preloaded", [False, True])
 def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
-    batches: CaptionBatches, held: bool
+    batches: CaptionBatches, preloaded: bool
 ) -> None:
     both = Features(RECORDS, ROWS).with_mirrored(Features(-1 - RECORDS, ROWS))  # mirrored photo i's features are -1 - i
     made = CaptionBatches(SPLIT, VOCABULARY, both, BATCH_SIZE, batches.order)
-    if held:
-        made.hold(torch.device("cpu"))
+    if preloaded:
+        made.preload(torch.device("cpu"))
     epochs = []
     for number in (1, 2):
         seen = list(read(made.epoch(seed=1, number=number)))
@@ -184,7 +184,7 @@ def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
         shares = [batch for rank in (0, 1) for batch in made.epoch(1, number, World(rank, 2)) if batch.share]
         assert sorted(seen) == sorted(read(shares))
         epochs.append(views)
-        drawn = [(photos, features) for photos, features, _ in photo_batches(both, 7, seed=1, number=number)]
+        drawn = [(photos, features) for photos, features, _ in made.photo_batches(7, seed=1, number=number)]
         assert {p: int(f[0, 0]) for photos, features in drawn for p, f in zip(photos, features, strict=True)} == views
     assert epochs[0] != epochs[1]
     assert all(photo == photo_of(caption) for caption, photo in read(made.in_order()))
@@ -192,13 +192,13 @@ def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
 
 def test_all_captions_of_some_photos(batches: CaptionBatches) -> None:
     photos = [17, 3, PHOTOS - 1]
-    found = sorted(read([batches.of_photos(np.array(photos), np.arange(PHOTOS))]))
+    found = sorted(read([batches.captions_of(np.array(photos), seed=1, number=1)]))
     assert found == sorted((caption, photo) for photo in photos for caption in SPLIT.references[photo])
 
 
-def test_batches_of_features_that_a_device_holds_are_the_same(batches: CaptionBatches) -> None:
+def test_batches_of_preloaded_features_are_the_same(batches: CaptionBatches) -> None:
     before = [batch.to(torch.device("cpu")) for batch in batches.epoch(seed=1, number=1)]
-    batches.hold(torch.device("cpu"))
+    batches.preload(torch.device("cpu"))
     after = [batch.to(torch.device("cpu")) for batch in batches.epoch(seed=1, number=1)]
     for one, other in zip(before, after, strict=True):
         assert one.features.dtype == torch.float32

@@ -107,7 +107,7 @@ def test_features_come_in_the_order_asked_for(cache: FeatureCache, photos: list[
     order = np.array([3, 1, 1, 0])
     mixed = cache_features([photos[i] for i in order], cache, never, 1)
     assert np.array_equal(all_of(mixed), plain[order])
-    assert np.array_equal(all_of(mixed.part(1, 3)), plain[[1, 1]])
+    assert np.array_equal(all_of(mixed.slice(1, 3)), plain[[1, 1]])
 
 
 def test_second_call_computes_nothing_and_writes_nothing(cache: FeatureCache, photos: list[Path]) -> None:
@@ -232,7 +232,7 @@ def test_bad_photos_are_all_named_and_the_good_ones_kept(tmp_path: Path, encoder
     cache_features([photos[1], photos[3]], cache, never, 2)
 
 
-def test_computed_anew_they_replace_the_old_and_those_of_other_photos_stay(
+def test_recomputed_features_replace_the_old_and_those_of_other_photos_stay(
     cache: FeatureCache, photos: list[Path], encoder: Encoder
 ) -> None:
     before = all_of(cache.open(digest_photos(photos)))
@@ -242,19 +242,17 @@ def test_computed_anew_they_replace_the_old_and_those_of_other_photos_stay(
         file.seek(HEADER + 1 * RECORD + 32)
         file.write(record[32:])
     assert np.array_equal(all_of(cache.open(digest_photos(photos)))[1], before[2])
-    renewed = cache_features(photos[:2], cache, lambda: encoder, 2, anew=True)
+    renewed = cache_features(photos[:2], cache, lambda: encoder, 2, recompute=True)
     np.testing.assert_allclose(all_of(renewed), before[:2], rtol=2e-2, atol=1e-1)
     assert np.array_equal(all_of(cache.open(digest_photos(photos)))[2:], before[2:])
     assert sorted(digests_in(cache)) == sorted(digest_photos(photos)), "each photo once"
 
 
-def test_what_cannot_be_computed_anew_stays_as_it_was(
-    cache: FeatureCache, photos: list[Path], encoder: Encoder
-) -> None:
+def test_what_cannot_be_recomputed_stays_as_it_was(cache: FeatureCache, photos: list[Path], encoder: Encoder) -> None:
     photos[1].write_bytes(b"no picture")
     before = cache.path.read_bytes()
     with pytest.raises(InputError, match="cannot be read as a picture"):
-        cache_features(photos, cache, lambda: encoder, 2, anew=True)
+        cache_features(photos, cache, lambda: encoder, 2, recompute=True)
     assert cache.path.read_bytes() == before
     assert [path.suffix for path in cache.path.parent.iterdir() if path.suffix != ".lock"] == [".features"]
 
@@ -308,9 +306,9 @@ def test_what_was_computed_before_an_interrupt_is_kept_whole(
     new = {bytes([number]) * 32: np.full((1, 512), number, np.float16) for number in range(1, 8)}
 
     def work() -> None:
-        with cache._appending() as file, cache._writing(file) as add:
+        with cache._open_to_append() as file, cache._writer(file) as writer:
             for digest, features in new.items():
-                add({digest: features})
+                writer.add({digest: features})
             raise KeyboardInterrupt
 
     with pytest.raises(KeyboardInterrupt):
@@ -325,8 +323,8 @@ def test_an_interrupt_is_told_even_if_the_disk_is_full_too(
         raise Outage("full")
 
     def work(interrupt: bool) -> None:
-        with cache._appending() as file, cache._writing(file) as add:
-            add({bytes(32): np.zeros((1, 512), np.float16)})
+        with cache._open_to_append() as file, cache._writer(file) as writer:
+            writer.add({bytes(32): np.zeros((1, 512), np.float16)})
             if interrupt:
                 raise KeyboardInterrupt
 
@@ -335,6 +333,37 @@ def test_an_interrupt_is_told_even_if_the_disk_is_full_too(
         work(interrupt=True)
     with pytest.raises(Outage, match="full"):
         work(interrupt=False)
+
+
+def test_nothing_is_written_behind_a_record_that_was_cut_short(
+    cache: FeatureCache, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    whole, written = cache._write, 0
+
+    def write(file: Any, content: bytes | memoryview) -> None:
+        nonlocal written
+        written += 1
+        if written == 2:
+            file.write(memoryview(content)[:-100])
+            raise Outage("full for a moment")
+        whole(file, content)
+
+    monkeypatch.setattr(cache, "_write", write)
+    new = {bytes([number]) * 32: np.full((1, 512), number, np.float16) for number in range(1, 8)}
+    added: list[bytes] = []
+
+    def work() -> None:
+        with cache._open_to_append() as file, cache._writer(file) as writer:
+            for digest, features in new.items():
+                writer.add({digest: features})
+                added.append(digest)
+
+    with pytest.raises(Outage, match="for a moment"):
+        work()
+    assert written == 2
+    assert len(added) < len(new), "the error is raised before all are computed"
+    assert (cache.lookup(list(new)) >= 0).tolist() == [True] + [False] * 6
+    assert cache.path.stat().st_size == HEADER + 6 * RECORD - 100
 
 
 @pytest.mark.slow
@@ -410,19 +439,17 @@ def test_what_was_read_is_let_go_of(tmp_path: Path) -> None:
     assert held() - before > photos * record / 2, "what reading without letting go comes to"
 
 
-def test_what_processes_put_into_caches_of_their_own_is_absorbed(
-    photos: list[Path], encoder: Encoder, tmp_path: Path
-) -> None:
+def test_shards_of_ranks_are_merged(photos: list[Path], encoder: Encoder, tmp_path: Path) -> None:
     cache = FeatureCache(tmp_path / "shared", encoder.identity)
     expected = all_of(cache_features(photos, FeatureCache(tmp_path / "whole", encoder.identity), lambda: encoder, 2))
     digests = digest_photos(photos)
     for rank in range(2):
-        assert cache.of_rank(rank).extend(photos[rank::2], digests[rank::2], encoder, 2) == 2
-    with cache.of_rank(1).path.open("ab") as file:
+        assert cache.shard(rank).extend(photos[rank::2], digests[rank::2], encoder, 2) == 2
+    with cache.shard(1).path.open("ab") as file:
         file.write(b"?" * (RECORD - 1))  # a record that its process was killed in
-    with FileLock(cache.of_rank(0).path.with_suffix(".lock")):
-        cache.tidy()  # passes over the one that is at work
+    with FileLock(cache.shard(0).path.with_suffix(".lock")):
+        cache.clean_up()  # passes over the one that is at work
     assert (cache.lookup(digests) >= 0).tolist() == [False, True, False, True]
-    found = cache_features(photos, cache, never, 2)  # absorbs the other one first
+    found = cache_features(photos, cache, never, 2)  # merges the other one first
     np.testing.assert_array_equal(all_of(found), expected)
     assert not list(cache.path.parent.glob("*-rank*.features"))

@@ -15,12 +15,20 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.data.extraction import Result, compute_features
-from capexp.data.pixels import AHEAD, PART, Pixels, decode_by_processes, decode_by_threads, decoding_processes
+from capexp.data.pixels import (
+    PHOTOS_PER_TASK,
+    TASKS_PER_WORKER,
+    Pixels,
+    decode_by_processes,
+    decode_by_threads,
+    decoding_processes,
+)
 from capexp.data.vgg16 import Encoder, load_encoder
 from capexp.errors import InputError, Outage
 from capexp.settings import FeaturesConfig
 
 SIZE = 224
+AHEAD = TASKS_PER_WORKER * PHOTOS_PER_TASK  # photos that a process is ahead, or all threads together
 CPU = torch.device("cpu")
 
 
@@ -77,7 +85,7 @@ def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: 
 
 
 def test_processes_decode_as_threads_do(tmp_path: Path) -> None:
-    photos = write_photos(tmp_path / "photos", 3 * PART + 5)
+    photos = write_photos(tmp_path / "photos", 3 * PHOTOS_PER_TASK + 5)
     by_threads = pixels_of(decode_by_threads(photos, SIZE))
     assert len(by_threads) == len(photos) and not np.array_equal(by_threads[0], by_threads[1])
     assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, SIZE, 2)))
@@ -99,7 +107,7 @@ class Taken:
         return photo
 
 
-@pytest.mark.parametrize(("processes", "most"), [(0, AHEAD * PART), (2, 2 * AHEAD * PART)])
+@pytest.mark.parametrize(("processes", "most"), [(0, AHEAD), (2, 2 * AHEAD)])
 def test_decoding_is_ahead_and_never_far_ahead(tmp_path: Path, processes: int, most: int) -> None:
     """So many photos are in memory at most, whatever their number, and when it ends early, nothing is left."""
     photos = Taken(write_photos(tmp_path / "photos", 1) * 10_000)
@@ -108,7 +116,7 @@ def test_decoding_is_ahead_and_never_far_ahead(tmp_path: Path, processes: int, m
     for taken in range(5 * most):
         next(decoded)
         ahead.append(photos.count - taken)
-    assert most - PART <= min(ahead) and max(ahead) <= most
+    assert most - PHOTOS_PER_TASK <= min(ahead) and max(ahead) <= most
     children = [child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline())]
     assert len(children) == processes
     decoded.close()  # type: ignore[attr-defined]
@@ -118,7 +126,7 @@ def test_decoding_is_ahead_and_never_far_ahead(tmp_path: Path, processes: int, m
 
 @pytest.mark.usefixtures("three_threads")
 def test_each_core_takes_a_few_photos_at_a_time(tmp_path: Path, encoder: Encoder) -> None:
-    most = AHEAD * encoder.at_once * 3
+    most = TASKS_PER_WORKER * encoder.photos_per_core * 3
     photos = Taken(write_photos(tmp_path / "photos", 1) * (most + 10))
     done = 0
     for batch in compute_features(photos, encoder, 32):
@@ -177,6 +185,13 @@ if __name__ == "__main__":
     for pixels in decode_by_processes([Path(sys.argv[1])] * 1_000_000, 224, 2):
         print("decoded", flush=True)
 """
+
+
+def test_a_process_that_decodes_imports_nothing_heavy() -> None:
+    code = "import sys; from capexp.data import pixels; print(*{'torch', 'pydantic', 'filelock'} & set(sys.modules))"
+    root = Path(__file__).parents[2]
+    ended = subprocess.run([sys.executable, "-c", code], cwd=root, capture_output=True, text=True, check=True)
+    assert ended.stdout == "\n"
 
 
 def test_no_process_outlives_a_killed_parent(tmp_path: Path) -> None:

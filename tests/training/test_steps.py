@@ -1,4 +1,4 @@
-"""Steps come to the same, however they are taken: from packed captions, from rectangles, from a GPU's graphs."""
+"""Steps come to the same, however they are taken: from packed batches, from padded ones, from a GPU's graphs."""
 
 import copy
 import warnings
@@ -93,12 +93,12 @@ def test_captured_steps_come_to_what_packed_ones_do(device: torch.device, decode
 @kinds
 def test_captured_steps_read_the_very_captions_and_photos(device: torch.device, decoder: str, order: Order) -> None:
     task = Task(decoder, order)
-    rectangles = task.batches.rectangles(device)
-    table = rectangles.epoch(1, 2)
-    assert table.targets == [len(batch.targets) for batch in task.batches.epoch(1, 2)]
+    padded = task.batches.padded(device)
+    epoch = padded.epoch(1, 2)
+    assert epoch.targets == [len(batch.targets) for batch in task.batches.epoch(1, 2)]
     for number, batch in enumerate(task.batches.epoch(1, 2)):
-        photos, captions, length = table.photos[number], table.captions[number], table.longest[number] + 2
-        features, *each = rectangles.batch(photos, captions, length)
+        views, captions, length = epoch.views[number], epoch.captions[number], epoch.lengths[number] + 2
+        features, *each = padded.gather(views, captions, length)
         words, targets, real = (one.cpu() for one in each)
         rows = torch.arange(len(captions)).repeat(length) // (len(captions) // len(features))
         seen = features[:, 0, 0].cpu()[rows]
@@ -133,18 +133,18 @@ def test_captured_steps_are_the_same_when_taken_again(device: torch.device) -> N
     assert once != pytest.approx([step.loss.item() for step in others.of_epoch(1)], rel=1e-4)
 
 
-def test_several_processes_hold_features_too_but_take_packed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    held: list[torch.device] = []
+def test_several_processes_preload_features_too_but_take_packed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
+    asked: list[torch.device] = []
     task, gpu = Task("merge", "captions"), torch.device("cuda")
 
-    def hold(batches: CaptionBatches, device: torch.device) -> bool:
-        held.append(device)
+    def preload(batches: CaptionBatches, device: torch.device) -> bool:
+        asked.append(device)
         return True
 
-    monkeypatch.setattr(CaptionBatches, "hold", hold)
+    monkeypatch.setattr(CaptionBatches, "preload", preload)
     two, alone = task.training(gpu, world=World(0, 2)), task.training(CPU)
     assert isinstance(choose_steps(two, two.decoder), PackedSteps)
-    assert held == [gpu]
+    assert asked == [gpu]
     assert isinstance(choose_steps(alone, alone.decoder), PackedSteps)
 
 
@@ -164,7 +164,7 @@ def test_what_would_be_padding_for_the_most_part_is_packed(
     features = Features(np.zeros((len(texts), 1, 512), np.float16), np.arange(len(texts)))
     batches = CaptionBatches(split, vocabulary, features, 32, order)
     training = replace(Task("merge", "captions").training(torch.device("cuda")), train=batches)
-    monkeypatch.setattr(CaptionBatches, "hold", lambda batches, device: True)
+    monkeypatch.setattr(CaptionBatches, "preload", lambda batches, device: True)
     assert batches.padding() > 5
     assert isinstance(choose_steps(training, training.decoder), PackedSteps)
 
@@ -172,8 +172,8 @@ def test_what_would_be_padding_for_the_most_part_is_packed(
 def test_a_batch_is_no_larger_than_all_captions_are() -> None:
     task = Task("merge", "captions")
     whole = CaptionBatches(task.split, task.vocabulary, task.features, 100_000, "captions")
-    photos, captions, _ = whole.table(1, 1)
-    assert photos.shape == (1, sum(len(texts) for texts in task.split.references)) == captions.shape[:2]
+    epoch = whole.padded(CPU).epoch(1, 1)
+    assert epoch.views.shape == epoch.captions.shape == (1, sum(len(texts) for texts in task.split.references))
     assert whole.padding() < 3
 
 
