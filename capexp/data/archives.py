@@ -21,8 +21,7 @@ from dataclasses import asdict, dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any
 
-from tqdm import tqdm
-
+from capexp.data.progress import progress_bar
 from capexp.errors import InputError, listed
 
 log = logging.getLogger(__name__)
@@ -154,7 +153,9 @@ def _receive(body: Any, part: Path, start: int, remote: _Remote) -> None:
     # Unbuffered: a broken connection or a kill loses nothing that was received.
     with (
         part.open("r+b" if start else "wb", buffering=0) as file,
-        tqdm(desc=name, total=remote.size, initial=start, unit="B", unit_scale=True, unit_divisor=1024) as progress,
+        progress_bar(
+            desc=name, total=remote.size, initial=start, unit="B", unit_scale=True, unit_divisor=1024
+        ) as progress,
     ):
         # After the old bytes were truncated, before the first new byte.
         _record_of(part).write_text(json.dumps(asdict(remote)))
@@ -273,7 +274,7 @@ def _extract(
     if missing:
         raise ArchiveError(f"there is no {listed(missing)} in it")
     _require_room(folder, total, "unpack it")
-    with tqdm(desc=f"unpacking {Path(str(opened.filename)).name}", total=len(names), unit="file") as progress:
+    with progress_bar(desc=f"unpacking {Path(str(opened.filename)).name}", total=len(names), unit="file") as progress:
         for entry in wanted:
             path = folder / entry.filename
             if entry.is_dir():

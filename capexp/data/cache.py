@@ -26,13 +26,13 @@ from typing import Any, Self
 import numpy as np
 from filelock import FileLock, Timeout
 from numpy.typing import NDArray
-from tqdm import tqdm
 
 from capexp.data.extraction import compute_features
 from capexp.data.features import Features, release_pages
 from capexp.data.photos import digest_photos
 from capexp.data.pixels import decoding_processes
 from capexp.data.prefetch import prefetch
+from capexp.data.progress import progress_bar
 from capexp.data.vgg16 import Encoder, EncoderIdentity
 from capexp.errors import InputError, Outage, listed
 from capexp.files import writing
@@ -238,7 +238,7 @@ class FeatureCache:
         photos = (equal_files[0] for equal_files in paths.values())
         errors: dict[bytes, InputError] = {}
         with (
-            tqdm(total=len(paths), unit="photo", desc="features") as progress,
+            progress_bar(total=len(paths), unit="photo", desc="features") as progress,
             closing(compute_features(photos, encoder, batch_size, processes)) as computed,
             self._writer(file) as writer,
         ):
