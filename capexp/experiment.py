@@ -254,7 +254,7 @@ def _validate(settings: Settings, source: str) -> Experiment:
 def _explain(error: ValidationError, flag: bool = False) -> str:
     """Return the first fault in one line: which setting, what value, what is allowed.
 
-    Of a ``flag`` the line names setting and value already; what is told is where in a table the fault is.
+    The line of a ``flag`` begins with setting and value; then the message names the place in a table alone.
     """
     first = error.errors()[0]
     name = ".".join(str(part) for part in first["loc"] if part not in ("Range", "Choices"))  # of tune.search

@@ -156,8 +156,8 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
     """Find or train the members of an ensemble, then evaluate and register it.
 
     A member is a finished run, in any experiment of the store, with the same settings, data, words and encoder, whose
-    captioner is still to be had. One that was broken off in this folder is gone on with; others are trained as runs
-    of their own, nested under the ensemble's, which register nothing.
+    captioner is still to be had. One that was interrupted in this folder is resumed; others are trained as runs of
+    their own, nested under the ensemble's, which register nothing.
 
     Returns the result, and each member in words with the run that has trained it.
     """

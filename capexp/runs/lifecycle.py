@@ -74,11 +74,11 @@ class OpenRun:
 
 @contextmanager
 def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
-    """Open a new run, or one that is gone on with; lock its folder, log its beginning, and end it as the block ends.
+    """Open a new run, or resume one; lock its folder, log its beginning, and end it as the block ends.
 
     An interrupt ends the run KILLED, any other exception FAILED, with its message in the tag ``error``. The lock is
-    taken before MLflow is told of a run that exists, and directly after MLflow has made a new one: a second process
-    leaves a living run untouched.
+    taken before MLflow opens a run that exists, and directly after MLflow has made a new one: a second process leaves a
+    living run untouched.
     """
     experiment, device = plan.experiment, choose_device(plan.experiment.training.device)
 

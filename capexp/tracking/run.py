@@ -184,7 +184,7 @@ def tracked_run(
 ) -> Iterator[TrackedRun]:
     """Start a run, or go on with one, and end it in the state that fits how the block was left.
 
-    ``lock`` keeps other processes from the run by its id: it is taken before MLflow is told of a run that exists, and
+    ``lock`` keeps other processes from the run by its id: it is taken before MLflow opens a run that exists, and
     directly after MLflow has made a new one, before anything else is written.
 
     Its journal is in ``folder``, under the run's id. With ``parent`` it is nested, in the parent's experiment. Under

@@ -31,7 +31,7 @@ class Sampler(SystemMetricsMonitor):  # type: ignore[misc]
                 return
             try:
                 self.publish_metrics(self.aggregate_metrics())
-            except Exception as error:  # a full disk, or a local store that fails: the run itself is told of it
+            except Exception as error:  # a full disk, or a local store that fails: the run itself reports it
                 log.debug("no samples of the machine any more: %s", error)
                 return
 
