@@ -33,8 +33,8 @@ USAGE, UNSENT, INTERRUPTED = 2, 3, 130
 class Parser(argparse.ArgumentParser):
     """An argument parser that also takes settings of an experiment, ``--section.key value``, and lists them in --help.
 
-    ``used`` are the settings that have an effect on the command, by dotted name, or by section with its dot
-    (``decoding.``); others are refused. By default all have.
+    ``used`` are the settings that have an effect on the command: names (``seed``) or prefixes of sections
+    (``decoding.``); others are refused. By default all settings have.
     """
 
     def __init__(self, command: str, description: str, used: tuple[str, ...] | None = None, epilog: str = "") -> None:

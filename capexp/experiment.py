@@ -174,6 +174,19 @@ def setting_type(name: str) -> Any:
     return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
+def default_text(name: str) -> str | None:
+    """Return the default of a setting as :meth:`Experiment.flat` writes it; None where the name is no setting."""
+    model: Any = Experiment
+    *sections, last = name.split(".")
+    for section in sections:
+        field = model.model_fields.get(section) if _is_section(model) else None
+        model = None if field is None else field.annotation
+    field = model.model_fields.get(last) if _is_section(model) else None
+    if field is None or field.is_required() or _is_section(field.annotation):
+        return None
+    return str(field.get_default(call_default_factory=True))
+
+
 def setting_names() -> list[str]:
     """Return all settings by dotted name."""
 

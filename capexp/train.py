@@ -58,7 +58,7 @@ def train(argv: list[str] | None = None) -> int:
     if arguments.seeds is not None:
         group.check_count(arguments.seeds, experiment)
     check_store()
-    check_disk_space(CHECKPOINTS, parameters, experiment.training)
+    check_disk_space(CHECKPOINTS, parameters, experiment.training, runs=arguments.seeds or 1)
     world.start()
     world.broadcast(experiment.model_dump_json)
     data = data.with_features(experiment, world)
@@ -78,7 +78,7 @@ def train(argv: list[str] | None = None) -> int:
 
 
 def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: dict[str, str]) -> "Experiment":
-    """Return the experiment that is named or resumed; of one at several seeds, set their number in the arguments."""
+    """Return the experiment that is named or resumed; where it runs several seeds, set ``arguments.seeds``."""
     from capexp.errors import InputError
     from capexp.experiment import find_experiment, load_experiment, replace_settings
 
@@ -94,7 +94,9 @@ def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: d
         seeds = count_of_seeds(arguments.resume)
         if seeds is None and arguments.seeds is not None:
             parser.error(f"--resume {arguments.resume}: it is a run at one seed; leave --seeds out")
-        arguments.seeds = arguments.seeds or seeds
+        if seeds is not None and arguments.seeds is not None and arguments.seeds < seeds:
+            parser.error(f"--seeds {arguments.seeds}: run {arguments.resume} has {seeds} already; give as many or more")
+        arguments.seeds = seeds if arguments.seeds is None else arguments.seeds
         if arguments.seeds is None and folder.is_complete(experiment):
             parser.error(f"--resume {arguments.resume}: the run has finished; go on with --training.epochs N")
     if World.from_environment().size > 1 and (arguments.seeds is not None or experiment.is_ensemble):
@@ -139,11 +141,11 @@ def _print_data(experiment: "Experiment", data: "Dataset", parameters: int) -> N
 def _print_seeds(result: "SeedsResult") -> None:
     shown = ("best_dev_loss", "dev_loss_blind", "dev_bleu_1", "dev_bleu_4", "dev_rouge_l", "dev_cider")
     print(f"\nrun         {result.run_id}\n")
-    print(f"{'seed':16}", *(f"{name:>14}" for name in shown), sep="")
+    print(f"{'seed':12}", *(f"{name:>16}" for name in shown), sep="")
     for seed, metrics in result.metrics.items():
-        print(f"{seed:<16}", *(f"{metrics[name]:14.4f}" for name in shown), sep="")
-    print(f"{'mean':16}", *(f"{result.spreads[name].mean:14.4f}" for name in shown), sep="")
-    print(f"{'deviation':16}", *(f"{result.spreads[name].deviation:14.4f}" for name in shown), sep="")
+        print(f"{seed:<12}", *(f"{metrics[name]:16.4f}" for name in shown), sep="")
+    print(f"{'mean':12}", *(f"{result.spreads[name].mean:16.4f}" for name in shown), sep="")
+    print(f"{'deviation':12}", *(f"{result.spreads[name].deviation:16.4f}" for name in shown), sep="")
     print(f"\nregistered  {result.version.describe()}")
 
 

@@ -65,7 +65,9 @@ class Dataset:
     def with_features(self, experiment: Experiment, world: World = ALONE) -> "Dataset":
         """Return the dataset with features, cached or computed now; each rank computes a shard."""
         features = compute_split_features(experiment, list(self.splits.values()), self.encoder, world=world)
-        return Dataset(self.splits, self.vocabulary, self.config, features)
+        dataset = Dataset(self.splits, self.vocabulary, self.config, features)
+        dataset.encoder = self.encoder  # lest weights be read and hashed again
+        return dataset
 
     def count_uncached(self) -> int:
         """Return the number of photos whose features the cache lacks."""

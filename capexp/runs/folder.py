@@ -1,13 +1,12 @@
 """A run's folder on disk: settings, checkpoints, bundle, and the lock that keeps it to one process."""
 
+import fcntl
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from filelock import FileLock, Timeout
-
-from capexp.errors import InputError
+from capexp.errors import InputError, Outage
 from capexp.experiment import load_experiment, to_toml
 from capexp.files import write_whole, writing
 from capexp.settings import Experiment
@@ -76,25 +75,28 @@ class RunFolder:
         return None
 
     @contextmanager
-    def lock(self) -> Iterator[None]:
-        """Hold the folder for this process, or refuse at once; the system releases it however the process ends."""
+    def lock(self, is_shared: bool = False) -> Iterator[None]:
+        """Lock the folder for this process, or for those that share the lock; refuse at once where that fails.
+
+        The system releases the lock however the process ends.
+        """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
-        lock = FileLock(self.path / ".lock")
-        try:
-            lock.acquire(blocking=False)
-        except Timeout:
-            raise InputError(f"run {self.run_id}: another process is training it; wait for it or stop it") from None
-        try:
+            file = (self.path / ".lock").open("a")
+        with file:
+            try:
+                fcntl.flock(file, (fcntl.LOCK_SH if is_shared else fcntl.LOCK_EX) | fcntl.LOCK_NB)
+            except BlockingIOError:
+                raise InputError(f"run {self.run_id}: another process is training it; wait for it or stop it") from None
             yield
-        finally:
-            lock.release()
 
     def is_locked(self) -> bool:
         """Return whether a process is at work on the run."""
         try:
             with self.lock():
                 return False
+        except Outage:
+            raise
         except InputError:
             return True
 
@@ -149,7 +151,7 @@ class RunFolder:
     def refuse_other_settings(self, experiment: Experiment) -> None:
         """Refuse settings that a resumed run may not change.
 
-        It keeps them, but for how long it trains, and for those of a self-critical phase that it begins only now.
+        The numbers of epochs may change, and the self-critical settings as long as that phase has not begun.
         """
         old, new = self.experiment().flat(), experiment.flat()
         is_begun = any(self.path.glob(f"**/{_SELF_CRITICAL}"))  # of several seeds, by any

@@ -63,7 +63,7 @@ def count_of_seeds(run_id: str) -> int | None:
 
 
 def check_count(count: int, experiment: Experiment) -> None:
-    """Refuse a number of seeds that has no spread or leads beyond the last seed, and an ensemble, which has its own."""
+    """Refuse fewer than two seeds, seeds beyond 2^31 and an ensemble, whose seeds are in its settings."""
     if experiment.is_ensemble:
         raise InputError(f"--seeds {count}: {experiment.name} is an ensemble; its seeds are those of ensemble.members")
     if count < 2:
@@ -103,8 +103,9 @@ def train_seeds(plan: Plan, count: int, resume: str | None = None) -> Generator[
 
 
 def _begun(run_id: str) -> dict[int, str]:
-    """Return the runs that were begun, by seed."""
-    return {int(run.data.tags[SEED]): str(run.info.run_id) for run in nested_runs(run_id)}
+    """Return the newest run of each seed that was begun."""
+    runs = reversed(nested_runs(run_id))
+    return {int(run.data.tags[SEED]): str(run.info.run_id) for run in runs if SEED in run.data.tags}
 
 
 def _earlier_seed(plan: Plan, run_id: str | None) -> EarlierRun | None:
@@ -112,7 +113,7 @@ def _earlier_seed(plan: Plan, run_id: str | None) -> EarlierRun | None:
         return None
     folder = RunFolder(plan.folder / run_id)
     is_complete = folder.is_complete(plan.experiment)
-    return EarlierRun(run_id, plan.folder, folder.best_bundle(plan.experiment) if is_complete else None)
+    return EarlierRun(run_id, folder.best_bundle(plan.experiment) if is_complete else None)
 
 
 def _summarize(run: OpenRun, results: Mapping[int, Result]) -> SeedsResult:
@@ -205,11 +206,11 @@ def _earlier_member(member: Experiment, data: Dataset) -> EarlierRun | None:
     known = _known(member, data)
     for run in known:
         if run.is_finished and (bundle := _bundle(run, member)) is not None:
-            return EarlierRun(run.run_id, CHECKPOINTS, bundle)
+            return EarlierRun(run.run_id, bundle)
     for run in known:
         # Begun in this folder, by itself or for an ensemble, and broken off.
         if not run.is_finished and (CHECKPOINTS / run.run_id / SETTINGS).is_file():
-            return EarlierRun(run.run_id, CHECKPOINTS)
+            return EarlierRun(run.run_id)
     return None
 
 

@@ -1,8 +1,9 @@
 """Open a run, lock its folder, log its beginning and end it in order: the lifecycle of everything that is tracked."""
 
 import logging
+import sys
 from collections.abc import Iterator, Mapping
-from contextlib import ExitStack, contextmanager, nullcontext
+from contextlib import ExitStack, contextmanager, suppress
 from dataclasses import dataclass, field, replace
 from pathlib import Path
 
@@ -11,7 +12,7 @@ import torch
 from capexp import __version__
 from capexp.data.dataset import Dataset
 from capexp.distributed import choose_device
-from capexp.errors import InputError, Unsent
+from capexp.errors import InputError, Outage, Unsent
 from capexp.experiment import to_toml
 from capexp.files import writing
 from capexp.report.model_card import describe_run
@@ -68,7 +69,7 @@ class OpenRun:
         return self.tracked.run_id
 
     def with_experiment(self, experiment: Experiment) -> "OpenRun":
-        """Return the same run, for other settings than it was opened with: those of its best seed or trial."""
+        """Return the same run with the settings of its best seed or trial, to register a captioner under those."""
         return replace(self, plan=replace(self.plan, experiment=experiment))
 
 
@@ -76,15 +77,15 @@ class OpenRun:
 def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
     """Open a new run, or resume one; lock its folder, log its beginning, and end it as the block ends.
 
-    An interrupt ends the run KILLED, any other exception FAILED, with its message in the tag ``error``. The lock is
-    taken before MLflow opens a run that exists, and directly after MLflow has made a new one: a second process leaves a
+    An interrupt ends the run KILLED, any other exception FAILED, with its message in the tag ``error``. An
+    existing run is locked before MLflow opens it, a new one as soon as its id is known: a second process leaves a
     living run untouched.
     """
     experiment, device = plan.experiment, choose_device(plan.experiment.training.device)
 
     @contextmanager
     def lock(run_id: str) -> Iterator[None]:
-        with nullcontext() if plan.is_shared else RunFolder(plan.folder / run_id).lock():
+        with RunFolder(plan.folder / run_id).lock(plan.is_shared):
             if resume is None:
                 _refuse_trained(plan.folder)  # by another process, since it was asked
             yield
@@ -153,7 +154,7 @@ def _require_same_data(run_id: str, data: Dataset) -> None:
 
 
 def _refuse_trained(folder: Path) -> None:
-    """Refuse to adopt a run by ``MLFLOW_RUN_ID`` that a process has trained, here or elsewhere, or still trains."""
+    """Refuse a run that ``MLFLOW_RUN_ID`` names if a process of this project has begun it already."""
     adopted = adopted_run()
     if adopted is None:
         return
@@ -187,4 +188,8 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
         root.removeHandler(handler)
         with writing(path):
             handler.close()
-        tracked.log_artifact(path)
+        if sys.exception() is None:
+            tracked.log_artifact(path)
+        else:
+            with suppress(Outage), store_faults():  # must not hide why the block has ended
+                tracked.log_artifact(path)

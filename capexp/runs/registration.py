@@ -65,7 +65,7 @@ def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder
 
 def register_bundle(run: OpenRun, bundle: Path) -> Version:
     """Evaluate a captioner that another run has trained, and register it under a run above that one."""
-    captioner = Captioner.load(bundle)
+    captioner = Captioner.load(bundle, run.device)
     evaluation = evaluate_on_dev(run.plan, captioner)
     assert captioner.record is not None
     run.tracked.log_metrics(evaluation.metrics(), captioner.record.epoch or 0, time.time_ns() // 1_000_000)

@@ -3,6 +3,7 @@
 import logging
 from collections import deque
 from collections.abc import Generator
+from contextlib import suppress
 from dataclasses import dataclass, replace
 from pathlib import Path
 
@@ -11,6 +12,7 @@ import torch
 from capexp.captioning.captioner import Captioner, check_fits
 from capexp.captioning.evaluation import Evaluation, perplexity
 from capexp.distributed import ALONE, World, choose_device
+from capexp.errors import InputError
 from capexp.files import writing
 from capexp.report.gallery import GalleryCard
 from capexp.report.model_card import describe_result, describe_run, describe_use
@@ -37,8 +39,6 @@ class EarlierRun:
     """A run with the settings of a plan that was begun before."""
 
     run_id: str
-    folder: Path
-    """Where its own folder is."""
     bundle: Path | None = None
     """Its captioner, where it has finished."""
 
@@ -51,7 +51,7 @@ class Result:
     bundle: Path
     """Its best captioner."""
     best: Epoch | None = None
-    """None where the captioner was found, not trained now, and of an ensemble."""
+    """None for an ensemble, and for a captioner that an earlier run has trained."""
     is_pruned: bool = False
     dev_loss: float | None = None
     dev_loss_blind: float | None = None
@@ -64,11 +64,11 @@ class Result:
 def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Generator[Update, None, Result]:
     """Train, track and register one captioner; yield every epoch when it is logged.
 
-    Thrown :class:`Pruned`, it ends the run in order, tagged ``pruned``. An interrupt ends it KILLED, with the best
-    captioner so far logged, not registered. Rank 0 calls this, the other ranks :func:`follow`.
+    If :class:`Pruned` is thrown into the generator, the run ends FINISHED with the tag ``pruned``. An interrupt ends it
+    KILLED, with the best captioner so far logged, not registered. Rank 0 calls this, other ranks :func:`follow`.
     """
     experiment = plan.experiment
-    encoder = encoder_weights(experiment) if plan.registers else None
+    encoder = encoder_weights(experiment) if plan.registers else None  # before hours of training, lest it be damaged
     parameters = check_fits(experiment, plan.data)
     check_disk_space(plan.folder, parameters, experiment.training)
     with opened(plan, resume) as run:
@@ -89,17 +89,18 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
             evaluation, samples = conclude(run, captioner, metrics)
         except Pruned:
             run.tracked.set_tags({"pruned": "true"})
+            run.tracked.describe(describe_run(experiment, plan.data, ["Pruned: its dev losses were not promising."]))
             return Result(run.run_id, _best_bundle(run.folder, experiment), _best(epochs), is_pruned=True)
         except (KeyboardInterrupt, GeneratorExit):
             so_far = run.folder.best_so_far(experiment)
             if plan.registers and so_far is not None:
                 log.info("interrupted: logging the best captioner so far, %s", so_far.name)
-                log_interrupted(run.tracked, Captioner.load(so_far), encoder)
+                with suppress(InputError):  # a damaged bundle must not hide the interrupt
+                    log_interrupted(run.tracked, Captioner.load(so_far), encoder)
             raise
         version = None
         if plan.registers:
-            on_cpu = Captioner.load(bundle)
-            version = register(run, on_cpu, evaluation, encoder)
+            version = register(run, captioner, evaluation, encoder)
         describe_end(run, captioner, evaluation, bundle, version)
         return Result(
             run.run_id, bundle, best, dev_loss=best.dev_loss, dev_loss_blind=evaluation.blind.per_token,
@@ -138,7 +139,7 @@ def child(plan: Plan, earlier: EarlierRun | None = None) -> Generator[Update, No
         return (yield from train(plan))
     if earlier.bundle is not None:
         return Result(earlier.run_id, earlier.bundle)
-    return (yield from train(replace(plan, folder=earlier.folder), earlier.run_id))
+    return (yield from train(plan, earlier.run_id))
 
 
 def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: World) -> Generator[Epoch, None, None]:

@@ -24,6 +24,7 @@ from capexp.tracking.known_runs import (
     add_artifacts,
     adopted_run,
     end_nested,
+    end_run,
     fetch_artifacts,
     find_nested,
     keep_open,
@@ -39,7 +40,7 @@ _BUNDLE = "bundle"  # the artifact by which another machine finds the best capti
 
 
 def comparable_settings(experiment: Experiment, data: Dataset) -> dict[str, str]:
-    """Return all that must be equal for two trials' losses to compare, and for a study to draw on."""
+    """Return the settings that must stay equal while a study goes on, because losses of trials are compared."""
     space = experiment.tune.search
     free = {"training.device", "training.keep", *space}
     settings = {
@@ -64,6 +65,8 @@ def study_run(plan: Plan, study: Study) -> Iterator[OpenRun]:
         with suppress(Outage):
             if study.at_work():
                 keep_open(study.parent_runs()[0])
+                if not study.at_work():  # the last of the others has ended meanwhile
+                    end_run(study.parent_runs()[0])
 
     with ExitStack() as stack:
         with study.lock():  # of two that begin the study at once, the second must find the first's run
@@ -141,14 +144,14 @@ class Trials:
 
     def register_best(self, run: OpenRun, best: FinishedTrial) -> Version:
         """Register the best captioner under the study's run, whose tags tell the best values."""
-        local = RunFolder(self.folder / best.run_id).best_bundle(self.experiment)
+        experiment = replace_settings(self.experiment, best.values)
+        local = RunFolder(self.folder / best.run_id).best_bundle(experiment)
         bundle = local or fetch_artifacts(best.run_id, _BUNDLE)
         if bundle is None:
             raise InputError(
                 f"trial {best.number} is the best, but its captioner is not in {self.folder / best.run_id}; "
                 "give the same command where it was trained"
             )
-        experiment = replace_settings(self.experiment, best.values)
         run.tracked.log_metrics({"best_dev_loss": best.dev_loss}, best.number, time.time_ns() // 1_000_000)
         tags = {f"best.{name}": str(value) for name, value in best.values.items()}
         run.tracked.set_tags({"best_trial": str(best.number), "best_run": best.run_id} | tags)
@@ -176,5 +179,5 @@ class Trials:
             if run_id is not None and (self.folder / run_id).is_dir():
                 if RunFolder(self.folder / run_id).is_locked():
                     return None
-                return EarlierRun(run_id, self.folder)
+                return EarlierRun(run_id)
         return None

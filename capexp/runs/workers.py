@@ -147,7 +147,7 @@ def _start(task: Task, threads: int, program: Program) -> tuple[BaseProcess, Con
 
 @contextmanager
 def _spawning(threads: int) -> Iterator[None]:
-    """Let a new process inherit its number of threads, and ignore Ctrl-C until it can end in order."""
+    """Let a new process inherit its number of threads, and ignore SIGINT until it sets a handler of its own."""
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with environment(OMP_NUM_THREADS=str(threads)):

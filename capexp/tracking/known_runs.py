@@ -77,6 +77,12 @@ def keep_open(run_id: str) -> None:
         MlflowClient().update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
 
 
+def end_run(run_id: str) -> None:
+    """End a run FINISHED."""
+    with store_faults():
+        MlflowClient().set_terminated(run_id)
+
+
 def add_artifacts(run_id: str, folder: Path, name: str) -> None:
     """Copy a folder to the artifacts of a run that may have ended."""
     with store_faults(), artifact_faults(run_id):

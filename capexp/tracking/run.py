@@ -251,6 +251,8 @@ def _start(name: str, experiment: str, resume: str | None, parent: str | None, t
     with store_faults(), local_write():
         if resume is not None:
             os.environ.pop(ADOPTED, None)  # or MLflow would open that run for the first nested one
+            # MLflow opens no run of another experiment than the active one.
+            mlflow.set_experiment(experiment_id=client.get_run(resume).info.experiment_id)
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
         run = mlflow.start_run(

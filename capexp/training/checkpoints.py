@@ -75,7 +75,7 @@ class Checkpoints:
     """
 
     def __init__(self, folder: Path, keep: int, begins_with: int = 1) -> None:
-        """``begins_with`` is the epoch of the captioner that is saved before the first state is."""
+        """``begins_with`` is the epoch whose captioner may be on disk although no state is yet."""
         self.folder = folder
         self.keep = keep
         self.begins_with = begins_with
@@ -181,8 +181,8 @@ class Checkpoints:
         )
 
 
-def check_disk_space(folder: Path, parameters: int, config: TrainingConfig) -> None:
-    """Make the folder of all runs, and refuse a disk that a run of a decoder of so many parameters would fill."""
+def check_disk_space(folder: Path, parameters: int, config: TrainingConfig, runs: int = 1) -> None:
+    """Make the folder of all runs, and refuse a disk that runs of a decoder of so many parameters would fill."""
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
@@ -190,7 +190,7 @@ def check_disk_space(folder: Path, parameters: int, config: TrainingConfig) -> N
     # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean
     # of the weights, two kept and the next.
     phases = 1 + (config.self_critical.epochs > 0)
-    need = 4 * parameters * (config.keep + 3 + 3 * 4) * phases + 2**20
+    need = 4 * parameters * (config.keep + 3 + 3 * 4) * phases * runs + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(

@@ -4,6 +4,7 @@ import math
 import time
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Generator, Sequence
+from contextlib import AbstractContextManager
 from dataclasses import asdict, dataclass
 from typing import Any, ClassVar
 
@@ -37,7 +38,7 @@ class Training:
 
     @property
     def decoder(self) -> RecurrentDecoder:
-        """The captioner's decoder, which is trained, evaluated and saved."""
+        """The captioner's decoder, which is evaluated and saved; with ``training.average`` it holds the EMA weights."""
         decoder = self.captioner.decoder
         assert isinstance(decoder, RecurrentDecoder), "an ensemble is not trained as one"
         return decoder
@@ -46,6 +47,13 @@ class Training:
         """Return the context in which matrix products have the precision of the settings."""
         is_lower = use_bfloat16(self.device, self.config.precision)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_lower)
+
+    def fork_rng(self) -> AbstractContextManager[None]:
+        """Return the context after which torch's random generators are as before."""
+        forked: AbstractContextManager[None] = torch.random.fork_rng(
+            [self.device] if self.device.type == "cuda" else []
+        )
+        return forked
 
     def dev_loss(self) -> float:
         """Return the dev loss in evaluation mode, in nats per token; each rank computes a shard."""
@@ -172,8 +180,8 @@ def fit(
     Where ``checkpoints`` holds the state of an earlier call, the epochs done then are yielded again, from their
     record, and training goes on after them, or within the next: the caller sees the same sequence either way. All that
     is random follows from seed, epoch and step, so a stopped and resumed training gives the losses of an undisturbed
-    one, on the CPU bit for bit. (On a GPU too where there is room for the features both times: captured steps draw
-    other dropout masks than packed ones.)
+    one, on the CPU bit for bit. On a GPU it does only if both sessions use the same kind of steps: captured steps draw
+    other dropout masks than packed ones.
 
     ``before`` are the epochs of an earlier phase, whose best captioner this one begins with; its checkpoints are in a
     folder of their own. All ranks call this and get the same epochs; rank 0 alone has ``checkpoints``.

@@ -6,6 +6,7 @@ of the photo's other samples as the baseline (Luo, 2020).
 Shapes: N photos, K captions of each, B = N * K, T steps, M targets, V vocabulary.
 """
 
+import math
 import time
 from collections.abc import Sequence
 from typing import Any
@@ -81,9 +82,8 @@ class SelfCritical(Objective):
         return len(history) >= self._before + self._settings.epochs
 
     def baseline(self) -> DevStats:
-        """Return the dev CIDEr-D of the captioner that this phase begins with."""
-        assert self.training.captioner.record is not None
-        return DevStats(self.training.captioner.record.dev_loss, self._dev_cider())
+        """Return the dev CIDEr-D of the captioner that this phase begins with; only rank 0 needs to have it."""
+        return DevStats(math.nan, self._dev_cider())  # improvements are by CIDEr-D alone
 
     def evaluate(self) -> DevStats:
         """Return dev loss and dev CIDEr-D."""
@@ -113,7 +113,7 @@ class SelfCritical(Objective):
         is_resumed = progress.steps > 0 and world.is_main
         # Of nats, targets, rewards and captions.
         sums = np.array(progress.sums if is_resumed else (0.0, 0.0, 0.0, 0.0))
-        with torch.random.fork_rng():
+        with training.fork_rng():
             shards = training.train.photo_batches(settings.photos, training.seed, number, world, progress.steps)
             for step, (photos, seen, is_own) in enumerate(shards, start=progress.steps + 1):
                 seed_step(training.seed, number, step, world.rank)
@@ -131,7 +131,8 @@ class SelfCritical(Objective):
         """Take one step on some photos and their features ``(N, P, F)``.
 
         Returns the sum of the sampled targets' cross-entropies in nats, their number, the sum of the rewards, and the
-        number of sampled captions. What is not ``is_own`` is another rank's work as well, and counts for nothing.
+        number of sampled captions. Where not ``is_own``, the photos only keep
+        this rank in step with the others, and count zero.
         """
         training, settings, world = self.training, self._settings, self.training.world
         decoder, vocabulary = training.decoder, training.captioner.vocabulary

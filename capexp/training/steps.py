@@ -57,7 +57,7 @@ class Steps(ABC):
 
     @abstractmethod
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
-        """Take the steps of an epoch but those that are done, each when it is asked for."""
+        """Yield the steps of an epoch lazily, without the first ``done``; each is taken when it is asked for."""
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
         """Continue with the state of an optimizer of either kind of steps; ValueError where it is of others."""

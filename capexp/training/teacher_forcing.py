@@ -55,7 +55,7 @@ class CrossEntropy(Objective):
         nats, done = progress.sums if progress.steps and training.world.is_main else (0.0, 0.0)
         total, targets = torch.full((), nats, dtype=torch.float64, device=training.device), int(done)
         # Dropout draws from torch's global generator: put back for whoever else uses it.
-        with torch.random.fork_rng():
+        with training.fork_rng():
             for number_of_step, step in enumerate(steps.of_epoch(number, progress.steps), start=progress.steps + 1):
                 total.add_(step.loss, alpha=step.targets)
                 targets += step.targets
