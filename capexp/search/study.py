@@ -16,6 +16,7 @@ import numpy as np
 import torch
 
 from capexp.errors import InputError, Outage
+from capexp.experiment import default_text
 from capexp.search.storage import StudyStorage
 from capexp.search.trial import FinishedTrial, PendingTrial, Pruned, StudyProgress, describe_values
 from capexp.settings import Choices, Space, TuneConfig, Value
@@ -337,7 +338,9 @@ def _check_comparable(study: Any, name: str, comparable: dict[str, str]) -> None
     if not isinstance(before, dict):
         raise InputError(f"--study {name}: is not a study of this program, or of an older one; give another name")
     for setting in dict.fromkeys([*comparable, *before]):
-        old, new = before.get(setting, "not set"), comparable.get(setting, "not set")
+        # A setting that was added since had its default before.
+        default = default_text(setting) or "not set"
+        old, new = before.get(setting, default), comparable.get(setting, default)
         if old != new:
             raise InputError(
                 f"--study {name}: was made for another experiment or other data: {setting} was {old}, now it is {new}; "

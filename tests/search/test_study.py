@@ -242,6 +242,14 @@ def test_a_study_of_something_else_is_refused_by_what_differs_and_left_alone(
     assert not (tmp_path / "elsewhere").exists(), "looking makes nothing"
 
 
+def test_a_setting_that_was_added_since_a_study_began_had_its_default_then(tmp_path: Path) -> None:
+    run_all(open_study(tmp_path, 2))
+    storage = JournalStudyStorage(tmp_path, "study")
+    require_comparable(storage, "study", KNOWN | {"training.average": "0.0"})
+    with pytest.raises(InputError, match=r"training\.average was 0\.0, now it is 0\.9"):
+        require_comparable(storage, "study", KNOWN | {"training.average": "0.9"})
+
+
 def test_a_study_whose_maker_was_killed_on_the_spot_is_taken_over(tmp_path: Path) -> None:
     create_study(storage=JournalStudyStorage(tmp_path, "study").open(), study_name="study")
     run_all(open_study(tmp_path, 2))
