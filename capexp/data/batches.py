@@ -192,7 +192,7 @@ class CaptionBatches:
         )
 
     def padding(self) -> float:
-        """Return the inputs of padded batches, padding included, for each input that is not padding."""
+        """Return the ratio of all inputs of padded batches to their real inputs."""
         _, captions, lengths = self.padded_indices(0, 0)
         return float((captions[0].size * lengths.max((1, 2))).sum() / self.targets)
 
@@ -200,7 +200,7 @@ class CaptionBatches:
         """Return the batches of :meth:`epoch` as indices, padded.
 
         These are the views of their photos ``(S, N)``, their captions ``(S, N, K)`` and the captions' lengths
-        ``(S, N, K)``. K is the most captions of a photo in a batch; the number of all captions stands for no caption.
+        ``(S, N, K)``, K being the most captions of a photo. The index after the last caption means "no caption".
         """
         order = self._order(seed, number)
         units = np.pad(order, (0, -len(order) % self._batch_units)).reshape(-1, self._batch_units)  # (S, N)
@@ -263,9 +263,9 @@ class PaddedBatch(NamedTuple):
 
 @dataclass(frozen=True)
 class PaddedBatches:
-    """All captions and features of a split on a device, which gathers padded batches there without a synchronisation.
+    """All captions and features of a split on a device; batches are gathered there and the host does not wait.
 
-    All batches have as many photos, and as many captions of each: padding stands for the captions that a photo lacks.
+    All batches have the same shape (N, K): padding fills up the captions of a photo, and the photos of the last batch.
     """
 
     batches: CaptionBatches

@@ -37,7 +37,7 @@ class Features:
         return Features(self._records, self._rows, self._mapping, mirrored)
 
     def draw_views(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Return the view of each photo in an epoch: the photo or, where there are mirror images, either at random."""
+        """Return the view of each photo in an epoch: the photo, or by chance its mirror image if there is one."""
         photos = np.arange(len(self))
         if self._mirrored is None:
             return photos

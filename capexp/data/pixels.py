@@ -43,7 +43,7 @@ def decoding_processes(photos: int, size: int) -> int:
     if cores <= _CORES_FOR_THREADS or photos < _PHOTOS_FOR_PROCESSES or multiprocessing.current_process().daemon:
         return 0
     processes = min(cores - 1, _MAXIMUM_PROCESSES)
-    if Path("/dev/shm").is_dir():  # containers may have 64 MB there; a process that writes beyond its end is killed
+    if Path("/dev/shm").is_dir():  # containers may have 64 MB there; a process that writes more is killed
         bytes_per_process = TASKS_PER_WORKER * PHOTOS_PER_TASK * size * size * 3
         processes = min(processes, shutil.disk_usage("/dev/shm").free // (2 * bytes_per_process))
     return processes
@@ -81,7 +81,7 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
             # Task i writes to slot i % tasks, which is free again: prefetch has at most `tasks` tasks in flight.
             numbered = ((i % tasks, batch) for i, batch in enumerate(batched(photos, PHOTOS_PER_TASK)))
             for i, faults in enumerate(prefetch(pool, _decode_to_slot, numbered, tasks)):
-                # One copy of the whole slot: the shared memory is gone after the last photo, whoever holds its pixels.
+                # Copied, because the caller may keep pixels after the shared memory is freed; one copy for all is fast.
                 for pixels, fault in zip(slots[i % tasks].copy(), faults, strict=False):
                     yield pixels if fault is None else fault
     except BrokenProcessPool:
