@@ -103,7 +103,8 @@ class Kind:
                     "losses": {
                         name: [(point.step, point.value) for point in history]
                         for name in _LOSSES
-                        if (history := place.client.get_metric_history(run.info.run_id, name))
+                        if "train_loss" in run.data.metrics  # another's may be logged again, when it concludes again
+                        and (history := place.client.get_metric_history(run.info.run_id, name))
                     },
                 }
         versions = list(place.client.search_model_versions("name='capexp-scenes'"))
