@@ -109,7 +109,22 @@ def test_an_interrupt_ends_member_and_ensemble_killed_and_the_same_command_goes_
     assert second_try.data.tags["member_1"] == first.info.run_id
     assert second_try.data.tags["member_2"] == other.info.run_id
     (bundle,) = tmp_path.glob("checkpoints/*/ensemble")
-    assert isinstance(Captioner.load(bundle).models, tuple)
+    assert len(Captioner.load(bundle).models) == 2
+
+
+def test_a_member_that_was_interrupted_as_a_run_of_its_own_is_resumed(tmp_path: Path) -> None:
+    folder = Folder(tmp_path)
+    process = folder.start(sys.executable, "-m", "capexp.train", *SINGLE)
+    wait_for(lambda: list(tmp_path.glob("checkpoints/*/last.pt")))
+    process.send_signal(signal.SIGINT)
+    process.communicate(timeout=120)
+    (single,) = folder.runs()
+    assert single.info.status == "KILLED"
+    printed = folder.run("train", *TOGETHER)
+    assert f"scenes, seed 1: gone on with, run {single.info.run_id}" in printed.stderr
+    single, together, _ = folder.runs()
+    assert (single.info.status, together.info.status) == ("FINISHED", "FINISHED")
+    assert single.info.experiment_id != together.info.experiment_id
 
 
 @pytest.mark.parametrize(
