@@ -10,10 +10,10 @@ import numpy as np
 from numpy.typing import NDArray
 
 from capexp.data.vocabulary import EOS
+from capexp.metrics.cider import ORDERS, ngrams
 
 Tokens = tuple[int, ...]
 
-_ORDERS = 4  # n-grams of 1 to 4 words
 _SIGMA = 6.0  # of the Gaussian penalty on differences in length, in words
 
 
@@ -28,32 +28,29 @@ def agreement(candidates: Sequence[Tokens], others: Sequence[Tokens]) -> NDArray
     lengths = [
         np.array([len(tokens) + 1 for tokens in captions], dtype=np.float64) for captions in (candidates, others)
     ]
+    counts = [[ngrams((*tokens, EOS)) for tokens in captions] for captions in (candidates, others)]
     similarity = np.zeros((len(candidates), len(others)))
-    for order in range(1, _ORDERS + 1):
-        own, theirs = _count_ngrams(candidates, others, order)  # (C, G), (R, G)
+    for order in range(1, ORDERS + 1):
+        own, theirs = _tables(counts, order)  # (C, G), (R, G)
         norms = np.linalg.norm(own, axis=1)[:, None] * np.linalg.norm(theirs, axis=1)  # (C, R)
         clipped = np.stack([(np.minimum(counts, theirs) * theirs).sum(1) for counts in own])  # (C, R)
         similarity += np.divide(clipped, norms, out=np.zeros_like(norms), where=norms > 0)
-    similarity /= np.minimum(np.maximum(lengths[0][:, None], lengths[1]), _ORDERS)
+    similarity /= np.minimum(np.maximum(lengths[0][:, None], lengths[1]), ORDERS)
     length_difference = lengths[0][:, None] - lengths[1]
     mean: NDArray[np.float64] = (similarity * np.exp(-(length_difference**2) / (2 * _SIGMA**2))).mean(1)
     return mean
 
 
-def _count_ngrams(candidates: Sequence[Tokens], others: Sequence[Tokens], order: int) -> list[NDArray[np.float64]]:
-    """Return the n-gram counts of candidates and others, ``(C, G)`` and ``(R, G)``, for n-grams of one order."""
-    counts = [[_ngrams((*tokens, EOS), order) for tokens in captions] for captions in (candidates, others)]
-    columns = {
-        ngram: i for i, ngram in enumerate(dict.fromkeys(n for group in counts for caption in group for n in caption))
-    }
+def _tables(counts: Sequence[Sequence[Counter[Tokens]]], order: int) -> list[NDArray[np.float64]]:
+    """Return the counts of candidates and others, ``(C, G)`` and ``(R, G)``, of the n-grams of one order."""
+    distinct = dict.fromkeys(ngram for group in counts for caption in group for ngram in caption if len(ngram) == order)
+    columns = {ngram: i for i, ngram in enumerate(distinct)}
     tables = []
     for group in counts:
         table = np.zeros((len(group), len(columns)))
         for row, caption in zip(table, group, strict=True):
-            row[[columns[ngram] for ngram in caption]] = list(caption.values())
+            for ngram, count in caption.items():
+                if len(ngram) == order:
+                    row[columns[ngram]] = count
         tables.append(table)
     return tables
-
-
-def _ngrams(tokens: Tokens, order: int) -> Counter[Tokens]:
-    return Counter(tokens[i : i + order] for i in range(len(tokens) - order + 1))

@@ -4,6 +4,9 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import TypeVar
+
+Word = TypeVar("Word", str, int)
 
 Tokens = tuple[str, ...]
 
@@ -64,6 +67,6 @@ class CiderReferences:
         return _WeightedCaption(vector, [math.sqrt(square) for square in squares], max(1, len(tokens)))
 
 
-def ngrams(tokens: Tokens) -> Counter[Tokens]:
-    """Return the counts of a caption's n-grams of all orders."""
+def ngrams(tokens: tuple[Word, ...]) -> Counter[tuple[Word, ...]]:
+    """Return the counts of the n-grams of all orders of a caption, given as words or as word ids."""
     return Counter(tokens[i : i + n] for n in range(1, ORDERS + 1) for i in range(len(tokens) - n + 1))
