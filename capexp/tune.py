@@ -112,7 +112,7 @@ def _finish(trials: "Trials", run: "OpenRun", best_file: Path | None) -> int:
     if best is None:
         print("no trial has finished: nothing to register")
         return 1
-    for chart in draw_charts(trials.study.optuna, f"study {trials.name}", run.folder.path):
+    for chart in draw_charts(trials.study.optuna, f"Study {trials.name}", run.folder.path):
         run.tracked.log_artifact(chart)
     version = trials.register_best(run, best)
     print(f"\nbest        trial {best.number}, run {best.run_id}: dev loss {best.dev_loss:.4f} nats per token")

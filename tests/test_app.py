@@ -198,7 +198,7 @@ def test_of_an_attention_captioner_the_page_shows_where_it_looked_at_each_word(
             return [image.get_attribute("naturalWidth") not in (None, "0") for image in images]
 
         wait_for(lambda: drawn() == [True] * (1 + len(caption.split())))
-        assert "Where it looked as it said each word" in chromium.find_element(By.TAG_NAME, "body").text
+        assert "Attention map of each word" in chromium.find_element(By.TAG_NAME, "body").text
         shown = wait_for(lambda: texts(chromium, "[data-testid=stImageCaption]"))
         assert shown == caption.split()
 

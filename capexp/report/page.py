@@ -86,7 +86,7 @@ def show() -> None:
     photo.thumbnail((_PHOTO_PIXELS, _PHOTO_PIXELS))
     left, right = st.columns(2)  # on a phone the caption comes first, then the photo
     right.image(photo, width="stretch")
-    with left, st.spinner("looking"), served.turn:
+    with left, st.spinner("Captioning the photo"), served.turn:
         (result,) = served.captioner.caption_photos([content], decoding)
     if isinstance(result, InputError):
         left.error(_plain(str(result)))
@@ -98,7 +98,7 @@ def show() -> None:
         with served.turn:
             weights = maps.attention_of(served.captioner, content, result.text)
         overlays = maps.overlay_attention(content, result.text, weights)
-        st.caption("Where it looked as it said each word")
+        st.caption("Attention map of each word")
         st.image([photo for _, photo in overlays], [_plain(word) for word, _ in overlays], width=_MAP_PIXELS)
 
 

@@ -10,9 +10,9 @@ from jinja2 import Environment, FileSystemLoader
 log = logging.getLogger(__name__)
 
 _CHARTS = {
-    "history": ("optimization_history", "Dev loss, trial by trial"),
-    "importances": ("param_importances", "Which settings mattered"),
-    "parallel": ("parallel_coordinate", "Which values went together"),
+    "history": ("optimization_history", "Optimization history"),
+    "importances": ("param_importances", "Importance of each setting"),
+    "parallel": ("parallel_coordinate", "Parallel coordinates of the trials"),
     "slice": ("slice", "Dev loss by each setting"),
 }
 _LOSS = "dev loss"
@@ -50,6 +50,8 @@ def draw_charts(study: Any, name: str, folder: Path) -> list[Path]:
         with warnings.catch_warnings(), mpl.rc_context({"figure.autolayout": False}):
             warnings.simplefilter("ignore")
             figure = getattr(optuna.visualization, f"plot_{function}")(study, **options)
+            if chart == "parallel":  # with Optuna's own colors the lines of the worst trials are nearly white
+                figure.update_traces(line={"colorscale": "Viridis"})
             figure.update_layout(title=None, template="plotly_white", margin={"t": 24})
             sections.append((title, figure.to_html(full_html=False, include_plotlyjs=not sections)))
             pictures.append(_draw_picture(study, function, title, options, folder / f"{chart}.png"))
