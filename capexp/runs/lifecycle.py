@@ -21,7 +21,7 @@ from capexp.settings import Experiment, SplitName
 from capexp.tracking.known_runs import adopted_run, git_commit, run_status, run_tags
 from capexp.tracking.outbox import JOURNAL
 from capexp.tracking.run import Input, TrackedRun, tracked_run
-from capexp.tracking.store import discreet, prepare_store, store_faults
+from capexp.tracking.store import prepare_store, store_faults, without_credentials
 
 log = logging.getLogger(__name__)
 
@@ -167,7 +167,7 @@ class _WithoutSecrets(logging.Formatter):
     """Keeps the password of a tracking server out of what is logged: its errors quote the address."""
 
     def format(self, record: logging.LogRecord) -> str:
-        return discreet(super().format(record))
+        return without_credentials(super().format(record))
 
 
 @contextmanager

@@ -82,7 +82,7 @@ def _deliver(
     tracked: TrackedRun, captioner: Captioner, encoder: State | None, registration: Registration, patience: float
 ) -> Version | None:
     captioner.save(tracked.folder / _BUNDLE, encoder)
-    version = tracked.claim(asdict(registration), lambda: carry_out(tracked, registration), patience)
+    version = tracked.run_when_sent(asdict(registration), lambda: carry_out(tracked, registration), patience)
     delete_bundle(tracked.folder)
     return version
 

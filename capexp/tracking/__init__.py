@@ -1,1 +1,1 @@
-"""MLflow: runs, the registry and its champion, the served model, the report."""
+"""MLflow: its store, runs and their journals, the model registry and its champion, the served model."""

@@ -1,4 +1,4 @@
-"""Runs that MLflow knows already: found, read, changed, ended."""
+"""Runs that exist in MLflow's store: find, read, change and end them by their ids, without opening them here."""
 
 import os
 import subprocess
@@ -15,22 +15,25 @@ from capexp.errors import InputError, shown_uri
 from capexp.tracking.store import artifact_faults, is_missing, require_store, store_faults, store_uri
 
 PARENT = "mlflow.parentRunId"
-"""MLflow's tag of the run that a run is nested under."""
+"""MLflow's tag with the id of the run that a run is nested under."""
 ADOPTED = "MLFLOW_RUN_ID"
-"""The variable by which ``mlflow run`` names the run that it has made for this process."""
+"""The environment variable with the id of the adopted run: the one that ``mlflow run`` has created for this process."""
 
 
 @dataclass(frozen=True)
 class FoundRun:
-    """A run in the store."""
+    """A run that a search in the store has found."""
 
     run_id: str
+    """MLflow's id of the run."""
     is_finished: bool
+    """Whether the run has ended FINISHED."""
     tags: Mapping[str, str]
+    """All tags of the run, MLflow's own included."""
 
 
 def run_status(run_id: str) -> str:
-    """Return the status of a run, such as ``FINISHED``; refuse one that does not exist or was deleted."""
+    """Return the status of a run, such as ``FINISHED``. Reject one that does not exist or was deleted."""
     run = _find(run_id)
     if run is None:
         store = shown_uri(store_uri())
@@ -39,13 +42,13 @@ def run_status(run_id: str) -> str:
 
 
 def run_tags(run_id: str) -> dict[str, str]:
-    """Return the tags of a run; none where there is no such run."""
+    """Return the tags of a run; an empty dict if the run does not exist or was deleted."""
     run = _find(run_id)
     return {} if run is None else dict(run.data.tags)
 
 
 def find_nested(parents: Sequence[str], tag: str, value: str) -> str | None:
-    """Return the newest run under one of the parents with that tag, if any."""
+    """Return the id of a nested run with that tag: the newest one under the first parent that has any, else None."""
     for parent in parents:
         for run in nested_runs(parent, f"tags.{tag} = '{value}'"):
             return str(run.info.run_id)
@@ -53,10 +56,11 @@ def find_nested(parents: Sequence[str], tag: str, value: str) -> str | None:
 
 
 def end_nested(parent: str, tag: str, values: Callable[[], Set[str]], error: str) -> list[str]:
-    """End FAILED the running runs under a parent whose tag is none of ``values()``; return their ids.
+    """End FAILED the running nested runs of dead processes, with ``error`` as a tag; return their ids.
 
-    The values are read between two looks at a run's status, so that neither a run that begins meanwhile nor one that
-    ends is taken for dead.
+    A run belongs to a dead process if it has the tag but ``values()``, the tag's values of all living processes, does
+    not contain its value. ``values`` is called after the running runs were listed and before the status of each is read
+    again. So a run that begins meanwhile is not in the list, and one that ends meanwhile is no longer running.
     """
     client = MlflowClient()
     ended = []
@@ -72,7 +76,7 @@ def end_nested(parent: str, tag: str, values: Callable[[], Set[str]], error: str
 
 
 def keep_open(run_id: str) -> None:
-    """Set an ended run to RUNNING again, because other processes are at work on it."""
+    """Set an ended run to RUNNING again, because other processes still work on it."""
     with store_faults():
         MlflowClient().update_run(run_id, RunStatus.to_string(RunStatus.RUNNING))
 
@@ -84,13 +88,16 @@ def end_run(run_id: str) -> None:
 
 
 def add_artifacts(run_id: str, folder: Path, name: str) -> None:
-    """Copy a folder to the artifacts of a run that may have ended."""
+    """Copy a folder to the artifacts of a run, under ``name``; the run may have ended."""
     with store_faults(), artifact_faults(run_id):
         MlflowClient().log_artifacts(run_id, str(folder), name)
 
 
 def fetch_artifacts(run_id: str, name: str) -> Path | None:
-    """Return a local copy of a file or folder among a run's artifacts; None where there is none of that name."""
+    """Return the local path of a run's artifact, a file or folder, downloaded if necessary; None if it is not there.
+
+    ``name`` is looked up only among the top level of the run's artifacts.
+    """
     with store_faults(), artifact_faults(run_id):
         if not any(item.path == name for item in MlflowClient().list_artifacts(run_id)):
             return None
@@ -98,33 +105,36 @@ def fetch_artifacts(run_id: str, name: str) -> Path | None:
 
 
 def nested_runs(parent: str, condition: str | None = None) -> list[Run]:
-    """Return the runs under a parent that fulfil a condition, the newest first."""
+    """Return the runs under a parent that fulfil a condition in MLflow's filter syntax, at most 1,000, newest first."""
     run = _find(parent)
     if run is None:
         return []
-    under = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
+    filter_string = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
     with store_faults():
-        return list(MlflowClient().search_runs([run.info.experiment_id], under, max_results=1000))
+        return list(MlflowClient().search_runs([run.info.experiment_id], filter_string, max_results=1000))
 
 
 def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun]:
-    """Return all runs, in any experiment, with these params and tags, the newest first."""
+    """Return the runs with these params and tags in all experiments, newest first.
+
+    At most 1,000 experiments are searched and at most 1,000 runs returned: the defaults of MLflow's searches.
+    """
     conditions = [f"params.`{name}` = '{value}'" for name, value in params.items()]
     conditions += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
     client = MlflowClient()
     with store_faults():
-        held = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(held, " and ".join(conditions), order_by=["attributes.start_time DESC"])
+        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
+        runs = client.search_runs(experiments, " and ".join(conditions), order_by=["attributes.start_time DESC"])
     return [FoundRun(str(run.info.run_id), run.info.status == "FINISHED", dict(run.data.tags)) for run in runs]
 
 
 def adopted_run() -> str | None:
-    """Return the run that ``mlflow run`` has made for this process, if any."""
+    """Return the id of the run that ``mlflow run`` has created for this process, if any."""
     return os.environ.get(ADOPTED)
 
 
 def _find(run_id: str) -> Run | None:
-    """Return a run that exists and was not deleted."""
+    """Return a run by its id; None if it does not exist or was deleted."""
     require_store()
     with store_faults():
         try:
@@ -137,13 +147,13 @@ def _find(run_id: str) -> Run | None:
 
 
 def git_commit() -> str:
-    """Return the commit of the project's code, with ``-dirty`` where files differ from it; empty outside a checkout."""
+    """Return the commit of the project's code, with ``-dirty`` if files differ from it; empty outside a checkout."""
     folder = Path(__file__).parent
     try:
-        described = subprocess.run(
+        description = subprocess.run(
             ["git", "describe", "--always", "--dirty", "--abbrev=40", "--exclude=*"],
             cwd=folder, capture_output=True, text=True, check=True,
         )  # fmt: skip
     except (OSError, subprocess.CalledProcessError):
         return ""
-    return described.stdout.strip()
+    return description.stdout.strip()

@@ -1,4 +1,4 @@
-"""Find the bundle that ``--model`` names; MLflow is imported only where it has to be asked."""
+"""Find the bundle that ``--model`` names. MLflow is imported only if the bundle is in its store."""
 
 from pathlib import Path
 
@@ -6,7 +6,10 @@ from capexp.errors import InputError, shown_uri, without_secrets
 
 
 def find_bundle(model: str) -> Path:
-    """Return the bundle of a model: a folder, ``runs:/ID/captioner``, ``models:/NAME/VERSION`` or ``@champion``."""
+    """Return the folder of a model's bundle, downloaded if necessary.
+
+    ``model`` is a bundle's folder, ``runs:/ID/captioner``, ``models:/NAME/VERSION`` or ``models:/NAME@champion``.
+    """
     if not model.startswith(("runs:/", "models:/")):
         folder = Path(model)
         if not folder.is_dir():
@@ -22,14 +25,14 @@ def find_bundle(model: str) -> Path:
     require_store()
     with store_faults():
         try:
-            local = Path(mlflow.artifacts.download_artifacts(model))
+            model_folder = Path(mlflow.artifacts.download_artifacts(model))
         except (MlflowException, OSError) as error:
             uri = mlflow.get_registry_uri()
             reason = without_secrets(str(error).splitlines()[0], uri)
             raise InputError(
                 f"--model {model}: not found in {shown_uri(uri)} ({reason}); `mlflow ui` lists them"
             ) from None
-    bundle = local / "artifacts" / "bundle"
+    bundle = model_folder / "artifacts" / "bundle"
     if not bundle.is_dir():
         raise InputError(f"--model {model}: not a captioner of this project (artifacts/bundle is missing)")
     return bundle

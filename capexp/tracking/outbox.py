@@ -1,7 +1,9 @@
-"""What a run logs on its way to MLflow: written to a journal in the run's folder, then sent and retried.
+"""The journal and the outbox, through which a run logs to MLflow.
 
-To a local store it is sent at once, to a server by a thread, so that a server that is away holds nobody up. MLflow's
-own queue for asynchronous logging does not survive a kill.
+Each entry (metrics, params, tags, an input, an artifact) is first written to the journal, a file in the run's folder.
+Then the outbox sends it: at once to a local store, from a thread to a server. The thread retries while the server is
+unreachable, so that training does not wait. What a process has not sent when it is killed, a later process reads from
+the journal and sends; MLflow's own asynchronous logging would lose it.
 """
 
 import fcntl
@@ -31,38 +33,40 @@ log = logging.getLogger(__name__)
 JOURNAL = "journal.jsonl"
 """The journal's name in a run's folder."""
 METRICS, PARAMS, TAGS, INPUT, ARTIFACT = "metrics", "params", "tags", "input", "artifact"
-"""The kinds of entries that an outbox sends; other kinds are the business of :class:`TrackedRun`."""
+"""The kinds of entries that an outbox sends. Those of other kinds are handled by ``TrackedRun``."""
 _KINDS = (METRICS, PARAMS, TAGS, INPUT, ARTIFACT)
-_FIRST_WAIT, _LONGEST_WAIT = 1.0, 15.0  # seconds between two tries
-_MOST_METRICS = 1000  # that MLflow takes at once,
-_MOST_PARAMS = 100  # and of params
-_SENT = "sent"
+_FIRST_WAIT, _LONGEST_WAIT = 1.0, 15.0  # seconds between two tries; doubled after each failure
+_METRICS_PER_REQUEST, _PARAMS_PER_REQUEST = 1000, 100  # MLflow's limits
+_SENT = "sent"  # the key of an acknowledgement
 
 
 @dataclass(frozen=True)
 class Entry:
-    """Something to log."""
+    """An entry of the journal: something to log, or to do, once."""
 
     number: int
+    """The entry's number in the journal, counted from 1."""
     kind: str
+    """What it is, such as ``metrics``; it decides how the entry is sent."""
     content: Any
-    """JSON values."""
+    """The content in JSON values; its form depends on the kind."""
 
 
 class Journal:
-    """A file of JSON lines: one for each entry, and one for each acknowledgement, with the numbers of entries sent.
+    """A file of JSON lines, which threads and processes may share.
 
-    An entry is on disk (fsync) before it is sent. An acknowledgement may be lost in a power cut, so sending an entry
-    twice must change nothing.
+    A line is either an entry or an acknowledgement, the list of the numbers of entries that were sent. An entry is on
+    disk (fsync) before it is sent. An acknowledgement may be lost in a power cut, so sending an entry twice must change
+    nothing.
     """
 
     def __init__(self, path: Path) -> None:
-        """Create the file, or read it; a last line that a kill has cut short is removed."""
+        """Create the file, or read it. An incomplete last line, left by a kill, is removed."""
         self.path = path
         self._entries: dict[int, Entry] = {}
         self._sent: set[int] = set()
         self._lock = threading.Lock()
-        self._size, self._lines = 0, 0  # of what was read, and written here
+        self._size, self._lines = 0, 0  # the bytes and lines of the file that this object has read or written
         with writing(path):
             path.parent.mkdir(parents=True, exist_ok=True)
         with self._opened():
@@ -70,18 +74,18 @@ class Journal:
 
     @property
     def entries(self) -> list[Entry]:
-        """All entries, in order."""
+        """All entries, in the order of their numbers."""
         with self._lock:
             return list(self._entries.values())
 
     @property
     def waiting(self) -> list[Entry]:
-        """The entries that are not sent yet, in order."""
+        """The entries that are not sent yet, in the order of their numbers."""
         with self._lock:
             return [entry for entry in self._entries.values() if entry.number not in self._sent]
 
     def write(self, kind: str, content: Any) -> Entry:
-        """Append an entry durably; return it."""
+        """Append an entry and flush it to disk; return it."""
         with undisturbed(), self._lock, self._opened() as file:
             entry = Entry(max(self._entries, default=0) + 1, kind, content)
             self._append(file, {"number": entry.number, "kind": kind, "content": content}, durable=True)
@@ -89,7 +93,7 @@ class Journal:
         return entry
 
     def mark_sent(self, entries: Iterable[Entry]) -> None:
-        """Record that entries are sent."""
+        """Append an acknowledgement: these entries were sent, or need not be sent any more."""
         numbers = [entry.number for entry in entries]
         if numbers:
             with undisturbed(), self._lock, self._opened() as file:
@@ -98,7 +102,10 @@ class Journal:
 
     @contextmanager
     def _opened(self) -> Iterator[FileIO]:
-        """Open the file for this process alone, and read what others have written: a study's run has several."""
+        """Open the file under a lock, and read the lines that other processes have appended.
+
+        The processes of a study share the study's run, and so its journal.
+        """
         with writing(self.path), self.path.open("a+b", buffering=0) as file:
             fcntl.flock(file, fcntl.LOCK_EX)  # until it is closed
             file.seek(self._size)
@@ -113,20 +120,22 @@ class Journal:
             yield file
 
     def _append(self, file: FileIO, line: dict[str, Any], durable: bool) -> None:
+        """Append a line to the opened file; with ``durable``, flush it to disk."""
         content = json.dumps(line).encode() + b"\n"
-        left = content
+        remaining = content
         try:
-            while left:
-                left = left[file.write(left) :]
+            while remaining:
+                remaining = remaining[file.write(remaining) :]
             if durable:
                 os.fsync(file.fileno())
         except OSError:
-            file.truncate(self._size)  # half a line would spoil the next one
+            file.truncate(self._size)  # the next line must not be appended to half a line
             raise
         self._size += len(content)
         self._lines += 1
 
     def _read(self, number: int, line: bytes) -> None:
+        """Parse a line of the file, an entry or an acknowledgement; ``number`` is the line's, for the error."""
         try:
             record = json.loads(line)
             if _SENT in record:
@@ -142,26 +151,30 @@ class Journal:
 
 
 class Outbox:
-    """Sends a run's journal in order. What a server does not take is retried, and nobody waits for it."""
+    """Sends the entries of a run's journal in order.
+
+    To a local store they are sent by the caller of :meth:`log`, and errors are raised there. To a server they are sent
+    by a thread, which retries after errors; only :meth:`drain` waits for it.
+    """
 
     def __init__(self, run_id: str, folder: Path, journal: Journal, in_background: bool) -> None:
-        """Begin with the entries that an earlier process has left unsent; ``folder`` holds the artifacts."""
+        """Queue the entries that an earlier process has not sent. Artifacts are files of ``folder``."""
         self._run_id, self._folder, self._journal = run_id, folder, journal
         self._client = MlflowClient()
         self._changed = threading.Condition(threading.RLock())
         self._queue = [entry for entry in journal.waiting if entry.kind in _KINDS]
         self._is_closed = False
-        self._moved_at = time.monotonic()
-        self._fault: Exception | None = None  # why the last try failed
+        self._last_sent_at = time.monotonic()
+        self._failure: Exception | None = None  # the error of the last try; None if it succeeded
         self._thread: threading.Thread | None = None
         if in_background:
-            self._thread = threading.Thread(target=self._work, name="capexp-outbox", daemon=True)
+            self._thread = threading.Thread(target=self._send_until_closed, name="capexp-outbox", daemon=True)
             self._thread.start()
 
     def log(self, kind: str, content: Any) -> None:
         """Write an entry to the journal and send it: at once to a local store, from the thread to a server.
 
-        Raises MLflow's exception where a local store refuses it, or a server does not know the run.
+        Raises MLflow's exception if a local store fails, or if the server has answered that the run does not exist.
         """
         with undisturbed(), self._changed:
             self._queue.append(self._journal.write(kind, content))
@@ -169,38 +182,43 @@ class Outbox:
         if self._thread is None:
             self.flush()
         else:
-            self._refuse_missing()
+            self._raise_if_missing()
 
     def flush(self) -> None:
-        """Send all that waits, from the calling thread; raises MLflow's exception where the store refuses it."""
+        """Send all queued entries from the calling thread; raise MLflow's exception if the store fails."""
         with self._changed:
             while self._queue:
                 with local_write():
-                    self._send_some()
+                    self._send_batch()
 
     def drain(self, seconds: float) -> Exception | None:
-        """Wait until all is sent, or nothing was sent for so many seconds; return the fault, if any."""
+        """Wait until all entries are sent, or until none was sent for ``seconds``.
+
+        Return None if all are sent, else the last error. Raises MLflow's exception if the run does not exist. With a
+        local store the entries are sent here.
+        """
         if self._thread is None:
             self.flush()
             return None
         start = time.monotonic()
         with self._changed:
-            self._changed.notify_all()  # ends a wait between two tries
+            self._changed.notify_all()  # the thread may be waiting between two tries: try now
             while self._queue:
-                self._refuse_missing()
-                left = max(start, self._moved_at) + seconds - time.monotonic()
-                if left <= 0:
-                    return self._fault or TimeoutError(f"nothing was taken for {seconds:.0f} s")
-                self._changed.wait(left)
+                self._raise_if_missing()
+                seconds_left = max(start, self._last_sent_at) + seconds - time.monotonic()
+                if seconds_left <= 0:
+                    return self._failure or TimeoutError(f"nothing was taken for {seconds:.0f} s")
+                self._changed.wait(seconds_left)
         return None
 
     def close(self) -> None:
-        """Stop sending."""
+        """Make the thread stop. Entries that are still queued stay unsent in the journal."""
         with self._changed:
             self._is_closed = True
             self._changed.notify_all()
 
-    def _work(self) -> None:
+    def _send_until_closed(self) -> None:
+        """Send entries and retry after errors: the loop of the thread."""
         pause = _FIRST_WAIT
         while True:
             with self._changed:
@@ -208,74 +226,78 @@ class Outbox:
                 if self._is_closed:
                     return
             try:
-                self._send_some()
-            except Exception as error:  # stores for artifacts raise what their libraries do
+                self._send_batch()
+            except Exception as error:  # an artifact store may raise any exception of its library
                 with self._changed:
                     if self._is_closed:
                         return
-                    if self._fault is None:
+                    if self._failure is None:
                         log.warning(
                             "%s; the run goes on, and what is to be logged waits in %s",
                             fault_of(error), self._journal.path,
                         )  # fmt: skip
-                    self._fault = error
+                    self._failure = error
                     self._changed.notify_all()
                     if isinstance(error, MlflowException) and is_missing(error):
-                        return
+                        return  # see _raise_if_missing
                     self._changed.wait(pause)
                 pause = min(2 * pause, _LONGEST_WAIT)
             else:
                 pause = _FIRST_WAIT
                 with self._changed:
-                    if self._fault is not None:
+                    if self._failure is not None:
                         log.warning("MLflow's store answers again")
-                    self._fault = None
+                    self._failure = None
 
-    def _refuse_missing(self) -> None:
-        """Raise the fault that makes retrying useless: a run that was deleted."""
-        fault = self._fault
-        if isinstance(fault, MlflowException) and is_missing(fault):
-            raise fault
+    def _raise_if_missing(self) -> None:
+        """Raise the last error if it makes retrying useless, mostly because the run was deleted."""
+        failure = self._failure
+        if isinstance(failure, MlflowException) and is_missing(failure):
+            raise failure
 
-    def _send_some(self) -> None:
-        """Send the first entry that waits, with those behind it that fit into one request."""
+    def _send_batch(self) -> None:
+        """Send the first queued entry, together with those after it that fit into the same request."""
         with self._changed:
-            some = _together(self._queue)
-        send(self._client, self._run_id, self._folder, some)
+            batch = _first_batch(self._queue)
+        send(self._client, self._run_id, self._folder, batch)
         with self._changed:
-            self._journal.mark_sent(some)
-            del self._queue[: len(some)]
-            self._moved_at = time.monotonic()
+            self._journal.mark_sent(batch)
+            del self._queue[: len(batch)]
+            self._last_sent_at = time.monotonic()
             self._changed.notify_all()
 
 
-def _together(queue: Sequence[Entry]) -> list[Entry]:
-    """Return the first entry; of metrics as many as fit into one request, to catch up quickly after an outage."""
-    some = [queue[0]]
+def _first_batch(queue: Sequence[Entry]) -> list[Entry]:
+    """Return the first entry; if it holds metrics, with the following metrics that fit into the same request.
+
+    After an outage many metrics are queued, and one request per entry would be slow.
+    """
+    batch = [queue[0]]
     if queue[0].kind == METRICS:
         count = len(queue[0].content)
         for entry in queue[1:]:
             count += len(entry.content)
-            if entry.kind != METRICS or count > _MOST_METRICS:
+            if entry.kind != METRICS or count > _METRICS_PER_REQUEST:
                 break
-            some.append(entry)
-    return some
+            batch.append(entry)
+    return batch
 
 
 def send(client: MlflowClient, run_id: str, folder: Path, entries: Sequence[Entry]) -> None:
-    """Send one entry, or several of metrics; sent again, they change nothing.
+    """Send one entry, or several entries of metrics. Sending them again changes nothing.
 
-    Raises MLflow's exception where the store refuses them, and :class:`Outage` where an artifact cannot be stored.
+    Raises MLflow's exception if the store fails, and Outage if an artifact cannot be stored.
     """
     first = entries[0]
     if first.kind == METRICS:
-        # (name, value, timestamp, step)
+        # values: (name, value, timestamp, step)
         client.log_batch(run_id, metrics=[Metric(*values) for entry in entries for values in entry.content])
     elif first.kind == PARAMS:
-        held = client.get_run(run_id).data.params  # ``mlflow run -P`` has logged its own as text
-        lacking = [Param(name, value) for name, value in first.content.items() if name not in held]
-        for start in range(0, len(lacking), _MOST_PARAMS):
-            client.log_batch(run_id, params=lacking[start : start + _MOST_PARAMS])
+        # MLflow rejects another value for a param, and ``mlflow run -P`` has logged its own as the user wrote them.
+        existing = client.get_run(run_id).data.params
+        missing = [Param(name, value) for name, value in first.content.items() if name not in existing]
+        for start in range(0, len(missing), _PARAMS_PER_REQUEST):
+            client.log_batch(run_id, params=missing[start : start + _PARAMS_PER_REQUEST])
     elif first.kind == TAGS:
         client.log_batch(run_id, tags=[RunTag(name, value) for name, value in first.content.items()])
     elif first.kind == INPUT:
@@ -288,7 +310,7 @@ def send(client: MlflowClient, run_id: str, folder: Path, entries: Sequence[Entr
             log.warning("%s: is gone, and will not be among the run's artifacts", path)
             return
         with artifact_faults(run_id):
-            inside = str(Path(first.content).parent)
-            client.log_artifact(run_id, str(path), None if inside == "." else inside)
+            subfolder = str(Path(first.content).parent)
+            client.log_artifact(run_id, str(path), None if subfolder == "." else subfolder)
     else:
         raise AssertionError(first.kind)

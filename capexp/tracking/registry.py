@@ -1,4 +1,4 @@
-"""The model registry: log a captioner, register it, decide whether it is the champion."""
+"""The model registry: log a captioner, register it as a version of a model, decide whether it becomes the champion."""
 
 import base64
 import importlib.metadata
@@ -27,7 +27,7 @@ from capexp.tracking.store import artifact_faults, is_missing, store_lock
 ARTIFACT = "captioner"
 CHAMPION = "champion"
 
-_DIGEST = "decoder_digest"  # the tag that tells which captioner a version holds
+_DIGEST = "decoder_digest"  # the tag that identifies the captioner of a logged model or a version
 
 _PACKAGE = Path(__file__).parents[1]
 _REQUIREMENTS = ("mlflow", "torch", "torchvision", "numpy", "pandas", "pillow", "pydantic", "safetensors")
@@ -40,66 +40,74 @@ _SIGNATURE = ModelSignature(
             ColSpec(DataType.string, "error", required=False),
         ]
     ),
-    # None: as the bundle says.
+    # None means the bundle's own setting.
     params=ParamSchema([ParamSpec("method", DataType.string, None), ParamSpec("beam_width", DataType.long, None)]),
 )
 
 
 @dataclass(frozen=True)
 class Score:
-    """A captioner's metrics, the one that it is compared by, and what they were measured on."""
+    """A captioner's metrics, and all that is needed to compare it with another captioner."""
 
     metric: Metric
+    """The metric that decides the comparison."""
     values: Mapping[Metric, float]
     """All metrics, so that a later captioner may be compared by another one."""
     dev_digest: str
+    """The digest of the dev split on which the metrics were measured."""
     vocabulary_digest: str
+    """The digest of the captioner's vocabulary."""
 
     def tags(self) -> dict[str, str]:
         """Return the score as tags of a registered version."""
         values = {name: repr(self.values[name]) for name in get_args(Metric)}
         return values | {"dev_digest": self.dev_digest, "vocabulary_digest": self.vocabulary_digest}
 
-    def beats(self, champion: Mapping[str, str], holder: str) -> tuple[bool, str]:
-        """Return whether it beats the champion, version ``holder`` with these tags, and why or why not.
+    def beats(self, champion: Mapping[str, str], number: str) -> tuple[bool, str]:
+        """Return whether this score is better than that of the champion, and the reason.
 
-        Losses compare over the same vocabulary only; CIDEr compares over any, as references are the same.
+        ``champion`` holds the tags of the champion, ``number`` is its version. Losses can be compared only if the
+        vocabulary is the same. CIDEr can be compared between vocabularies, because the references are the same.
         """
         if champion.get("dev_digest") != self.dev_digest:
-            return False, f"version {holder} was measured on another dev split"
+            return False, f"version {number} was measured on another dev split"
         if self.metric == "dev_loss" and champion.get("vocabulary_digest") != self.vocabulary_digest:
-            return False, f"version {holder} has another vocabulary, so losses do not compare"
+            return False, f"version {number} has another vocabulary, so losses do not compare"
         try:
             old = float(champion[self.metric])
         except (KeyError, ValueError):
-            return False, f"version {holder} has no {self.metric}"
+            return False, f"version {number} has no {self.metric}"
         new = self.values[self.metric]
         better = new < old if self.metric == "dev_loss" else new > old
-        told = f"{self.metric} {new:.4f} is {{}} than {old:.4f} of version {holder}"
-        return better, told.format("better" if better else "not better")
+        comparison = f"{self.metric} {new:.4f} is {{}} than {old:.4f} of version {number}"
+        return better, comparison.format("better" if better else "not better")
 
 
 @dataclass(frozen=True)
 class Version:
-    """A registered version, whether it is the champion, and why."""
+    """A registered version of a model."""
 
     name: str
+    """The model's name in the registry."""
     number: str
+    """The version's number."""
     champion: bool
+    """Whether it is the champion."""
     reason: str
+    """Why it is the champion, or why not."""
 
     @property
     def uri(self) -> str:
-        """The URI by which commands and MLflow name it."""
+        """The URI of the version for commands and MLflow; the champion's contains the alias instead of the number."""
         return f"models:/{self.name}@{CHAMPION}" if self.champion else self.numbered_uri
 
     @property
     def numbered_uri(self) -> str:
-        """The URI that names this version for good."""
+        """The URI that always names this version, whichever is the champion."""
         return f"models:/{self.name}/{self.number}"
 
     def describe(self) -> str:
-        """Return name, number, and whether and why it is the champion."""
+        """Return a text with the name, the number, and whether and why it is the champion."""
         alias = f"@{CHAMPION} ({self.reason})" if self.champion else f"(not champion: {self.reason})"
         return f"{self.name} version {self.number} {alias}"
 
@@ -107,8 +115,8 @@ class Version:
 def log_captioner(run_id: str, bundle: Path) -> str:
     """Log a captioner to a run as the pyfunc model ``captioner`` with its bundle; return the model's id.
 
-    Nothing is downloaded. A captioner that the run has already is not logged again, and what a kill or an outage has
-    cut short is deleted.
+    No weights are downloaded. A captioner that the run already has is not logged again. Models that are incomplete,
+    because of a kill or an outage, are deleted.
     """
     client = MlflowClient()
     run = client.get_run(run_id)
@@ -123,9 +131,9 @@ def log_captioner(run_id: str, bundle: Path) -> str:
     model = client.create_logged_model(
         run.info.experiment_id, ARTIFACT, run_id, resolve_tags({_DIGEST: digest}), dict(run.data.params)
     )
-    # MLflow runs the model on the example when it logs it: that must not download weights.
+    # MLflow runs the model on the example when it logs it. This must not download weights.
     with environment(CAPEXP_OFFLINE="1"), artifact_faults(run_id):
-        Model.log(  # what mlflow.pyfunc.log_model calls, which knows only the run of this process
+        Model.log(  # as mlflow.pyfunc.log_model does, which however logs only to the active run of this process
             artifact_path=None,
             run_id=run_id,
             model_id=model.model_id,
@@ -146,31 +154,32 @@ def register_model(model_id: str, name: str, captioner: Captioner) -> str:
 
 
 def registered_version(name: str, run_id: str, captioner: Captioner) -> str | None:
-    """Return the version that holds this very captioner of a run, if any: a resumed run registers it only once.
+    """Return the version that was registered for a run and contains this captioner, if any.
 
-    A kill may have come between a version and its model card. A version without a card is used where it holds this
-    captioner, and deleted where it holds an earlier captioner of the run.
+    So a resumed run registers its captioner only once. An earlier process may have been killed between the creation of
+    a version and its model card. Such an incomplete version is returned if it contains this captioner, and deleted if
+    it contains an earlier captioner of the run.
     """
     client = MlflowClient()
     digest = captioner.digest()
-    found = None
+    registered = None
     for version in client.search_model_versions(f"name='{name}' and run_id='{run_id}'"):
         number = str(version.version)
-        held = version.tags.get(_DIGEST)
-        # One that holds something of its own, a user has registered.
-        others = version.tags.keys() - {_DIGEST} or version.description
-        is_bare = not (others or client.get_model_version(name, number).aliases)
-        if is_bare and held is None:
-            held = _held_digest(name, number)
-        if held == digest:
-            found = number
-        elif is_bare and held is not None:
+        version_digest = version.tags.get(_DIGEST)
+        # A version with other tags, a description or an alias is kept: its card was begun, or it is a user's own.
+        card = version.tags.keys() - {_DIGEST} or version.description
+        is_incomplete = not (card or client.get_model_version(name, number).aliases)
+        if is_incomplete and version_digest is None:
+            version_digest = _read_digest(name, number)
+        if version_digest == digest:
+            registered = number
+        elif is_incomplete and version_digest is not None:
             client.delete_model_version(name, number)
-    return found
+    return registered
 
 
-def _held_digest(name: str, number: str) -> str | None:
-    """Return the digest of the captioner in a version; None where it cannot be read."""
+def _read_digest(name: str, number: str) -> str | None:
+    """Load the captioner of a version and return its digest; None if it cannot be loaded."""
     try:
         return Captioner.load(find_bundle(f"models:/{name}/{number}")).digest()
     except InputError:
@@ -180,23 +189,24 @@ def _held_digest(name: str, number: str) -> str | None:
 def describe_version(name: str, number: str, captioner: Captioner, description: str, tags: Mapping[str, str]) -> None:
     """Write a version's model card: a description in Markdown, and tags."""
     client = MlflowClient()
-    # The digest first: whatever a kill cuts short, a resumed run knows the version by it and writes the card again.
+    # The digest first: if a kill leaves the card incomplete, a resumed run finds the version by its digest and writes
+    # the card again.
     for key, value in {_DIGEST: captioner.digest(), **tags}.items():
         client.set_model_version_tag(name, number, key, value)
     client.update_model_version(name, number, description)
 
 
 def promote(name: str, number: str, score: Score, force: bool) -> Version:
-    """Move the alias ``champion`` to a version if it scores better, or if forced."""
+    """Move the alias ``champion`` to a version if its score is better than the champion's, or if ``force`` is set."""
     client = MlflowClient()
-    with store_lock():  # of two that finish at once, the second must see the first
-        holder = champion_of(name)
-        if holder == number:
+    with store_lock():  # if two runs finish at the same time, the second must be compared with the first
+        current = champion_of(name)
+        if current == number:
             return Version(name, number, True, "it is champion already")
-        if holder is None:
+        if current is None:
             earned, reason = True, "the first champion"
         else:
-            earned, reason = score.beats(client.get_model_version(name, holder).tags, holder)
+            earned, reason = score.beats(client.get_model_version(name, current).tags, current)
         if force and not earned:
             earned, reason = True, f"forced, though {reason}"
         if earned:
@@ -205,7 +215,7 @@ def promote(name: str, number: str, score: Score, force: bool) -> Version:
 
 
 def champion_of(name: str) -> str | None:
-    """Return the version that the alias points at, if any."""
+    """Return the number of the version with the alias ``champion``, if any."""
     try:
         return str(MlflowClient().get_model_version_by_alias(name, CHAMPION).version)
     except MlflowException as error:
@@ -215,7 +225,7 @@ def champion_of(name: str) -> str | None:
 
 
 def _example() -> pd.DataFrame:
-    """Return a small photo as a client sends it, in base64."""
+    """Return a small photo in base64, as a client sends it."""
     buffer = io.BytesIO()
     Image.linear_gradient("L").resize((32, 32)).convert("RGB").save(buffer, "PNG")
     return pd.DataFrame({"photo": [base64.b64encode(buffer.getvalue()).decode()]})

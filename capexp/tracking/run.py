@@ -1,4 +1,4 @@
-"""One MLflow run from start to end: params, tags, inputs, metrics, artifacts, and the state it ends in."""
+"""One MLflow run from start to end: its params, tags, inputs, metrics and artifacts, and the status of its end."""
 
 import logging
 import os
@@ -23,53 +23,61 @@ from capexp.tracking.known_runs import ADOPTED, adopted_run
 from capexp.tracking.outbox import ARTIFACT, INPUT, JOURNAL, METRICS, PARAMS, TAGS, Entry, Journal, Outbox
 from capexp.tracking.sampler import Sampler
 from capexp.tracking.store import (
-    discreet,
     fault_of,
     is_local,
     is_missing,
     local_write,
     no_retries,
     store_faults,
+    without_credentials,
 )
 
 log = logging.getLogger(__name__)
 
 PATIENCE = 60.0
-"""Seconds that the end of a run waits for a server that does not answer."""
+"""Seconds that the end of a finished run waits while a server accepts nothing."""
 SHORT_PATIENCE = 10.0
-"""The same where the run was interrupted or has failed."""
+"""The same for the end of a run that was interrupted or has failed."""
 _PARAM_LENGTH = 6000  # MLflow's limit
-CLAIM, ENDED = "claim", "ended"
-"""Kinds of journal entries that wait until all before them is sent: a model to register; the end of the run."""
+ACTION, ENDED = "claim", "ended"
+"""The kinds of journal entries that must wait until all others are sent: a pending action (a model to register), and
+the end of the run."""
 
 T = TypeVar("T")
 
 
 @dataclass(frozen=True)
 class Input:
-    """A split as an MLflow dataset."""
+    """A split of the data, to be logged as an MLflow dataset."""
 
     name: str
+    """The dataset's name in MLflow."""
     context: str
+    """The purpose of the split, in MLflow's terms: ``training`` or ``validation``."""
     path: Path
+    """The file that lists the photos of the split."""
     digest: str
+    """The digest of the split's content; MLflow gets its first 36 characters."""
 
 
 class TrackedRun:
-    """A run that this process logs to, through the outbox in the run's folder.
+    """A run to which this process logs, through the journal in the run's folder.
 
-    Logging the same again changes nothing. An unreachable server delays nothing before the end of the run.
+    Logging the same values again changes nothing. An unreachable server delays only the end of the run.
     """
 
     def __init__(self, run_id: str, folder: Path, in_background: bool) -> None:
-        """``folder`` is the run's own."""
+        """Open the journal in the run's own folder, and start to send its unsent entries.
+
+        With ``in_background`` a thread sends them; this is meant for servers.
+        """
         self.run_id = run_id
         self.folder = folder
         self._journal = Journal(folder / JOURNAL)
         self._outbox = Outbox(run_id, folder, self._journal, in_background)
 
     def log_params(self, params: Mapping[str, str]) -> None:
-        """Log the params that the run does not have yet."""
+        """Log those params that the run does not have yet."""
         self._outbox.log(PARAMS, {name: value[:_PARAM_LENGTH] for name, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
@@ -77,11 +85,11 @@ class TrackedRun:
         self._outbox.log(METRICS, [[name, float(value), timestamp, step] for name, value in metrics.items()])
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
-        """Set tags; those of the same name are replaced."""
+        """Set tags; tags with the same names are replaced."""
         self._outbox.log(TAGS, dict(tags))
 
     def describe(self, description: str) -> None:
-        """Set the description that MLflow shows of the run, in Markdown."""
+        """Set the run's description in MLflow, in Markdown."""
         self.set_tags({MLFLOW_RUN_NOTE: description})
 
     def log_inputs(self, inputs: list[Input]) -> None:
@@ -92,52 +100,63 @@ class TrackedRun:
             self._outbox.log(INPUT, {"context": item.context, "dataset": dataset.to_dict()})
 
     def log_artifact(self, path: Path) -> None:
-        """Copy a file of the run's folder to its artifacts; what is sent is the file as it is when its turn comes."""
+        """Copy a file of the run's folder to its artifacts. The file's content is read when it is sent."""
         self._outbox.log(ARTIFACT, str(path.resolve().relative_to(self.folder.resolve())))
 
-    def claim(self, content: dict[str, Any], action: Callable[[], T], patience: float = PATIENCE) -> T:
-        """Run an action that is more than logging, once all before it is sent; return its result.
+    def run_when_sent(self, content: dict[str, Any], action: Callable[[], T], patience: float = PATIENCE) -> T:
+        """Run an action once all earlier entries of the journal are sent; return its result.
 
-        The journal keeps ``content`` until the action is done, so that a later process can do it. Raises
-        :class:`Unsent` where a server takes nothing for ``patience`` seconds.
+        It is for actions that need the complete run in the store, such as the registration of its model. The journal
+        keeps ``content``, which describes the action, until the action is done: a later process can then do it in
+        :meth:`send_rest`. Raises :class:`Unsent` if a server accepts nothing for ``patience`` seconds.
         """
-        return self._deliver(self._journal.write(CLAIM, content), action, patience)
+        return self._deliver(self._journal.write(ACTION, content), action, patience)
 
     def send_rest(self, action: Callable[[Any], T]) -> tuple[int, T | None, str | None]:
-        """Send what an earlier process could not send, run its pending action, and end the run as that process did.
+        """Send what an earlier process could not send, do its pending action, and end the run in its status.
 
-        Returns the number of entries that waited, the result of ``action`` on the content of the pending claim, and the
-        status in which the run ended; None where the earlier process was killed before it ended the run. Raises
-        :class:`Unsent` where a server takes nothing for a minute.
+        ``action`` gets the content of the pending action, if there is one. Return three values:
+
+        * the number of entries that were not sent,
+        * the result of ``action``, None if no action was pending,
+        * the status in which the earlier process ended the run. It is None if that process was killed before the end;
+          then the run is not ended here.
+
+        Raises :class:`Unsent` if a server accepts nothing for a minute.
         """
-        waiting, state = self._journal.waiting, self._left_as()
-        claims = [entry for entry in waiting if entry.kind == CLAIM]
+        waiting, status = self._journal.waiting, self._last_status()
+        actions = [entry for entry in waiting if entry.kind == ACTION]
         ends = [entry for entry in waiting if entry.kind == ENDED]
-        self._journal.mark_sent([*claims[:-1], *ends[:-1]])
-        done = None
-        if claims:
-            done = self._deliver(claims[-1], lambda: action(claims[-1].content), PATIENCE)
-        fault = self._outbox.drain(PATIENCE)
-        if fault is not None:
-            raise Unsent(self.run_id, fault_of(fault))
+        self._journal.mark_sent([*actions[:-1], *ends[:-1]])  # only the last of each kind counts
+        result = None
+        if actions:
+            result = self._deliver(actions[-1], lambda: action(actions[-1].content), PATIENCE)
+        failure = self._outbox.drain(PATIENCE)
+        if failure is not None:
+            raise Unsent(self.run_id, fault_of(failure))
         if ends:
             self._deliver(ends[-1], lambda: self._terminate(ends[-1].content), PATIENCE)
         self._outbox.close()
-        return len(waiting), done, state
+        return len(waiting), result, status
 
-    def _left_as(self) -> str | None:
-        """Return the status in which the last process ended the run; None where it could not."""
-        last = next(
-            e for e in reversed(self._journal.entries) if e.kind in (PARAMS, ENDED)
-        )  # params begin each process
+    def _last_status(self) -> str | None:
+        """Return the status in which the last process ended the run; None if it was killed before."""
+        # Each process logs params at its beginning: if they are newer than the last end, that end is an earlier one's.
+        last = next(entry for entry in reversed(self._journal.entries) if entry.kind in (PARAMS, ENDED))
         return None if last.kind == PARAMS else str(last.content["status"])
 
     def forget_end(self) -> None:
-        """Drop the claim and the end that an earlier process left in the journal: this process writes its own."""
-        self._journal.mark_sent(entry for entry in self._journal.waiting if entry.kind in (CLAIM, ENDED))
+        """Discard the pending action and the end that an earlier process left in the journal.
+
+        This process continues the run, so they are obsolete: it writes its own.
+        """
+        self._journal.mark_sent(entry for entry in self._journal.waiting if entry.kind in (ACTION, ENDED))
 
     def end(self, status: str, patience: float) -> None:
-        """End the run when all is sent; raise :class:`Unsent` where a server takes nothing for ``patience`` seconds."""
+        """End the run once all is sent.
+
+        Raises :class:`Unsent` if a server accepts nothing for ``patience`` seconds; the journal keeps the status.
+        """
         content = {"status": status, "ended_at": time.time_ns() // 1_000_000}
         try:
             entry = self._journal.write(ENDED, content)
@@ -146,29 +165,35 @@ class TrackedRun:
             self._outbox.close()
 
     def _terminate(self, content: Mapping[str, Any]) -> None:
+        """Set the run's status and end time in MLflow."""
         client = MlflowClient()
         for stale in {"stopped", "error"} & client.get_run(self.run_id).data.tags.keys():
             if content["status"] == RunStatus.to_string(RunStatus.FINISHED):
-                client.delete_tag(self.run_id, stale)  # others have taken it for lost meanwhile
+                client.delete_tag(self.run_id, stale)  # set by another process that considered this one dead
         client.set_terminated(self.run_id, content["status"], content["ended_at"])
 
     def _deliver(self, entry: Entry, action: Callable[[], T], patience: float) -> T:
-        fault = self._outbox.drain(patience)
-        end, pause = time.monotonic() + (patience if fault is None else 0), 1.0
-        while fault is None or time.monotonic() < end:
+        """Run the action of an entry once the outbox is empty, and mark the entry as sent; return the action's result.
+
+        If a server fails, the action is retried for ``patience`` seconds; then :class:`Unsent` is raised. Errors of a
+        local store are raised as they are, and so are those that say that the run does not exist.
+        """
+        failure = self._outbox.drain(patience)
+        deadline, pause = time.monotonic() + (patience if failure is None else 0), 1.0
+        while failure is None or time.monotonic() < deadline:
             try:
-                done = action()
+                result = action()
             except (MlflowException, OSError, Outage) as error:
                 if is_local() or (isinstance(error, MlflowException) and is_missing(error)):
                     raise
                 log.debug("%s: %s", entry.kind, fault_of(error))
-                fault = error
-                time.sleep(min(pause, max(0.0, end - time.monotonic())))
+                failure = error
+                time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
                 pause *= 2
             else:
                 self._journal.mark_sent([entry])
-                return done
-        raise Unsent(self.run_id, fault_of(fault))
+                return result
+        raise Unsent(self.run_id, fault_of(failure))
 
 
 @contextmanager
@@ -182,76 +207,86 @@ def tracked_run(
     parent: str | None = None,
     tags: Mapping[str, str] | None = None,
 ) -> Iterator[TrackedRun]:
-    """Start a run, or go on with one, and end it in the state that fits how the block was left.
+    """Start a run, or resume one, and end it with the block.
 
-    ``lock`` keeps other processes from the run by its id: it is taken before MLflow opens a run that exists, and
-    directly after MLflow has made a new one, before anything else is written.
+    Which run it is:
 
-    Its journal is in ``folder``, under the run's id. With ``parent`` it is nested, in the parent's experiment. Under
-    ``mlflow run`` it is the run that MLflow has made. An interrupt ends it KILLED, tagged ``stopped=interrupt``; any
-    other exception FAILED, with its message in the tag ``error``. Raises :class:`Unsent` where the block ended in order
-    but a server has not taken all that was logged.
+    * with ``resume``, the existing run of that id;
+    * with ``parent``, a new run that is nested under that one, in the parent's experiment;
+    * under ``mlflow run``, the adopted run, which MLflow has created for this process;
+    * otherwise a new run.
+
+    Its journal is in ``folder / run_id``. ``lock`` excludes other processes from the run with a given id. It is taken
+    before MLflow opens an existing run; for a new run, as soon as MLflow has created it.
+
+    The end of the block decides the status:
+
+    * FINISHED if the block ends without an exception. Then :class:`Unsent` is raised if a server does not accept all
+      that was logged.
+    * FINISHED, too, if the block raises the :class:`Unsent` of this run: its work is done.
+    * KILLED, with the tag ``stopped=interrupt``, if it is interrupted or closed.
+    * FAILED, with the message in the tag ``error``, for any other exception.
     """
-    known = resume or (adopted_run() if parent is None else None)
+    existing_id = resume or (adopted_run() if parent is None else None)
     with ExitStack() as stack:
-        if known is not None:
-            stack.enter_context(lock(known))
-        above, tracked = mlflow.active_run(), None
+        if existing_id is not None:
+            stack.enter_context(lock(existing_id))
+        outer_run, tracked = mlflow.active_run(), None
         status, patience = RunStatus.to_string(RunStatus.FAILED), SHORT_PATIENCE
         try:
             run_id = _start(name, experiment, resume, parent, tags or {})
-            if known is None:
+            if existing_id is None:
                 stack.enter_context(lock(run_id))
             with no_retries():
                 tracked = TrackedRun(run_id, folder / run_id, in_background=not is_local())
                 tracked.forget_end()
                 sampler = Sampler(run_id, resume is not None, tracked.log_metrics)
                 sampler.start()
-                left_by: BaseException | None = None
+                raised: BaseException | None = None
                 try:
                     yield tracked
                     status, patience = RunStatus.to_string(RunStatus.FINISHED), PATIENCE
                 except (KeyboardInterrupt, GeneratorExit) as interrupt:
-                    left_by = interrupt
+                    raised = interrupt
                     status = RunStatus.to_string(RunStatus.KILLED)
                     tracked.set_tags({"stopped": "interrupt"})
                     raise
                 except Exception as error:
-                    left_by = error
+                    raised = error
                     if isinstance(error, Unsent) and error.run_id == run_id:
                         status = RunStatus.to_string(RunStatus.FINISHED)
                     else:
-                        tracked.set_tags({"error": discreet(f"{type(error).__name__}: {error}")[:500]})
+                        tracked.set_tags({"error": without_credentials(f"{type(error).__name__}: {error}")[:500]})
                     raise
                 finally:
                     sampler.finish()
                     try:
                         tracked.end(status, patience)
                     except Unsent as unsent:
-                        if left_by is None:
+                        if raised is None:
                             raise
-                        if not isinstance(left_by, Unsent):
+                        if not isinstance(raised, Unsent):
                             log.warning("%s", unsent)
         except KeyboardInterrupt:
             status = RunStatus.to_string(RunStatus.KILLED)
-            begun = mlflow.active_run()
-            if tracked is None and begun is not above and begun is not None:  # there is no journal yet
+            started = mlflow.active_run()
+            if tracked is None and started is not outer_run and started is not None:  # there is no journal yet
                 with suppress(MlflowException, SQLAlchemyError), no_retries():
-                    MlflowClient().set_tag(begun.info.run_id, "stopped", "interrupt")
+                    MlflowClient().set_tag(started.info.run_id, "stopped", "interrupt")
             raise
         finally:
-            if mlflow.active_run() is not above:
+            if mlflow.active_run() is not outer_run:
                 with suppress(MlflowException, SQLAlchemyError), no_retries():
-                    mlflow.end_run(status)  # it has ended; this takes it off the list of this process's active runs
+                    mlflow.end_run(status)  # removes it from the active runs of this process; it may have ended already
 
 
 def _start(name: str, experiment: str, resume: str | None, parent: str | None, tags: Mapping[str, str]) -> str:
-    """Have MLflow make a run, or go on with one; return its id."""
+    """Have MLflow create a run, or open an existing one; return its id."""
     client = MlflowClient()
     with store_faults(), local_write():
         if resume is not None:
-            os.environ.pop(ADOPTED, None)  # or MLflow would open that run for the first nested one
-            # MLflow opens no run of another experiment than the active one.
+            os.environ.pop(ADOPTED, None)  # else MLflow would open the adopted run in place of the first nested one
+            # MLflow opens only runs of the active experiment.
             mlflow.set_experiment(experiment_id=client.get_run(resume).info.experiment_id)
         if adopted_run() is None and resume is None and parent is None:
             mlflow.set_experiment(experiment)
@@ -262,10 +297,11 @@ def _start(name: str, experiment: str, resume: str | None, parent: str | None, t
             nested=parent is not None,
             parent_run_id=parent,
             tags=dict(tags),
-            log_system_metrics=False,  # ours go through the journal
+            log_system_metrics=False,  # see Sampler
         )
-        # The web page opens on what fits the training of models, instead of asking.
+        # MLflow's web page then opens with the view for training models; else it asks the user.
         client.set_experiment_tag(run.info.experiment_id, "mlflow.experimentKind", "custom_model_development")
+        # A resumed run is neither stopped nor failed any more.
         for stale in {"stopped", "error"} & run.data.tags.keys():
             client.delete_tag(run.info.run_id, stale)
     return str(run.info.run_id)

@@ -8,23 +8,24 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 5.0  # between samples; runs on small data are short
+_SECONDS = 5.0  # between samples; MLflow's 10 are too many for short runs
 
 
 class Sampler(SystemMetricsMonitor):  # type: ignore[misc]
-    """Samples the machine and writes to the journal; MLflow's own monitor stops for good at a server's first fault.
+    """A monitor that samples the machine's metrics from a thread and writes them to the journal.
 
-    It relies on private attributes of MLflow's monitor (``_shutdown_event``, ``_logging_step``, ``_metrics_prefix``):
-    look here first when MLflow is updated.
+    MLflow's own monitor sends them itself, and stops for good at the first error of a server. This class relies on
+    private attributes of that monitor (``_shutdown_event``, ``_logging_step``, ``_metrics_prefix``): check them first
+    when MLflow is updated.
     """
 
     def __init__(self, run_id: str, resumed: bool, write: Callable[[Mapping[str, float], int, int], None]) -> None:
-        """``write`` takes metrics, step, and time in milliseconds since 1970."""
+        """Prepare the monitor; ``write`` takes metrics, step, and time in milliseconds since 1970."""
         super().__init__(run_id, sampling_interval=_SECONDS, samples_before_logging=1, resume_logging=resumed)
         self._write = write
 
     def monitor(self) -> None:
-        """Take samples until :meth:`finish` is called."""
+        """Take and log samples until :meth:`finish` is called."""
         while True:
             self.collect_metrics()
             if self._shutdown_event.wait(self.sampling_interval):
@@ -36,7 +37,7 @@ class Sampler(SystemMetricsMonitor):  # type: ignore[misc]
                 return
 
     def publish_metrics(self, metrics: Mapping[str, float]) -> None:
-        """Log a sample under the names that MLflow's page knows."""
+        """Log a sample under the names that MLflow's web page shows as system metrics."""
         values = {f"{self._metrics_prefix}{name}": value for name, value in metrics.items()}
         self._write(values, self._logging_step, time.time_ns() // 1_000_000)
         self._logging_step += 1

@@ -1,4 +1,8 @@
-"""MLflow's store: where it is, made once, told of in one line when it fails, locked while a decision is taken."""
+"""MLflow's store: its URI, creation, locking, and one-line errors.
+
+The store is a local SQLite database, another database, or a tracking server. A missing local database is created here,
+and only one may be created at a time. ``store_faults`` and ``artifact_faults`` turn errors of the store into Outage.
+"""
 
 import os
 import re
@@ -24,17 +28,17 @@ from capexp.files import sync
 _LOCK = ".mlflow.lock"
 _SQLITE, _WITH_DRIVER = "sqlite:///", "sqlite+pysqlite:///"
 _ENCODED = re.compile("%[0-9A-Fa-f]{2}")
-_TIMEOUTS = {"postgresql": "connect_timeout", "mysql": "connect_timeout", "mssql": "timeout"}  # of each one's driver
+_REMOTE_DATABASES = ("postgresql", "mysql", "mssql")  # that MLflow can use directly, without a tracking server
 _CONNECT_SECONDS = 10
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
-_QUICK = {_RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}
-_PATIENCE = 240.0  # seconds; MLflow's own, without what is set here
+_FAIL_FAST = {_RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # for the check before any work is done
+_PATIENCE = 240.0  # seconds; about as long as MLflow retries by default, which `no_retries` turns off
 
 
 def database_path(uri: str) -> Path | None:
-    """Return the file of a local database, as SQLAlchemy opens it; None where the URI names something else.
+    """Return the file of a local database, as SQLAlchemy opens it; None if the URI is not that of a local database.
 
-    Percent-encoded characters are decoded: MLflow encodes the URI of its default store, a user may or may not.
+    Percent-encoded characters are decoded. MLflow encodes the path of its default store; users may encode theirs.
     """
     for prefix in (_SQLITE, _WITH_DRIVER):
         if uri.startswith(prefix):
@@ -43,41 +47,37 @@ def database_path(uri: str) -> Path | None:
 
 
 def database_uri(path: Path) -> str:
-    """Return the URI of a local database, in a spelling for which MLflow makes no folder of another name.
+    """Return the URI of a local database, written so that MLflow does not create a folder with a wrong name.
 
-    MLflow makes the folder of a ``sqlite:///`` URI without decoding it, so the path stands there as it is. What
-    SQLAlchemy would not read back (``?``, or ``%`` with two hexadecimal digits) is encoded, with the driver named: then
-    MLflow makes no folder.
+    MLflow creates the folder of a ``sqlite:///`` path, and does not percent-decode the path. So the path is not encoded
+    here if SQLAlchemy can read it as it is. A path with ``?``, or with ``%`` before two hexadecimal digits, must be
+    encoded. Its URI then names the driver (``sqlite+pysqlite:///``), because MLflow creates no folder for such a URI.
     """
     name = str(path)
     return f"{_WITH_DRIVER}{quote(name)}" if "?" in name or _ENCODED.search(name) else f"{_SQLITE}{name}"
 
 
 def store_uri() -> str:
-    """Return the URI of MLflow's store. Everything here that needs it asks this function.
+    """Return the URI of MLflow's store; that of a local database in the form of :func:`database_uri`.
 
-    Where the user or MLflow has spelt the URI of a local database in another way than :func:`database_uri`, MLflow, and
-    by the environment each process that is started from here, is told the new spelling. The registry's URI is treated
-    alike.
-
-    Raises:
-        InputError: the name of the working directory is not UTF-8, which MLflow's default store needs.
+    If MLflow's tracking URI has another form, it is replaced by the returned one, in MLflow and in the environment that
+    child processes inherit. The registry's URI is treated in the same way.
     """
     try:
         given = str(mlflow.get_tracking_uri())
     except UnicodeEncodeError:
         raise InputError(f"{Path.cwd()}: MLflow needs a folder whose name is UTF-8; rename the folder") from None
-    uri = _spell(given)
+    uri = _normalized(given)
     if uri != given:
         mlflow.set_tracking_uri(uri)
     registry = str(mlflow.get_registry_uri())
-    if _spell(registry) != registry:
-        mlflow.set_registry_uri(_spell(registry))
+    if _normalized(registry) != registry:
+        mlflow.set_registry_uri(_normalized(registry))
     return uri
 
 
-def _spell(uri: str) -> str:
-    """Return the URI of a local database in the spelling of :func:`database_uri`, and any other as it is."""
+def _normalized(uri: str) -> str:
+    """Return the URI of a local database in the form of :func:`database_uri`, and any other URI unchanged."""
     path = database_path(uri)
     if path is None:
         return uri
@@ -86,14 +86,16 @@ def _spell(uri: str) -> str:
 
 
 def _refuse_folder() -> None:
-    """Refuse folders with which MLflow cannot use a database: the working directory, and the one that holds MLflow.
+    """Raise InputError if MLflow cannot use a database because of its own folder's name or the working directory's.
 
-    MLflow decodes the path of a local artifact folder, even where nobody has encoded it. For the database's schema it
-    reads files of its own by a setting in which ``%`` has a meaning.
+    * The working directory holds the artifacts. MLflow percent-decodes the path of a local artifact folder, although it
+      was never encoded.
+    * MLflow's own folder holds the migrations of the database's schema. MLflow gives its path to Alembic in a
+      configuration in which ``%`` has a special meaning.
     """
-    folder, kind = str(Path.cwd()), store_uri().partition(":")[0].partition("+")[0]
-    if kind != "sqlite" and kind not in _TIMEOUTS:
-        return  # a server has both
+    folder = str(Path.cwd())
+    if _scheme(store_uri()) not in ("sqlite", *_REMOTE_DATABASES):
+        return  # a tracking server uses its own folders
     installed = str(Path(mlflow.__file__).parent)
     if "%" in installed:
         raise InputError(
@@ -113,11 +115,15 @@ def _refuse_folder() -> None:
         raise InputError(f"{folder}: MLflow needs a folder whose name is UTF-8; rename the folder") from None
 
 
-def prepare_store() -> None:
-    """Makes MLflow's database where it is missing: two processes that do so at once would break it.
+def _scheme(uri: str) -> str:
+    """Return the scheme of a URI without a driver: ``postgresql`` for ``postgresql+psycopg://...``."""
+    return uri.partition(":")[0].partition("+")[0]
 
-    Raises:
-        InputError: the tracking server or the store cannot be used.
+
+def prepare_store() -> None:
+    """Create MLflow's local database if it is missing, and check that the store answers.
+
+    It takes the store's lock, because two processes that create the database at the same time would damage it.
     """
     _refuse_folder()
     with store_lock(), store_faults():
@@ -128,32 +134,28 @@ def prepare_store() -> None:
 
 
 def _make_local(path: Path) -> None:
-    """Makes a local database beside its place and puts it there whole.
+    """Create a local database under a temporary name, then give it its own name.
 
-    MLflow goes through its schema's history to make one, which takes seconds; a database that a kill has left on the
-    way could never be opened again.
+    MLflow runs all migrations of its schema to create a database, which takes seconds. If it is killed meanwhile, the
+    half-migrated database can never be opened.
     """
-    path = path.resolve()  # where a link points
-    beside = path.with_name(f".{path.name}.part")
-    for left in (beside, beside.with_name(f"{beside.name}-journal")):
-        left.unlink(missing_ok=True)
-    MlflowClient(database_uri(beside)).search_experiments(max_results=1)
+    path = path.resolve()  # a symbolic link stays; the file that it points to is created
+    temporary = path.with_name(f".{path.name}.part")
+    for leftover in (temporary, temporary.with_name(f"{temporary.name}-journal")):
+        leftover.unlink(missing_ok=True)
+    MlflowClient(database_uri(temporary)).search_experiments(max_results=1)
     try:
-        path.hardlink_to(beside)
+        path.hardlink_to(temporary)
     except FileExistsError:
-        pass  # MLflow itself takes no lock: what another process has made by now stays
+        pass  # MLflow itself takes no lock: keep the database that another process has created meanwhile
     except OSError:  # a file system without hard links
-        beside.replace(path)
-    beside.unlink(missing_ok=True)
+        temporary.replace(path)
+    temporary.unlink(missing_ok=True)
     sync(path.parent)
 
 
 def check_store() -> None:
-    """Asks the store whether it can be used, before any work is done; makes none.
-
-    Raises:
-        InputError: it cannot.
-    """
+    """Check that the store can be used, before any work is done. A missing store is not created."""
     _refuse_folder()
     artifacts = Path("mlruns").absolute()
     if is_local() and artifacts.exists():
@@ -163,15 +165,14 @@ def check_store() -> None:
             raise InputError(f"{artifacts}: MLflow's artifacts cannot be written; mend its permissions")
     _refuse_unreachable()
     if store_exists():
-        with environment(**{name: os.environ.get(name, value) for name, value in _QUICK.items()}):
+        with environment(**{name: os.environ.get(name, value) for name, value in _FAIL_FAST.items()}):
             prepare_store()
 
 
 def await_store() -> None:
-    """Waits for a server that is away, for some minutes: between two runs of many nothing is lost by that.
+    """Wait for an unreachable server, up to four minutes; then raise Outage.
 
-    Raises:
-        Outage: it stays away.
+    It is called between the runs of a group or study, when a delay loses no work.
     """
     end, pause = time.monotonic() + _PATIENCE, 1.0
     while not is_local():
@@ -187,26 +188,23 @@ def await_store() -> None:
 
 
 def is_local() -> bool:
-    """Whether the store is a file of this machine, which needs no patience."""
+    """Return whether the store is a database file on this machine. Its errors are not retried."""
     return database_path(store_uri()) is not None
 
 
 @contextmanager
 def no_retries() -> Iterator[None]:
-    """MLflow asks a server that is away once instead of eight times over minutes, unless the user has said how often.
+    """Make MLflow send each request to a server only once, unless the user has set the number of retries.
 
-    The journal sends again, and in the background.
+    By default MLflow tries eight times in about four minutes and blocks meanwhile. The outbox retries in the background
+    instead.
     """
     with environment(**{_RETRIES: os.environ.get(_RETRIES, "0")}):
         yield
 
 
 def require_store() -> None:
-    """Refuses to look something up where nothing was ever tracked.
-
-    Raises:
-        InputError: there is no store here.
-    """
+    """Raise InputError if there is no store to look something up in."""
     _refuse_unreachable()
     if not store_exists():
         uri = shown_uri(store_uri())
@@ -214,16 +212,20 @@ def require_store() -> None:
 
 
 def _refuse_unreachable() -> None:
-    """Asks a database for a connection: MLflow itself would ask again and again, for minutes."""
+    """Raise an error if the database does not accept a connection at the first try. MLflow would retry for minutes.
+
+    A tracking server is not checked here.
+    """
     uri = store_uri()
     path = database_path(uri)
     if path is not None:
         if path.exists() and not path.is_file():
             raise InputError(f"{path}: MLflow's database is to be a file; move it away")
-    elif (kind := uri.partition(":")[0].partition("+")[0]) in _TIMEOUTS:
+    elif _scheme(uri) in _REMOTE_DATABASES:
+        arguments = {"connect_timeout": _CONNECT_SECONDS} if _scheme(uri) == "postgresql" else {}
         with store_faults():
             try:
-                engine = create_engine(uri, connect_args={_TIMEOUTS[kind]: _CONNECT_SECONDS})
+                engine = create_engine(uri, connect_args=arguments)
             except ImportError as error:
                 raise InputError(f"{shown_uri(uri)}: needs the module {error.name}; pip install its package") from None
             try:
@@ -233,14 +235,17 @@ def _refuse_unreachable() -> None:
 
 
 def store_exists() -> bool:
-    """Whether there is a store; a server is taken to be there."""
+    """Return whether there is a store. Only local databases are checked; other stores are assumed to exist."""
     path = database_path(store_uri())
     return path is None or path.is_file()
 
 
 @contextmanager
 def store_lock() -> Iterator[None]:
-    """Keeps other processes on this machine from changing the same local store meanwhile."""
+    """Lock a local store against other processes of this project on this machine.
+
+    MLflow itself does not take this lock, so it does not exclude other programs. Other stores are not locked.
+    """
     path = database_path(store_uri())
     if path is None:
         yield
@@ -261,26 +266,31 @@ def store_lock() -> Iterator[None]:
 
 @contextmanager
 def undisturbed() -> Iterator[None]:
-    """Puts off an interrupt until the block is done: a version without its card would be a riddle."""
+    """Delay interrupts (SIGINT, SIGTERM) until the end of the block.
+
+    Steps that belong together are then all done: for example, a registered version also gets its model card.
+    """
     if threading.current_thread() is not threading.main_thread():
-        yield  # signals reach the main thread only
+        yield  # Python handles signals only in the main thread
         return
-    late: list[int] = []
-    before = {number: signal.signal(number, lambda n, _: late.append(n)) for number in (signal.SIGINT, signal.SIGTERM)}
+    delayed: list[int] = []
+    before = {
+        number: signal.signal(number, lambda n, _: delayed.append(n)) for number in (signal.SIGINT, signal.SIGTERM)
+    }
     try:
         yield
     finally:
         for number, handler in before.items():
             signal.signal(number, handler)
-    if late:
-        signal.raise_signal(signal.Signals(late[0]))
+    if delayed:
+        signal.raise_signal(signal.Signals(delayed[0]))
 
 
 @contextmanager
 def local_write() -> Iterator[None]:
-    """Puts off an interrupt until a local store is written: a transaction broken off would keep it locked.
+    """Delay interrupts until a local store is written: an interrupted transaction would leave the database locked.
 
-    A server keeps its own store, and may be long in answering.
+    With a server interrupts are not delayed: it completes its transactions itself, and may take long to answer.
     """
     with undisturbed() if is_local() else nullcontext():
         yield
@@ -288,28 +298,20 @@ def local_write() -> Iterator[None]:
 
 @contextmanager
 def artifact_faults(run_id: str) -> Iterator[None]:
-    """Tells a fault of the place where artifacts are kept in one line.
-
-    Raises:
-        Outage: in place of the system's error.
-    """
+    """Turn an OSError from reading or writing a run's artifacts into an Outage of one line."""
     try:
         yield
     except OSError as error:
-        where = error.filename or mlflow.get_artifact_uri()
+        location = error.filename or mlflow.get_artifact_uri()
         raise Outage(
-            f"{where}: MLflow's artifacts cannot be written ({error.strerror or error}); make room or mend it, then "
+            f"{location}: MLflow's artifacts cannot be written ({error.strerror or error}); make room or mend it, then "
             f"python -m capexp.train --resume {run_id}"
         ) from error
 
 
 @contextmanager
 def store_faults() -> Iterator[None]:
-    """Tells a fault of the store or the server in one line.
-
-    Raises:
-        Outage: in place of MLflow's and SQLAlchemy's errors.
-    """
+    """Turn an error of MLflow or SQLAlchemy into an Outage of one line."""
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
@@ -317,18 +319,23 @@ def store_faults() -> Iterator[None]:
 
 
 def fault_of(error: Exception) -> str:
-    """What the store or the server has against it, in a line."""
+    """Return one line that says which error the store or the server reports, without credentials."""
     lines = str(error).strip().splitlines()
-    told = [line for line in lines if not line.startswith("(raised as a result of")]  # where, not what
-    reason = discreet((told or lines or [type(error).__name__])[0])[:200]
+    # SQLAlchemy may first say during which of its steps the error occurred.
+    reasons = [line for line in lines if not line.startswith("(raised as a result of")]
+    reason = without_credentials((reasons or lines or [type(error).__name__])[0])[:200]
     return reason if isinstance(error, Outage) else f"MLflow's store {shown_uri(store_uri())}: {reason}"
 
 
-def discreet(text: str) -> str:
-    """A text without what is secret in the tracking URI."""
+def without_credentials(text: str) -> str:
+    """Return a text without the credentials of the tracking URI."""
     return without_secrets(text, store_uri())
 
 
 def is_missing(error: MlflowException) -> bool:
-    """Whether MLflow says that something is not there, rather than that it cannot answer."""
+    """Return whether MLflow has answered that something does not exist, so that a retry would fail too.
+
+    MLflow uses INVALID_PARAMETER_VALUE for a missing alias, a malformed run id and a deleted run. It uses the same code
+    for all requests that it rejects as invalid. For those, too, a retry is useless.
+    """
     return error.error_code in ("RESOURCE_DOES_NOT_EXIST", "INVALID_PARAMETER_VALUE")
