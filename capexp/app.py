@@ -1,4 +1,4 @@
-"""Serves a page to try a captioner in a browser: drop a photo, see its caption and its alternatives."""
+"""Serve a web page on which users drop a photo and see its caption and alternative captions."""
 
 import argparse
 import socket
@@ -11,9 +11,11 @@ def app(argv: list[str] | None = None) -> int:
     parser = cli.Parser("app", __doc__, ("features.weights", "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(
-        "--host", default="127.0.0.1", help="the address to listen at; other machines see the page at 0.0.0.0 only"
+        "--host",
+        default="127.0.0.1",
+        help="address to listen on; use 0.0.0.0 to let other machines open the page (default: %(default)s)",
     )
-    parser.add_argument("--port", type=_port, default=7860)
+    parser.add_argument("--port", type=_port, default=7860, help="port to listen on (default: %(default)s)")
     arguments, settings = parser.parse(argv)
     weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
 
@@ -39,6 +41,7 @@ def app(argv: list[str] | None = None) -> int:
 
 
 def _port(text: str) -> int:
+    """Convert the value of ``--port``."""
     port = int(text)
     if not 1 <= port <= 65535:
         raise argparse.ArgumentTypeError(f"{port} is not between 1 and 65535")
@@ -46,13 +49,14 @@ def _port(text: str) -> int:
 
 
 def _refuse_taken(host: str, port: int) -> None:
+    """Raise InputError if this machine cannot listen on the address, for example because the port is in use."""
     from capexp.errors import InputError
 
     try:
         family, _, _, _, address = socket.getaddrinfo(host, port, type=socket.SOCK_STREAM)[0]
-        with socket.socket(family) as there:
-            there.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
-            there.bind(address)
+        with socket.socket(family) as listener:
+            listener.setsockopt(socket.SOL_SOCKET, socket.SO_REUSEADDR, 1)
+            listener.bind(address)
     except socket.gaierror as error:
         raise InputError(f"--host {host}: {error.strerror}; give an address of this machine") from None
     except OSError as error:

@@ -1,4 +1,4 @@
-"""Captions photos, given by path, folder or pattern: one line a photo, with path, tab and caption."""
+"""Caption photos, given as files, folders or patterns; print one line per photo: path, tab, caption."""
 
 import json
 import sys
@@ -8,17 +8,19 @@ from capexp import cli
 
 
 def caption(argv: list[str] | None = None) -> int:
-    """Run the command; return its exit status, which is 1 where some photo could not be captioned."""
+    """Run the command; return its exit status, which is 1 if a photo could not be captioned."""
     parser = cli.Parser("caption", __doc__, ("features.weights", "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(
-        "--json", action="store_true", help="print one JSON object a line, with log-probability and alternatives"
+        "--json",
+        action="store_true",
+        help="print one JSON object per photo, with log-probability and alternative captions",
     )
     parser.add_argument(
         "--maps",
         metavar="FOLDER",
         type=Path,
-        help="draw the attention at each word, a PNG a photo (attention decoders only)",
+        help="draw the attention at each word, one PNG file per photo (attention decoders only)",
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", help="files, folders, or patterns in quotes")
     arguments, settings = parser.parse(argv)
@@ -41,16 +43,18 @@ def caption(argv: list[str] | None = None) -> int:
     results = captioner.caption_photos([*photos], decoding)
     for number, (photo, result) in enumerate(zip(photos, results, strict=True), start=1):
         if arguments.maps is not None and isinstance(result, Caption) and result.text:
-            looked = maps.attention_of(captioner, photo, result.text)
-            maps.draw_maps(photo, result.text, looked, arguments.maps / f"{number:03d}-{photo.stem}.png")
+            weights_by_word = maps.attention_of(captioner, photo, result.text)
+            maps.draw_maps(photo, result.text, weights_by_word, arguments.maps / f"{number:03d}-{photo.stem}.png")
         if not isinstance(result, Caption):
             print(f"capexp.caption: {result}", file=sys.stderr)
             status = 1
         elif arguments.json:
-            others = [{"caption": one.text, "log_probability": one.log_probability} for one in result.alternatives]
+            others = [
+                {"caption": other.text, "log_probability": other.log_probability} for other in result.alternatives
+            ]
             record = {"photo": str(photo), "caption": result.text, "log_probability": result.log_probability}
             line = json.dumps(record | {"alternatives": others}, ensure_ascii=False)
-            print(line.encode(errors="backslashreplace").decode())  # JSON is UTF-8, whatever a file is named
+            print(line.encode(errors="backslashreplace").decode())  # JSON must be UTF-8, but file names may not be
         else:
             print(f"{photo}\t{result.text}")
     return status

@@ -1,4 +1,4 @@
-"""What the commands share: flags and settings, --help, exit statuses, and a run's epochs printed as they come."""
+"""Code that all commands share: flags and settings, --help, exit statuses, signals, and the lines of epochs."""
 
 import argparse
 import contextlib
@@ -27,14 +27,14 @@ if TYPE_CHECKING:
 
 R = TypeVar("R")
 USAGE, UNSENT, INTERRUPTED = 2, 3, 130
-"""Exit statuses."""
+"""Exit statuses: a user's mistake; a run that was not completely sent to MLflow's server; an interrupt."""
 
 
 class Parser(argparse.ArgumentParser):
     """An argument parser that also takes settings of an experiment, ``--section.key value``, and lists them in --help.
 
-    ``used`` are the settings that have an effect on the command: names (``seed``) or prefixes of sections
-    (``decoding.``); others are refused. By default all settings have.
+    ``used`` lists the settings that have an effect on the command: names (``seed``) or whole sections (``decoding.``,
+    with the dot). The parser rejects all others. None, the default, stands for all settings, and ``()`` for no setting.
     """
 
     def __init__(self, command: str, description: str, used: tuple[str, ...] | None = None, epilog: str = "") -> None:
@@ -49,33 +49,35 @@ class Parser(argparse.ArgumentParser):
         )
 
     def error(self, message: str) -> NoReturn:
-        """Exit with one line, without the usage above it."""
+        """Print the message in one line, without the usage that argparse puts before it, and exit."""
         line = f"capexp.{self.command}: {' '.join(message.split())}; see --help\n"
         self.exit(USAGE, line if World.from_environment().is_main else None)
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-        """Return the command's own flags, and the settings among the others by dotted name."""
+        """Return the values of the command's own flags, and the texts of the given settings by dotted name."""
         argv = sys.argv[1:] if argv is None else argv
         settings: dict[str, str] = {}
-        own: list[str] = []
-        # Settings first: to argparse the value of an unknown flag may be a positional argument.
-        waiting = iter(argv)
-        for word in waiting:
+        others: list[str] = []
+        # Take the settings with a dot out first: argparse would read the value after an unknown flag as a positional
+        # argument.
+        words = iter(argv)
+        for word in words:
             name, equals, value = word.partition("=")
             if not (name.startswith("--") and "." in name):
-                own.append(word)
+                others.append(word)
             elif equals:
                 settings[name[2:]] = value
             else:
-                settings[name[2:]] = self._value(name, next(waiting, None))
-        self._experiment = _value_of("--experiment", own)
-        namespace, rest = self.parse_known_args(own)
-        waiting = iter(rest)
-        for flag in waiting:
+                settings[name[2:]] = self._value(name, next(words, None))
+        self._experiment = _value_of("--experiment", others)
+        namespace, unknown = self.parse_known_args(others)
+        # Flags that argparse does not know are settings without a dot, such as --seed.
+        words = iter(unknown)
+        for flag in words:
             if not flag.startswith("--"):
                 self.error(f"unexpected {flag!r}")
             name, equals, value = flag[2:].partition("=")
-            settings[name] = value if equals else self._value(flag, next(waiting, None))
+            settings[name] = value if equals else self._value(flag, next(words, None))
         for name in settings:
             if self.used == ():
                 self.error(f"--{name} has no effect on this command, which takes no settings")
@@ -84,7 +86,7 @@ class Parser(argparse.ArgumentParser):
         return namespace, settings
 
     def format_help(self) -> str:
-        """Return the help of the command's own flags and of every setting that has an effect."""
+        """Return the help of the command's own flags and of every setting that has an effect on it."""
         if self.used == ():
             return super().format_help()
         from capexp.experiment import find_experiment, load_experiment
@@ -99,17 +101,19 @@ class Parser(argparse.ArgumentParser):
         return f"{super().format_help()}\nsettings, {source}:\n\n{_settings_help(self.used, experiment)}"
 
     def _value(self, flag: str, value: str | None) -> str:
+        """Return the value of a flag; exit if it is missing."""
         if value is None:
             self.error(f"{flag} needs a value")
         return value
 
 
 def _is_used(name: str, used: tuple[str, ...]) -> bool:
-    return any(name == one or (one.endswith(".") and name.startswith(one)) for one in used)
+    """Return whether a setting is in ``used``, by its name or by its section."""
+    return any(name == entry or (entry.endswith(".") and name.startswith(entry)) for entry in used)
 
 
 def _value_of(flag: str, words: list[str]) -> str | None:
-    """Return the value of a flag among the words of a command line, before they are parsed."""
+    """Return the value of a flag in a command line that argparse has not parsed; None if the flag is not there."""
     for word, following in zip(words, [*words[1:], None], strict=False):
         if word == flag:
             return following
@@ -119,7 +123,7 @@ def _value_of(flag: str, words: list[str]) -> str | None:
 
 
 def _settings_help(used: tuple[str, ...] | None, experiment: "Experiment | None") -> str:
-    """Return the settings by section, each with its type, bounds, value and meaning."""
+    """Return the help of the used settings by section: each with its type, meaning, bounds, and value or default."""
     from pydantic import BaseModel
 
     from capexp.settings import Experiment
@@ -135,8 +139,8 @@ def _settings_help(used: tuple[str, ...] | None, experiment: "Experiment | None"
             elif used is None or _is_used(f"{prefix}{name}", used):
                 group = group or listing.add_argument_group(title, _plain(section.__doc__))
                 value = _default_text(field) if values is None else _value_text(inner)
-                told = " ".join(filter(None, (_plain(field.description), _bounds_text(field), f"[{value}]")))
-                group.add_argument(f"--{prefix}{name}", metavar=_type_text(field), help=told.replace("%", "%%"))
+                text = " ".join(filter(None, (_plain(field.description), _bounds_text(field), f"[{value}]")))
+                group.add_argument(f"--{prefix}{name}", metavar=_type_text(field), help=text.replace("%", "%%"))
 
     add(Experiment, "", experiment)
     return listing.format_help().lstrip()
@@ -148,7 +152,7 @@ def _plain(docstring: str | None) -> str:
 
 
 def _type_text(field: "FieldInfo") -> str:
-    """Return what a setting takes, as --help shows it: ``N``, ``X``, ``PATH``, or its choices."""
+    """Return the type of a setting as --help shows it: ``N``, ``X``, ``PATH``, or its choices."""
     kind = field.annotation
     if get_origin(kind) is Literal:
         return "|".join(map(str, get_args(kind)))
@@ -157,7 +161,7 @@ def _type_text(field: "FieldInfo") -> str:
 
 
 def _bounds_text(field: "FieldInfo") -> str:
-    """Return a setting's bounds in words; empty where it has none."""
+    """Return a setting's bounds in words; an empty text if it has none."""
     found = {
         name: getattr(bound, name)
         for bound in field.metadata
@@ -183,7 +187,7 @@ def _default_text(field: "FieldInfo") -> str:
 
 
 def _value_text(value: object) -> str:
-    """Return a value as it is written on a command line; paths in the home directory begin with ``~``."""
+    """Return a value as a user writes it on the command line; a path in the home directory begins with ``~``."""
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Path):
@@ -195,6 +199,7 @@ def _value_text(value: object) -> str:
 
 
 def _as_json(value: object) -> object:
+    """Convert sections, mappings and tuples to dictionaries and lists; sections keep only the fields that were set."""
     from pydantic import BaseModel
 
     if isinstance(value, BaseModel):
@@ -217,19 +222,21 @@ def add_experiment(parser: argparse.ArgumentParser, default: str | None = "scene
 
 
 def experiment_of(arguments: argparse.Namespace) -> str:
-    """Return the experiment that the flags name, or the embedded one where they name none."""
+    """Return the value of ``--experiment``, or ``scenes`` (the embedded data) if the flag is not given."""
     return "scenes" if arguments.experiment is None else str(arguments.experiment)
 
 
 def add_split(parser: argparse.ArgumentParser) -> None:
-    """Add the flags that name the data that a captioner is evaluated on."""
+    """Add the flags that choose the data for an evaluation, and the output file."""
     parser.add_argument(
         "--experiment",
         metavar="NAME|FILE",
-        help="the experiment whose data is used (default: scenes, for a captioner that was trained on them)",
+        help="the experiment whose data is used (default: scenes, only if the captioner was trained on it)",
     )
-    parser.add_argument("--split", choices=("train", "dev", "test"), default="dev", help="default: %(default)s")
-    parser.add_argument("--output", metavar="FILE.json", type=Path, help="write the result to this file too")
+    parser.add_argument(
+        "--split", choices=("train", "dev", "test"), default="dev", help="split to use (default: %(default)s)"
+    )
+    parser.add_argument("--output", metavar="FILE.json", type=Path, help="also write the result to this file")
 
 
 def add_model(parser: argparse.ArgumentParser) -> None:
@@ -242,7 +249,7 @@ def add_model(parser: argparse.ArgumentParser) -> None:
 
 
 def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -> None:
-    """Refuse a file that could not be written, before any work is done."""
+    """Exit with an error if the output file cannot be written. Call it before the work is done."""
     if output is None:
         return
     folder = Path(os.path.realpath(output)).parent
@@ -254,8 +261,8 @@ def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -
         parser.error(f"{flag} {output}: a folder; name a file in it")
 
 
-def drain(updates: "Generator[Update, None, R]") -> R:
-    """Print a run's epochs as they come; return its result."""
+def print_epochs(updates: "Generator[Update, None, R]") -> R:
+    """Run a generator of updates to its end, print a line for each epoch, and return the generator's result."""
     with contextlib.closing(updates):
         while True:
             try:
@@ -263,44 +270,49 @@ def drain(updates: "Generator[Update, None, R]") -> R:
             except StopIteration as stop:
                 result: R = stop.value
                 return result
-            print(_line(update.run, update.epoch), flush=True)
+            print(_describe_epoch(update.run, update.epoch), flush=True)
 
 
-def _line(run: str, epoch: "Epoch") -> str:
+def _describe_epoch(run: str, epoch: "Epoch") -> str:
+    """Return the line that is printed for an epoch; ``run`` is the run's label, empty if there is one run only."""
     label = f"{run}   " if run else ""
-    second = "" if epoch.reward is None else f"reward {epoch.reward:.4f}   dev CIDEr {epoch.dev_cider:.4f}   "
+    reward = "" if epoch.reward is None else f"reward {epoch.reward:.4f}   dev CIDEr {epoch.dev_cider:.4f}   "
     return (
         f"{label}epoch {epoch.number:3d}   train {epoch.train_loss:.4f}   dev {epoch.dev_loss:.4f}   "
-        f"{second}{epoch.seconds:.1f} s{'  *' if epoch.improved else ''}"
+        f"{reward}{epoch.seconds:.1f} s{'  *' if epoch.improved else ''}"
     )
 
 
 def main(name: str, command: Callable[[], int]) -> NoReturn:
-    """Run a command as a program: log on stderr, a user's mistake in one line, exit status."""
+    """Run a command as a program: configure logging and signals, print errors in one line, exit with the status.
+
+    ``name`` is the name of the command, such as "train".
+    """
     logging.basicConfig(level=logging.WARNING, format="%(message)s", stream=sys.stderr)
-    logging.getLogger("capexp").setLevel(logging.DEBUG)  # all of it goes to a run's log file
+    logging.getLogger("capexp").setLevel(logging.DEBUG)  # a run's log file gets all records
     world = World.from_environment()
     for handler in logging.getLogger().handlers:
         handler.addFilter(lambda record: record.levelno >= (logging.INFO if world.is_main else logging.WARNING))
-    # MLflow's hints, migrations and progress bars would bury what the command itself has to say.
+    # Turn off MLflow's hints, migration messages and progress bars, so that the command's own output stays readable.
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
-    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # with the server's password, if any
+    os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the URL may contain a password
     logging.getLogger("alembic").setLevel(logging.WARNING)
-    logging.getLogger("urllib3").setLevel(logging.ERROR)  # that it tries again
-    for told_in_one_line_below in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
-        logging.getLogger(told_in_one_line_below).setLevel(logging.CRITICAL)
-    # Threads that wait sleep instead of spinning: two runs on one machine then share its cores.
+    logging.getLogger("urllib3").setLevel(logging.ERROR)  # no warnings about retries
+    # These log errors with a traceback; the command reports them in one line.
+    for logger in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
+        logging.getLogger(logger).setLevel(logging.CRITICAL)
+    # OpenMP threads sleep while they wait, instead of spinning, so that two runs on one machine can share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")
-    # Large photos are refused at a limit of our own.
+    # Ignore Pillow's warning about large photos: capexp.data.photos rejects photos above a limit of its own.
     warnings.filterwarnings("ignore", message="Image size .* exceeds limit")
-    # Names of files that are not UTF-8 are printed as the bytes they are.
+    # Print file names that are not UTF-8 as their original bytes.
     if isinstance(sys.stdout, io.TextIOWrapper):
         sys.stdout.reconfigure(errors="surrogateescape")
     if world.is_main:
         signal.signal(signal.SIGTERM, _interrupt)
         signal.signal(signal.SIGINT, _interrupt)
-    else:  # of torchrun's processes the first tells and brings the run to its end
+    else:  # under torchrun, rank 0 prints and closes an interrupted run; the other ranks end without a message
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.environ["TQDM_DISABLE"] = "1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
@@ -321,15 +333,15 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
         elif isinstance(error, InputError):
             status = _say(name, str(error), USAGE)
         elif isinstance(error, OSError) and error.strerror:
-            where = f"{error.filename}: " if error.filename else ""
-            status = _say(name, f"{where}{error.strerror}", USAGE)
+            file = f"{error.filename}: " if error.filename else ""
+            status = _say(name, f"{file}{error.strerror}", USAGE)
         else:
             raise
     sys.exit(status)
 
 
 def _refuse_torchrun(name: str) -> int:
-    """Return status 2 where torchrun starts a command that gains nothing by it."""
+    """Return status 2, with a message, if torchrun has started a command that cannot use several processes; else 0."""
     world = World.from_environment()
     if world.size == 1 or name in ("train", "extract"):
         return 0
@@ -339,16 +351,17 @@ def _refuse_torchrun(name: str) -> int:
 
 
 def _say(name: str, message: str, status: int) -> int:
+    """Print a message in one line on stderr; return ``status``."""
     world = World.from_environment()
-    where = "" if world.is_main else f"rank {world.rank}: "
-    print(f"capexp.{name}: {where}{' '.join(message.split())}", file=sys.stderr)
+    rank = "" if world.is_main else f"rank {world.rank}: "
+    print(f"capexp.{name}: {rank}{' '.join(message.split())}", file=sys.stderr)
     return status
 
 
 def _interrupt(signum: int, frame: FrameType | None) -> Any:
-    """Interrupt at the first signal; while the run ends in order, more signals have no effect."""
+    """Raise KeyboardInterrupt at the first signal, and ignore later ones, so that the run can close cleanly."""
     for number in (signal.SIGTERM, signal.SIGINT):
-        signal.signal(number, _pass)  # not SIG_IGN: Python complains of a signal that was under way
+        signal.signal(number, _pass)  # with SIG_IGN, Python prints an error for a signal that has arrived already
     raise KeyboardInterrupt
 
 

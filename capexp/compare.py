@@ -1,18 +1,23 @@
-"""Compares two captioners on the same photos by a paired bootstrap."""
+"""Compare two captioners on the same photos, with a paired bootstrap test."""
 
 import json
 from dataclasses import asdict
 
 from capexp import cli
 
-_SHOWN = 5  # photos at either end
+_SHOWN = 5  # photos printed from each end of the list, which is sorted by the difference in CIDEr
 
 
 def compare(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = cli.Parser("compare", __doc__, ("captions.", "features.", "decoding.", "training.device", "seed"))
     cli.add_split(parser)
-    parser.add_argument("models", metavar="MODEL", nargs=2, help="as --model of evaluate; the first is the base")
+    parser.add_argument(
+        "models",
+        metavar="MODEL",
+        nargs=2,
+        help="the two captioners, given like --model of capexp.evaluate; differences are second minus first",
+    )
     arguments, settings = parser.parse(argv)
     cli.refuse_output(parser, arguments.output)
 

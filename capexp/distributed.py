@@ -1,7 +1,7 @@
 """Processes and devices: torchrun's ranks, spawned processes and their environment, and the device to compute on.
 
-Under torchrun each rank takes its shard of every batch and gradients are summed over all ranks, so that all take the
-same step. Rank 0 alone tracks, saves and prints.
+Under torchrun each rank computes its shard of every batch, and gradients are summed over all ranks, so that all ranks
+make the same optimizer step. Only rank 0 tracks, saves and prints.
 """
 
 import atexit
@@ -19,8 +19,8 @@ from typing import TYPE_CHECKING, TypeVar
 
 from capexp.errors import InputError, Outage
 
-# A command asks for its rank before it has read its flags, and processes that decode photos import this module: neither
-# may wait for torch or pydantic.
+# torch and pydantic are not imported here because they load slowly: a command needs its rank before it parses its
+# flags, and processes that decode photos import this module.
 if TYPE_CHECKING:
     import torch
     from torch import Tensor, nn
@@ -28,20 +28,23 @@ if TYPE_CHECKING:
     from capexp.settings import Precision
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(hours=6)  # rank 0 evaluates, or hashes photos, while the others wait
-_GRACE = 10.0  # seconds; torchrun ends the other ranks long before
+_TIMEOUT = timedelta(hours=6)  # of collective operations: the other ranks wait while rank 0 evaluates or hashes photos
+_GRACE = 10.0  # seconds that other ranks wait for rank 0 to end first; torchrun usually ends them earlier
 
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process and the number of ranks; a world of size 1 communicates nothing."""
+    """The rank of this process and the number of ranks; with one rank, no method communicates."""
 
     rank: int = 0
     size: int = 1
 
     @classmethod
     def from_environment(cls) -> "World":
-        """Return the rank and size that torchrun has set, or a world of one; the ranks are not connected yet."""
+        """Return the rank and size from torchrun's environment variables; without them, a world of one rank.
+
+        It does not connect the ranks; :meth:`start` does.
+        """
         if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
             return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
         return cls()
@@ -52,12 +55,12 @@ class World:
         return self.rank == 0
 
     def start(self) -> None:
-        """Connect the ranks; return when all are connected."""
+        """Connect the ranks, and wait until all are connected."""
         if self.size == 1:
             return
         import torch
         import torch.distributed
-        import torch.distributed.nn.functional  # imported later, its functions would hold the process group for good
+        import torch.distributed.nn.functional  # before init: else its default arguments keep the process group alive
 
         backend = "gloo"
         if torch.cuda.is_available():
@@ -68,10 +71,10 @@ class World:
         atexit.register(self.stop)
 
     def stop(self) -> None:
-        """Disconnect the ranks and end the threads that communicate.
+        """Disconnect the ranks and end their communication threads; :meth:`start` registers it to run at exit.
 
-        A thread that is still alive frees its last tensor while the interpreter exits. That aborts the process
-        (SIGABRT), and torchrun reports a failure.
+        A communication thread that is alive at interpreter exit may abort the process (SIGABRT) when it frees its last
+        tensor. torchrun would then report a failure of a run that has succeeded.
         """
         if self.size == 1:
             return
@@ -86,7 +89,7 @@ class World:
         return shard
 
     def barrier(self) -> None:
-        """Wait until all ranks have come here."""
+        """Wait until all ranks have called this."""
         self.sum(0.0)
 
     def sum(self, *values: float) -> list[float]:
@@ -100,7 +103,7 @@ class World:
         return [float(value) for value in sums]
 
     def sum_gradients(self, module: "nn.Module", loss: "Tensor") -> "Tensor":
-        """Replace each gradient by its sum over all ranks, and return the sum of their losses."""
+        """Replace each gradient of the module by its sum over all ranks; return the loss, summed over all ranks."""
         if self.size == 1:
             return loss
         import torch
@@ -123,7 +126,7 @@ class World:
 
         results = [make() if self.is_main else None]
         with self._collective():
-            # Without weights_only, any pickled code would run.
+            # weights_only: do not execute pickled code.
             torch.distributed.broadcast_object_list(results, 0, device=torch.device("cpu"), weights_only=True)
         return results[0]  # type: ignore[return-value]
 
@@ -135,9 +138,10 @@ class World:
 
     @contextmanager
     def _collective(self) -> Iterator[None]:
-        """End this process when another rank has died: rank 0 with an :class:`Outage`, the others silently.
+        """End this process if a collective operation in the block fails, because another rank has died.
 
-        torchrun reports the exit status of the rank that ends first. So the others wait before they end.
+        Rank 0 raises an :class:`Outage`. The other ranks exit with status 1 and no message. torchrun reports the exit
+        status of the rank that ends first, so they wait before they exit, to let rank 0 end first.
         """
         try:
             yield
@@ -145,7 +149,7 @@ class World:
             if not self.is_main:
                 time.sleep(_GRACE)
                 raise SystemExit(1) from error
-            # torchrun sends SIGTERM to the other ranks; rank 0 still closes the run.
+            # Ignore the SIGTERM that torchrun sends to all remaining ranks: rank 0 still has to close the run.
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             raise Outage(
                 "another of torchrun's processes has gone; see what it or torchrun told, then go on with --resume"
@@ -153,11 +157,12 @@ class World:
 
 
 ALONE = World()
+"""The world of a single process."""
 
 
 @contextmanager
 def environment(**values: str | None) -> Iterator[None]:
-    """Set environment variables inside the block, unset those given as None, and restore all of them after it."""
+    """Set environment variables for the block, unset those given as None, and restore all of them after it."""
     before = {name: os.environ.get(name) for name in values}
     _set_environment(values)
     try:
@@ -187,9 +192,9 @@ def follow_parent(end: Callable[[], object]) -> None:
 
 
 def choose_device(name: str) -> "torch.device":
-    """Return the device that ``training.device`` names; ``auto`` is CUDA where available.
+    """Return the device that ``training.device`` names; ``auto`` is CUDA if available, else the CPU.
 
-    Under torchrun each process has its own GPU.
+    Under torchrun, ``auto`` and ``cuda`` give each process its own GPU.
     """
     import torch
 

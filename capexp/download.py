@@ -1,4 +1,4 @@
-"""Downloads Flickr8k, photos and captions, into a folder, and checks it."""
+"""Download Flickr8k (photos and captions) into a folder, and check that it is complete."""
 
 import shlex
 from functools import partial
@@ -7,19 +7,24 @@ from pathlib import Path
 from capexp import cli
 
 OUTPUT = Path(__file__).parents[1] / "cache" / "flickr8k"
-"""Where the experiments on Flickr8k look for it."""
+"""The folder in which the experiments on Flickr8k expect the data."""
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
+"""The URL from which the two archives are downloaded."""
 
 
 def download(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = cli.Parser("download", __doc__, ())
-    parser.add_argument("data", choices=("flickr8k",), help="what to bring; two archives, about 1.0 GiB")
-    parser.add_argument("--output", metavar="FOLDER", type=Path, default=OUTPUT, help="default: %(default)s")
+    parser.add_argument("data", choices=("flickr8k",), help="the data set; two archives, about 1.0 GiB in total")
     parser.add_argument(
-        "--source", metavar="URL|FOLDER", default=RELEASE, help="what holds the two archives; default: %(default)s"
+        "--output", metavar="FOLDER", type=Path, default=OUTPUT, help="folder for the data (default: %(default)s)"
     )
-    parser.add_argument("--keep-archives", action="store_true", help="leave fetched archives where they are unpacked")
+    parser.add_argument(
+        "--source", metavar="URL|FOLDER", default=RELEASE, help="where the two archives are (default: %(default)s)"
+    )
+    parser.add_argument(
+        "--keep-archives", action="store_true", help="do not delete the downloaded archives after unpacking"
+    )
     arguments, _ = parser.parse(argv)
     from capexp.data.flickr8k import bring
 

@@ -1,25 +1,25 @@
-"""Errors that a user can mend, and how URIs are shown without passwords."""
+"""Errors that a user can fix, and functions for their messages: URIs without passwords, shortened lists."""
 
 from urllib.parse import parse_qsl, unquote
 
 
 class InputError(ValueError):
-    """Something outside the program is wrong: a file, a photo, a setting, a device.
+    """An error that a user can fix, in a file, a photo, a setting or a device.
 
-    The message is one line that names what is wrong, its value, and the remedy. Commands print it and end
-    with exit status 2; any other exception is a defect of ours and keeps its traceback.
+    The message is one line that names the file or setting, its value, and the remedy. Commands print it and exit with
+    status 2. Any other exception is a bug of this project and is shown with its traceback.
     """
 
 
 class Outage(InputError):
-    """Something that the work needs beside its input is unavailable: a server, a database, disk space.
+    """A resource is unavailable: a server, a database, disk space, another rank.
 
-    The same work may go well later, so a study runs the trial again instead of calling it failed.
+    The same command may succeed later, so a study reruns the trial instead of counting it as failed.
     """
 
 
 class Unsent(Outage):
-    """A run has ended, but MLflow's server has not received all that it logged."""
+    """A run has ended, but MLflow's server has not received all of its journal entries."""
 
     def __init__(self, run_id: str, reason: str) -> None:
         super().__init__(run_id, reason)
@@ -34,15 +34,15 @@ class Unsent(Outage):
 
 
 def shown_uri(uri: str) -> str:
-    """Return a URI without user, password and query."""
-    if uri.startswith("sqlite"):  # a file: an @ in its path ends no password
+    """Return a URI without user, password and query, for messages."""
+    if uri.startswith("sqlite"):  # the path of a file; an @ in it does not separate a password
         return uri
     scheme, separator, rest = uri.partition("://")
     return f"{scheme}{separator}{rest.rpartition('@')[2].partition('?')[0]}"
 
 
 def without_secrets(text: str, uri: str) -> str:
-    """Return a text without the secrets of a URI: libraries quote both in their errors."""
+    """Remove the secrets of a URI from a text, such as the error of a library that quotes the URI."""
     if uri.startswith("sqlite"):
         return text
     rest, _, query = uri.partition("://")[2].partition("?")
@@ -56,6 +56,6 @@ def without_secrets(text: str, uri: str) -> str:
 
 
 def listed(names: list[str], shown: int = 3) -> str:
-    """Return the first few of many names, for an error line: ``a, b, c and 12 more``."""
+    """Return the first names of a list for an error message: ``a, b, c and 12 more``."""
     rest = len(names) - shown
     return ", ".join(names[:shown]) + (f" and {rest} more" if rest > 0 else "")

@@ -1,4 +1,4 @@
-"""Evaluates a captioner on a split: losses and scores, also with photos shuffled (image-blind)."""
+"""Evaluate a captioner on a split: loss and scores, and the same with photos shuffled (image-blind baseline)."""
 
 import json
 
@@ -11,7 +11,9 @@ def evaluate(argv: list[str] | None = None) -> int:
     parser = cli.Parser("evaluate", __doc__, used)
     cli.add_split(parser)
     cli.add_model(parser)
-    parser.add_argument("--java", action="store_true", help="METEOR and SPICE too, which need Java and pycocoevalcap")
+    parser.add_argument(
+        "--java", action="store_true", help="also compute METEOR and SPICE, which need Java and pycocoevalcap"
+    )
     arguments, settings = parser.parse(argv)
     cli.refuse_output(parser, arguments.output)
 

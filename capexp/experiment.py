@@ -1,4 +1,4 @@
-"""Read an experiment from a TOML file and flags: every setting by its dotted name, every fault in one line."""
+"""Read experiments from TOML files and flags, and report each error in one line with the setting's dotted name."""
 
 import datetime
 import difflib
@@ -16,22 +16,24 @@ from capexp.errors import InputError
 from capexp.settings import WEIGHTS, Choices, DecodingConfig, Experiment, flatten
 
 FOLDER = Path(__file__).parents[1] / "experiments"
-"""Where experiments are found by their names."""
+"""The folder in which experiments are found by name."""
 
 Settings = dict[str, Any]
 
-_DEPTH = 20  # of tables and lists in a file
-_UNFIT = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")  # the last: of file names that are not UTF-8
-# Of an ensemble's settings: those that its members must share, and those that it decides for them.
+_DEPTH = 20  # maximum depth of nested tables and lists in a file
+# Control characters, and the surrogates by which Python represents file names that are not UTF-8.
+_FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
+# Settings that must be equal in an ensemble and all its members.
 _SHARED = (
     *("vocabulary.cleaning", "vocabulary.minimum_count", "vocabulary.unknown"),
     *("features.layer", "features.pool", "features.size", "features.mirror"),
 )
-_DECIDED = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
+# Settings of the ensemble that replace those of its members, as all of captions.* do.
+_IMPOSED = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
 
 
 def find_experiment(name: str) -> Path:
-    """Return the file of an experiment, by path or by its name under ``experiments/``."""
+    """Return the file of an experiment, given as a path or as a name under ``experiments/``."""
     for path in (Path(name), FOLDER / f"{name}.toml"):
         if path.is_file():
             return path
@@ -40,15 +42,15 @@ def find_experiment(name: str) -> Path:
 
 
 def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
-    """Read an experiment file; ``overrides`` by dotted name take the place of its settings.
+    """Read an experiment file; ``overrides`` replace its settings, by dotted name.
 
-    Paths in the file are relative to the file, paths among the overrides to the working directory. An
-    override may be text, as it comes from a command line, or a value.
+    Paths in the file are relative to the file's folder, paths in the overrides to the working directory. An override
+    is a value, or text from the command line.
     """
     try:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_values(settings)
-    except (ValueError, RecursionError) as error:  # of TOML, UTF-8, numbers of thousands of digits, depth
+    except (ValueError, RecursionError) as error:  # TOML syntax, UTF-8, numbers of thousands of digits, depth
         raise InputError(f"{path}: not TOML ({error}); mend it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
@@ -63,7 +65,7 @@ def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
 
 
 def replace_settings(experiment: Experiment, overrides: Mapping[str, object]) -> Experiment:
-    """Return the experiment with other settings, by dotted name; errors are those of :func:`load_experiment`."""
+    """Return a copy of the experiment in which ``overrides`` replace settings, as in :func:`load_experiment`."""
     settings = experiment.model_dump(mode="json")
     for name, value in overrides.items():
         _set(settings, name, value)
@@ -71,7 +73,7 @@ def replace_settings(experiment: Experiment, overrides: Mapping[str, object]) ->
 
 
 def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object]) -> DecodingConfig:
-    """Return a captioner's own decoding settings with those of the overrides that start with ``decoding.``."""
+    """Return a captioner's decoding settings, in which overrides of ``decoding.*`` replace settings."""
     settings: Settings = {"decoding": decoding.model_dump(mode="json")}
     for name, value in overrides.items():
         if name.startswith("decoding."):
@@ -83,7 +85,7 @@ def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object])
 
 
 def to_toml(experiment: Experiment) -> str:
-    """Return the experiment as a TOML file with absolute paths, which loads to an equal experiment."""
+    """Return the experiment as TOML text with absolute paths; loading it gives an equal experiment."""
     unused = None if experiment.is_ensemble else {"ensemble"}
     settings = experiment.model_dump(mode="json", exclude_none=True, exclude=unused)
     for table, key, _ in _paths(settings):
@@ -92,25 +94,26 @@ def to_toml(experiment: Experiment) -> str:
 
 
 def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
-    """Return the experiments that an ensemble's members are trained by, one a seed.
+    """Return the experiments of an ensemble's members, one per seed.
 
-    The ensemble decides for all of them which the data is, where it and the features lie, and on which device they are
-    trained; everything else is their own.
+    The ensemble sets each member's data paths (``captions.*``), weights, cache, the precision and batch size of the
+    extraction, and the device. Members must have the same vocabulary settings and the same features as the ensemble.
+    They keep all their other settings.
     """
-    ours = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
-    taken = {name: value for name, value in ours.items() if name.startswith("captions.") or name in _DECIDED}
+    settings = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
+    imposed = {name: value for name, value in settings.items() if name.startswith("captions.") or name in _IMPOSED}
     members: list[Experiment] = []
-    for member in experiment.ensemble.members:
-        for seed in member.seeds:
+    for config in experiment.ensemble.members:
+        for seed in config.seeds:
             try:
-                path = find_experiment(member.experiment)
+                path = find_experiment(config.experiment)
             except InputError as error:
                 raise InputError(f"ensemble.members: {str(error).removeprefix('--experiment ')}") from None
-            own = load_experiment(path, {**member.settings, "seed": seed, **taken})
-            _check_member(own, ours, experiment.name)
-            if any(one.name == own.name and one.flat() == own.flat() for one in members):
-                raise InputError(f"ensemble.members: {member_name(own)} is there twice; leave one out")
-            members.append(own)
+            member = load_experiment(path, {**config.settings, "seed": seed, **imposed})
+            _check_member(member, settings, experiment.name)
+            if any(other.name == member.name and other.flat() == member.flat() for other in members):
+                raise InputError(f"ensemble.members: {member_name(member)} is there twice; leave one out")
+            members.append(member)
     if len(members) < 2:
         raise InputError(f"ensemble.members: {len(members)} is no ensemble; name two captioners or more")
     return tuple(members)
@@ -122,6 +125,10 @@ def member_name(member: Experiment) -> str:
 
 
 def _check_member(member: Experiment, ours: Mapping[str, object], name: str) -> None:
+    """Reject a member that is an ensemble, or whose vocabulary or features differ from the ensemble's.
+
+    ``ours`` are the settings of the ensemble by dotted name, and ``name`` is its name.
+    """
     if member.is_ensemble:
         raise InputError(f"ensemble.members: {member.name} is an ensemble itself; name its members in its place")
     theirs = flatten(member.model_dump(mode="json"))
@@ -134,10 +141,11 @@ def _check_member(member: Experiment, ours: Mapping[str, object], name: str) -> 
 
 
 def check_search_space(experiment: Experiment) -> None:
-    """Refuse a search space that no study can use, before its first trial.
+    """Reject a search space that no study can use, before the first trial.
 
-    Refused are names that are no setting, values that a setting does not allow, settings whose trials would have
-    losses that do not compare or that need other features, and an ensemble, which trains nothing.
+    A study cannot search unknown settings, values that a setting does not allow, or settings outside ``model`` and
+    ``training``: their trials would need other features, or have losses that are not comparable. An ensemble is not
+    searched because it trains nothing.
     """
     if experiment.is_ensemble:
         raise InputError(
@@ -158,7 +166,7 @@ def check_search_space(experiment: Experiment) -> None:
 
 
 def setting_type(name: str) -> Any:
-    """Return the type of a setting, with its bounds."""
+    """Return the type of a setting, annotated with its bounds."""
     model: Any = Experiment
     *sections, last = name.split(".")
     for section in sections:
@@ -175,7 +183,7 @@ def setting_type(name: str) -> Any:
 
 
 def default_text(name: str) -> str | None:
-    """Return the default of a setting as :meth:`Experiment.flat` writes it; None where the name is no setting."""
+    """Return the default of a setting as :meth:`Experiment.flat` writes it; None if it has none or is unknown."""
     model: Any = Experiment
     *sections, last = name.split(".")
     for section in sections:
@@ -188,7 +196,7 @@ def default_text(name: str) -> str | None:
 
 
 def setting_names() -> list[str]:
-    """Return all settings by dotted name."""
+    """Return the dotted names of all settings."""
 
     def names(model: Any, prefix: str) -> Iterator[str]:
         for name, field in model.model_fields.items():
@@ -205,7 +213,10 @@ def _is_section(kind: Any) -> bool:
 
 
 def _paths(settings: Settings) -> Iterator[tuple[Settings, str, str]]:
-    """Yield every path among nested settings that stands for itself: its table, its key, its dotted name."""
+    """Yield the table, the key and the dotted name of each setting that is a path of its own.
+
+    Paths relative to ``captions.root`` are left out.
+    """
     for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
         table = settings.get(section)
         if isinstance(table, dict) and isinstance(table.get(key), str) and table[key] not in WEIGHTS:
@@ -213,13 +224,16 @@ def _paths(settings: Settings) -> Iterator[tuple[Settings, str, str]]:
     ensemble = settings.get("ensemble")
     members = ensemble.get("members") if isinstance(ensemble, dict) else None
     for member in members if isinstance(members, list) else ():
-        # An experiment is named by its file's path, or by its name under ``experiments/``.
+        # The experiment of a member is a path only if it ends in .toml; otherwise it is a name under experiments/.
         if isinstance(member, dict) and str(member.get("experiment")).endswith(".toml"):
             yield member, "experiment", "ensemble.members"
 
 
 def _check_values(value: object, depth: int = 0, name: str = "") -> None:
-    """Refuse what TOML allows and no setting is: dates, numbers of more than 64 bits, deep nesting."""
+    """Raise ValueError for values that are valid in TOML but not for settings.
+
+    These are dates, times, numbers of more than 64 bits and deeply nested tables or lists.
+    """
     if depth > _DEPTH:
         raise ValueError("tables or lists too deep")
     if isinstance(value, Mapping):
@@ -235,13 +249,13 @@ def _check_values(value: object, depth: int = 0, name: str = "") -> None:
 
 
 def _set(settings: Settings, name: str, value: object) -> None:
-    """Put one override into nested settings."""
+    """Set one override in nested settings; convert it to the setting's type if it is text."""
     kind = TypeAdapter(setting_type(name))
     if isinstance(value, str):
         try:
-            # A table or a list, such as a search space, is given as JSON.
-            read = kind.validate_json if value.startswith(("{", "[")) else kind.validate_python
-            value = kind.dump_python(read(value), mode="json")
+            # On the command line, tables and lists, such as a search space, are written as JSON.
+            validate = kind.validate_json if value.startswith(("{", "[")) else kind.validate_python
+            value = kind.dump_python(validate(value), mode="json")
         except ValidationError as error:
             raise InputError(f"--{name} {value}: {_explain(error, flag=True)}") from None
     *sections, last = name.split(".")
@@ -253,25 +267,28 @@ def _set(settings: Settings, name: str, value: object) -> None:
 
 
 def _validate(settings: Settings, source: str) -> Experiment:
+    """Validate nested settings; ``source`` is the file or the experiment that errors name."""
     for name, value in flatten(settings).items():
-        if isinstance(value, str) and _UNFIT.search(value):
+        if isinstance(value, str) and _FORBIDDEN.search(value):
             raise InputError(f"{source}: {name} = {value[:60]!r}: no setting holds control characters; take them out")
     try:
-        # As JSON, strict: text is taken for a path but not for a number, a whole number for a float. Paths come from
-        # overrides in Python.
+        # Validate JSON in strict mode: it accepts text for a path and a whole number for a float, but not text for a
+        # number. default=str converts the Path objects among overrides.
         return Experiment.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
         raise InputError(f"{source}: {_explain(error)}") from None
 
 
 def _explain(error: ValidationError, flag: bool = False) -> str:
-    """Return the first fault in one line: which setting, what value, what is allowed.
+    """Return the first error in one line: the setting, its value, and what is allowed.
 
-    The line of a ``flag`` begins with setting and value; then the message names the place in a table alone.
+    With ``flag``, the caller puts the setting and its value before the line, so it names only a position inside a
+    table or list.
     """
     first = error.errors()[0]
-    name = ".".join(str(part) for part in first["loc"] if part not in ("Range", "Choices"))  # of tune.search
-    if first["type"] == "value_error":  # raised by a section's own check, whose message names the settings
+    # In tune.search the location includes the tag of the space's class.
+    name = ".".join(str(part) for part in first["loc"] if part not in ("Range", "Choices"))
+    if first["type"] == "value_error":  # from a validator in settings.py; its message names the settings
         return str(first["ctx"]["error"])
     if first["type"] == "missing" and name:
         return f"{name} is not set" + ("" if flag else "; add it")
@@ -287,12 +304,13 @@ def _lower(message: str) -> str:
 
 
 def _unknown(name: str) -> InputError:
+    """Return the error for an unknown setting, which suggests a similar name or lists the settings of its section."""
     names = setting_names()
     sections = [section for section, field in Experiment.model_fields.items() if _is_section(field.annotation)]
     close = difflib.get_close_matches(name, [*names, *sections], n=1, cutoff=0.75)
-    above = name.rpartition(".")[0]
-    beside = [known for known in names if known.rpartition(".")[0] == above]
-    if not above:
-        beside += [f"{section}.*" for section in sections]
-    remedy = f"did you mean {close[0]}?" if close else f"settings are {', '.join(beside or names)}"
+    parent = name.rpartition(".")[0]
+    siblings = [known for known in names if known.rpartition(".")[0] == parent]
+    if not parent:
+        siblings += [f"{section}.*" for section in sections]
+    remedy = f"did you mean {close[0]}?" if close else f"settings are {', '.join(siblings or names)}"
     return InputError(f"unknown setting {name!r}; {remedy}")

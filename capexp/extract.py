@@ -1,4 +1,4 @@
-"""Computes the features of an experiment's photos ahead of time, into its cache."""
+"""Compute the features of an experiment's photos before training, into the cache."""
 
 import resource
 import time
@@ -11,9 +11,14 @@ def extract(argv: list[str] | None = None) -> int:
     parser = cli.Parser("extract", __doc__, ("captions.", "features.", "training.device"))
     cli.add_experiment(parser)
     parser.add_argument(
-        "--split", choices=("train", "dev", "test"), action="append", help="default: all that are listed"
+        "--split",
+        choices=("train", "dev", "test"),
+        action="append",
+        help="split to extract; repeat the flag for several (default: all that exist)",
     )
-    parser.add_argument("--clear", action="store_true", help="compute what is cached of these photos anew")
+    parser.add_argument(
+        "--clear", action="store_true", help="recompute the features of these photos even if they are cached"
+    )
     arguments, settings = parser.parse(argv)
 
     from capexp.data.cache import FeatureCache
@@ -27,7 +32,7 @@ def extract(argv: list[str] | None = None) -> int:
     if arguments.clear and world.size > 1:
         parser.error("--clear: not under torchrun; give it to one process alone")
     if not world.is_main:
-        world.start()  # what is wrong for all, the first tells
+        world.start()  # wait until rank 0 has checked settings and data, so that only it reports their errors
     experiment = load_experiment(find_experiment(arguments.experiment), settings)
     splits = list(read_splits(experiment.captions, arguments.split).values())
     identity = identify(experiment.features)

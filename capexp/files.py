@@ -1,4 +1,4 @@
-"""Atomic writes, and disk errors in one line."""
+"""Write files atomically, and report disk errors in one line."""
 
 import os
 from collections.abc import Iterator
@@ -9,12 +9,12 @@ from safetensors import SafetensorError
 
 from capexp.errors import Outage
 
-_STREAMS = ("fd", "stdout", "stderr")
+_STREAMS = ("fd", "stdout", "stderr")  # names under /dev
 
 
 @contextmanager
 def writing(path: Path) -> Iterator[None]:
-    """Turn errors of writing (a full disk, a folder without permission) into an :class:`Outage` of one line."""
+    """Convert write errors in the block (disk full, permission denied) to an :class:`Outage` that names ``path``."""
     try:
         yield
     except (OSError, SafetensorError) as error:
@@ -25,33 +25,33 @@ def writing(path: Path) -> Iterator[None]:
 
 
 def write_whole(path: Path, text: str) -> Path:
-    """Write a text file atomically: beside its place, then renamed. Return its path.
+    """Write a text file atomically: write a temporary file in the same folder and rename it. Return the file's path.
 
-    Through a symbolic link the file that it points to is written; a device or a pipe is appended to.
+    A symbolic link is followed: its target is replaced, the link stays. A device or a pipe is appended to.
     """
-    shown, content = path, text.encode(errors="backslashreplace")  # names of files need not be UTF-8
-    path = Path(os.path.realpath(path))
-    # A process's own stream may be a file that others write to as well.
-    is_stream = shown.parts[:2] == ("/", "proc") or shown.parts[:3] in [("/", "dev", name) for name in _STREAMS]
-    if is_stream or (shown.exists() and not shown.is_file()):
-        with writing(shown), shown.open("ab") as file:
+    content = text.encode(errors="backslashreplace")  # the text may contain file names that are not UTF-8
+    target = Path(os.path.realpath(path))
+    # Append to a stream of this process too: it may be a file that other processes write to.
+    is_stream = path.parts[:2] == ("/", "proc") or path.parts[:3] in [("/", "dev", name) for name in _STREAMS]
+    if is_stream or (path.exists() and not path.is_file()):
+        with writing(path), path.open("ab") as file:
             file.write(content)
-        return shown
-    beside = path.with_name(f".{path.name}.{os.getpid()}.part")
+        return path
+    temporary = target.with_name(f".{target.name}.{os.getpid()}.part")
     try:
-        with writing(path):
-            beside.write_bytes(content)
-            if path.exists():
-                beside.chmod(path.stat().st_mode)
-            beside.replace(path)
+        with writing(target):
+            temporary.write_bytes(content)
+            if target.exists():
+                temporary.chmod(target.stat().st_mode)
+            temporary.replace(target)
     finally:
         with suppress(OSError):
-            beside.unlink(missing_ok=True)
-    return path
+            temporary.unlink(missing_ok=True)
+    return target
 
 
 def sync(path: Path) -> None:
-    """Flush a file or folder to disk (fsync), so that it survives a power cut."""
+    """Flush a file or folder to disk (fsync), so that it survives a power failure."""
     handle = os.open(path, os.O_RDONLY)
     try:
         os.fsync(handle)

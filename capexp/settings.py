@@ -1,7 +1,8 @@
-"""Every setting of an experiment: its type, bounds, default and meaning. The manual that ``--help`` prints.
+"""Every setting of an experiment: its type, bounds, default and meaning.
 
 A setting has one name everywhere: ``training.learning_rate`` is the key in the TOML file, the flag on the command
-line, the param in MLflow and the parameter of a study. Imports nothing but the standard library and pydantic.
+line, the param in MLflow and the parameter of a study. ``--help`` prints the docstrings of sections and fields. The
+module imports only the standard library and pydantic.
 """
 
 import os
@@ -22,72 +23,79 @@ Schedule = Literal["constant", "cosine"]
 Metric = Literal["dev_loss", "dev_cider"]
 
 NAME: Final = r"^\w[\w .-]{0,99}$"
-"""Names of experiments, models and studies: no separator of paths, URIs or lines."""
+"""Pattern of the names of experiments, models and studies: no characters that separate paths, URIs or lines."""
 PHOTO_SIZE: Final = 224
 """The side of the square that VGG16 was trained on, in pixels."""
 WEIGHTS: Final[Mapping[str, tuple[Layer, ...]]] = {
     "IMAGENET1K_V1": ("fc2", "conv5_3"),
     "IMAGENET1K_FEATURES": ("conv5_3",),
 }
-"""Published VGG16 weights by torchvision's names, with the layers that each holds."""
+"""The layers that each set of published VGG16 weights contains, by torchvision's name of the weights."""
 
-_CELL = 16  # pixels that one position of conv5_3's grid stands for
-_POOLED: Mapping[Pool, int] = {"none": 1, "max2": 2, "max3": 3, "mean": 1}  # positions to a side that become one
-_MOST_STEPS = 1_000_000  # between the ends of a range of a study
+_STRIDE = 16  # pixels from one position of conv5_3's grid to the next
+# Side of the max-pooling window in grid positions; 1 if there is no max-pooling.
+_POOLED: Mapping[Pool, int] = {"none": 1, "max2": 2, "max3": 3, "mean": 1}
+_MOST_STEPS = 1_000_000  # from low to high of a range in a study
 
-PhotoSize = Annotated[int, Field(ge=6 * _CELL, le=64 * _CELL, multiple_of=_CELL)]
+PhotoSize = Annotated[int, Field(ge=6 * _STRIDE, le=64 * _STRIDE, multiple_of=_STRIDE)]
 
 
 class Section(BaseModel):
-    """A section of settings: immutable, and a name that it does not know is an error."""
+    """A section of settings. It is immutable, and an unknown name is an error."""
 
-    # Deferred: --help reads the fields alone, and to build the validators takes longer than all else that it does.
+    # defer_build: --help needs only the fields, and building the validators would take longer than the rest of it.
     model_config = ConfigDict(frozen=True, extra="forbid", use_attribute_docstrings=True, defer_build=True)
 
 
 def _as_tuple(values: object) -> object:
-    """Strict validation takes a list of JSON for a tuple, but not one that a validator has passed on."""
+    """Convert a list to a tuple; return other values unchanged.
+
+    In strict mode pydantic accepts a JSON array for a tuple only if no validator in Python runs before. A field with a
+    "before" validator needs a tuple.
+    """
     return tuple(values) if isinstance(values, list) else values
 
 
 def _dotted(settings: object, ends: frozenset[str] = frozenset()) -> object:
-    """TOML reads ``training.epochs = 3`` as nested tables: back to dotted names.
+    """Flatten nested tables to dotted names, because TOML parses ``training.epochs = 3`` as nested tables.
 
-    A table that has one of the keys ``ends`` is a value.
+    A table that has one of the keys in ``ends`` is a value and is not flattened. Values that are no table are returned
+    unchanged.
     """
     if not isinstance(settings, Mapping):
         return settings
     flat: dict[str, object] = {}
-    waiting = list(settings.items())
-    while waiting:
-        name, value = waiting.pop(0)
+    queue = list(settings.items())
+    while queue:
+        name, value = queue.pop(0)
         if isinstance(value, Mapping) and not ends & value.keys():
-            waiting += [(f"{name}.{inner}", deeper) for inner, deeper in value.items()]
+            queue += [(f"{name}.{key}", inner) for key, inner in value.items()]
         else:
             flat[name] = value
     return flat
 
 
 class CaptionsConfig(Section):
-    """Where photos and captions lie; the other paths are relative to ``root``."""
+    """Paths of photos, captions and splits; all but ``root`` are relative to ``root``."""
 
     root: Path
     """Folder of the data."""
     photos: Path = Path("Flicker8k_Dataset")
     """Folder of the photos."""
     captions: Path = Path("Flickr8k.token.txt")
-    """File of the captions: Flickr8k's format, or JSON in COCO's or Karpathy's."""
+    """Captions file, in Flickr8k's format, or as JSON in COCO's or Karpathy's format."""
     splits: Literal["lists", "karpathy"] = "lists"
-    """``karpathy`` takes a photo's split from its ``split`` in the captions file: train and restval, val, test."""
+    """``lists``: the files ``train``, ``dev`` and ``test`` list the photos of each split; ``karpathy``: the field
+    ``split`` in the captions file gives each photo's split (train and restval are train, val is dev, test is test)."""
     train: Path = Path("Flickr_8k.trainImages.txt")
-    """List of the train photos, one file name a line."""
+    """List of the train photos, one file name per line."""
     dev: Path = Path("Flickr_8k.devImages.txt")
     """List of the dev photos."""
     test: Path = Path("Flickr_8k.testImages.txt")
     """List of the test photos."""
 
     def list_of(self, split: SplitName) -> Path:
-        """Return the file that tells a split's photos."""
+        """Return the file that lists a split's photos."""
         if self.splits == "karpathy":
             return self.root / self.captions
         lists = {"train": self.train, "dev": self.dev, "test": self.test}
@@ -95,66 +103,68 @@ class CaptionsConfig(Section):
 
 
 class VocabularyConfig(Section):
-    """How captions become tokens, and which tokens get an entry."""
+    """How captions are split into tokens, and which tokens get an entry in the vocabulary."""
 
     cleaning: Cleaning = "standard"
-    """``standard``: lower-case, split at blanks, tokens without a letter or digit dropped; ``tutorial``: punctuation
-    off, then only words of two letters or more that hold nothing but letters."""
+    """``standard``: lower-case, split at whitespace, drop tokens without a letter or digit; ``tutorial``: lower-case,
+    split at whitespace, remove punctuation, keep only words of two or more letters and nothing else."""
     minimum_count: int = Field(default=5, ge=1)
-    """Words that occur less often in the train captions have no entry."""
+    """Words that occur less often than this in the train captions have no entry."""
     unknown: Unknown = "token"
     """Words without an entry are replaced by UNK (``token``) or left out (``drop``)."""
 
 
 def grid_shape(layer: Layer, pool: Pool, size: int) -> tuple[int, int]:
-    """Return (P, F): grid positions of a photo of ``size`` pixels, and features at each."""
+    """Return (P, F): the number of grid positions of a photo of ``size`` pixels, and of features at each position."""
     if layer == "fc2":
         return 1, 4096
-    return (1 if pool == "mean" else (size // _CELL // _POOLED[pool]) ** 2), 512
+    return (1 if pool == "mean" else (size // _STRIDE // _POOLED[pool]) ** 2), 512
 
 
 def pooled(pool: Pool) -> int:
-    """Return how many positions, to either side, max-pooling makes one of; 1: none."""
+    """Return the side of the max-pooling window in grid positions; 1 if there is no max-pooling."""
     return _POOLED[pool]
 
 
 def check_grid(layer: Layer, pool: Pool, size: int) -> None:
-    """Raise ValueError where a photo of that size has no features of that layer and pool."""
+    """Raise ValueError if ``layer`` and ``pool`` cannot be computed from a photo of ``size`` pixels."""
     if layer == "fc2" and size != PHOTO_SIZE:
         raise ValueError(f"features.size = {size}: fc2 takes photos of {PHOTO_SIZE} pixels alone; use layer conv5_3")
     if layer == "fc2" and pool != "none":
         raise ValueError(f"features.pool = '{pool}': fc2 has no grid to pool; use 'none', or layer conv5_3")
-    least = _CELL * _POOLED[pool]
-    if size % least:
+    divisor = _STRIDE * _POOLED[pool]
+    if size % divisor:
         raise ValueError(
             f"features.pool = '{pool}': would leave out the edge of a photo of features.size = {size} pixels; "
-            f"give a size that {least} divides"
+            f"give a size that {divisor} divides"
         )
 
 
 class FeaturesConfig(Section):
-    """Which VGG16 features of a photo are used, from which weights, and where they are cached."""
+    """Which VGG16 features are used, how they are computed, and where they are cached."""
 
     layer: Layer = "fc2"
-    """``fc2``: the 4096 values of the last hidden layer (the tutorial's); ``conv5_3``: a grid of 512 values a place."""
+    """``fc2``: the 4096 values of the last hidden layer (used by the tutorial); ``conv5_3``: a grid with 512 values at
+    each position."""
     pool: Pool = "none"
-    """Pooling of conv5_3's grid: 2x2 maxima (``max2``), 3x3 maxima (``max3``), the average (``mean``), or none."""
+    """Pooling of conv5_3's grid: 2x2 max-pooling (``max2``), 3x3 max-pooling (``max3``), the mean over all positions
+    (``mean``), or ``none``."""
     size: PhotoSize = PHOTO_SIZE
-    """Side of the square that a photo is squashed to, in pixels."""
+    """Side in pixels of the square that a photo is resized to (aspect ratio not kept)."""
     weights: str = "IMAGENET1K_V1"
-    """Torchvision's name of published weights, fetched at first use, or the path of a file of VGG16 weights."""
+    """Torchvision's name of weights, downloaded at first use, or a file of VGG16's convolutions (conv5_3 only)."""
     cache: Path = Field(default_factory=lambda: _cache_home() / "features")
     """Folder of the cached features."""
     precision: Precision = "auto"
-    """Precision of the extraction; ``auto`` is bfloat16 where the device has instructions for it."""
+    """Precision of the extraction; ``auto``: bfloat16 if the device has instructions for it, else float32."""
     batch_size: int = Field(default=32, ge=1, le=100_000)
-    """Photos in a batch of the extraction."""
+    """Photos per batch of the extraction."""
     mirror: bool = False
-    """Whether an epoch sees each train photo as it is or mirrored, by chance."""
+    """Whether, in each epoch, train photos are mirrored at random (left to right, with probability 1/2)."""
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(P, F): grid positions and features at each."""
+        """(P, F): the number of grid positions, and of features at each."""
         return grid_shape(self.layer, self.pool, self.size)
 
     @model_validator(mode="after")
@@ -173,10 +183,11 @@ def _cache_home() -> Path:
 
 
 class ModelConfig(Section):
-    """The decoder and its sizes; by default the tutorial's."""
+    """Architecture of the decoder; the defaults are those of the tutorial."""
 
     decoder: Literal["merge", "attention"] = "merge"
-    """``merge``: the tutorial's, one vector a photo; ``attention``: looks at the places of a grid, word by word."""
+    """``merge``: the tutorial's decoder, which uses one vector per photo; ``attention``: attends to the positions of a
+    grid, again for each word."""
     embedding_size: int = Field(default=256, ge=1, le=8192)
     """Width of the word embedding."""
     lstm_units: int = Field(default=256, ge=1, le=8192)
@@ -184,74 +195,77 @@ class ModelConfig(Section):
     attention_size: int = Field(default=256, ge=1, le=8192)
     """Width of the attention decoder's queries and keys."""
     dropout: float = Field(default=0.5, ge=0, lt=1)
-    """Dropout on photo and word embedding."""
+    """Dropout rate on the photo and word embeddings."""
     output_dropout: float = Field(default=0.0, ge=0, lt=1)
-    """Dropout before the vocabulary layer, which the tutorial has none of."""
+    """Dropout rate before the vocabulary layer; the tutorial uses none there."""
     photo_norm: Literal["none", "unit", "standard"] = "none"
-    """Scales each vector of a photo's features to length 1 (``unit``) or to mean 0 and variance 1 (``standard``)."""
+    """Normalisation of each feature vector of a photo: to length 1 (``unit``), to mean 0 and variance 1
+    (``standard``), or ``none``."""
 
 
 class SelfCriticalConfig(Section):
-    """The second phase: REINFORCE on the CIDEr-D of sampled captions (:mod:`capexp.training.self_critical`)."""
+    """Settings of the second phase: REINFORCE with CIDEr-D as the reward (:mod:`capexp.training.self_critical`)."""
 
     epochs: int = Field(default=0, ge=0, le=1_000_000)
-    """Epochs of this phase; 0: there is none."""
+    """Epochs of this phase; 0: there is no second phase."""
     learning_rate: float = Field(default=5e-5, gt=0, allow_inf_nan=False)
     """Learning rate of Adam."""
     schedule: Schedule = "constant"
-    """``cosine`` lowers the learning rate from step to step, to zero at the end of this phase."""
+    """``constant``, or ``cosine``: the learning rate falls at each step and is zero at the end of this phase."""
     photos: int = Field(default=25, ge=1, le=1_000_000)
-    """Photos in a batch."""
+    """Photos per batch."""
     samples: int = Field(default=5, ge=2, le=1000)
-    """Captions sampled for each photo."""
+    """Captions sampled per photo and step."""
     cross_entropy: float = Field(default=0.0, ge=0, allow_inf_nan=False)
-    """Weight of the cross-entropy of the photos' own captions in the loss: it keeps samples from narrowing to a few
-    phrases."""
+    """Weight of the cross-entropy of the reference captions in the loss. It keeps the sampled captions from becoming
+    all alike."""
 
 
 class TrainingConfig(Section):
-    """How long, how fast and where a captioner is trained."""
+    """Settings of training, and its device."""
 
     epochs: int = Field(default=20, ge=1, le=1_000_000)
     """Maximum number of epochs."""
     patience: int = Field(default=3, ge=1, le=1_000_000)
-    """Training stops after this many epochs without a better dev loss."""
+    """The first phase (cross-entropy) stops after this many epochs without a better dev loss. Has no effect on the
+    self-critical phase."""
     batch_size: int = Field(default=64, ge=1, le=1_000_000)
-    """Captions in a batch."""
+    """Captions per batch."""
     order: Order = "captions"
-    """``photos`` puts all captions of a photo into one batch: its features are read and projected once an epoch."""
+    """``captions`` shuffles single captions; ``photos`` shuffles photos and puts all captions of a photo into one
+    batch, so that its features are read and projected once per epoch."""
     learning_rate: float = Field(default=1e-3, gt=0, allow_inf_nan=False)
     """Learning rate of AdamW."""
     schedule: Schedule = "constant"
-    """``cosine`` lowers the learning rate from step to step, to zero at the end of ``epochs``."""
+    """``constant``, or ``cosine``: the learning rate falls at each step and is zero after ``training.epochs``."""
     clip_norm: float = Field(default=5.0, gt=0, allow_inf_nan=False)
-    """Gradients of a larger norm are scaled down to it."""
+    """Maximum norm of the gradients; larger ones are scaled down to it."""
     label_smoothing: float = Field(default=0.0, ge=0, lt=1)
-    """Label smoothing of the loss that is minimised; losses are reported without it."""
+    """Label smoothing of the loss that is minimised; reported losses are without it."""
     weight_decay: float = Field(default=0.0, ge=0, allow_inf_nan=False)
     """Weight decay of AdamW."""
     average: float = Field(default=0.0, ge=0, lt=1)
     """EMA decay of the weights; 0 turns it off. The EMA weights are evaluated and saved."""
     precision: Precision = "auto"
-    """Precision of matrix products; ``auto`` is bfloat16 where the device has instructions for it."""
+    """Precision of matrix products; ``auto``: bfloat16 if the device has instructions for it, else float32."""
     device: str = "auto"
-    """Device to train on: ``cpu``, ``cuda``, ``cuda:1``; ``auto`` is a GPU where there is one."""
+    """Device to compute on: ``cpu``, ``cuda``, ``cuda:1``; ``auto``: a GPU if there is one, else the CPU."""
     keep: int = Field(default=1, ge=1, le=1_000_000)
-    """Number of best captioners that stay on disk; one more while an older state may need it."""
+    """Number of best captioners kept on disk. One more is kept while the previous checkpoint may need it."""
     save_steps: int = Field(default=1000, ge=1, le=1_000_000_000)
-    """Steps between saved states within an epoch: what a kill costs at most."""
+    """Steps between checkpoints within an epoch. If the process is killed, at most so many steps are lost."""
     self_critical: SelfCriticalConfig = Field(default_factory=SelfCriticalConfig)
 
 
 class MemberConfig(Section):
-    """Captioners of one experiment at some seeds."""
+    """Members of an ensemble that have the same settings and different seeds."""
 
     experiment: str = Field(pattern=r"^[^\x00-\x1f\x7f]+$")
-    """A name under ``experiments/``, or the path of a TOML file."""
+    """The members' experiment: a name under ``experiments/``, or the path of a TOML file."""
     seeds: tuple[int, ...] = Field(default=(1,), min_length=1)
-    """One member is trained at each seed."""
+    """One member per seed, found in MLflow or trained."""
     settings: Mapping[str, str | int | float | bool] = {}
-    """Settings in place of those of the file, by dotted name."""
+    """Settings that replace those of the experiment, by dotted name."""
 
     @field_validator("seeds", mode="before")
     @classmethod
@@ -265,10 +279,10 @@ class MemberConfig(Section):
 
 
 class EnsembleConfig(Section):
-    """Captioners that decode together; none: the experiment trains a captioner of its own."""
+    """Captioners that decode together. Without members the experiment is no ensemble and trains a captioner."""
 
     members: tuple[MemberConfig, ...] = ()
-    """Tables with ``experiment``, ``seeds`` and ``settings``."""
+    """Members of the ensemble: tables with ``experiment``, ``seeds`` and ``settings``."""
 
     @field_validator("members", mode="before")
     @classmethod
@@ -277,30 +291,32 @@ class EnsembleConfig(Section):
 
 
 class DecodingConfig(Section):
-    """How captions are decoded."""
+    """How captions are generated from the decoder's probabilities."""
 
     method: Literal["greedy", "beam", "sample", "consensus"] = "greedy"
-    """``consensus``: of beam search's hypotheses the one that they and sampled captions agree with most."""
+    """``greedy``: the most probable word at each step; ``beam``: beam search; ``sample``: words sampled at random by
+    their probability; ``consensus``: the hypothesis of beam search that is most similar to the other hypotheses and to
+    sampled captions."""
     beam_width: int = Field(default=3, ge=1, le=10_000)
     """Hypotheses that beam search keeps for each photo."""
     samples: int = Field(default=40, ge=0, le=1000)
-    """Captions that consensus samples for each photo."""
+    """Captions sampled per photo, for ``consensus``."""
     length_penalty: float = Field(default=0.0, ge=0, le=10)
-    """Beam search ranks by log-probability divided by length to this power: 0 prefers short captions, 1 takes the
-    mean over the words."""
+    """Exponent of the length in beam search, which ranks hypotheses by log-probability / length ** exponent. 0 prefers
+    short captions; 1 ranks by the mean over the words."""
     temperature: float = Field(default=1.0, ge=1e-4, le=100)
-    """Temperature of sampling: below 1 nearer to the most probable words."""
+    """Temperature of sampling; below 1, the most probable words are sampled more often."""
     top_p: float = Field(default=1.0, gt=0, le=1)
-    """Sampling draws from the most probable words that hold this much probability together."""
+    """Top-p sampling: sample only from the most probable words whose probabilities add up to this; 1: from all."""
     seed: int = Field(default=1, ge=0, lt=2**31)
-    """Seed of sampling: the same photo gets the same caption, in whatever batch."""
+    """Seed of sampling. The same photo gets the same caption in any batch."""
     repeat_trigrams: bool = True
-    """Whether a caption may hold three words in a row twice."""
+    """Whether the same three words in a row may occur twice in a caption."""
     maximum_length: int = Field(default=30, ge=1, le=1000)
     """Maximum number of words in a caption."""
 
     def describe(self) -> str:
-        """Return the method in words."""
+        """Return the method in words, for model cards."""
         words = {
             "greedy": "greedy decoding",
             "beam": f"beam search of width {self.beam_width}",
@@ -311,13 +327,13 @@ class DecodingConfig(Section):
 
 
 class RegistryConfig(Section):
-    """Under which name the best model is registered, and what makes it the champion."""
+    """The name under which the best captioner is registered, and the metric that decides which version is champion."""
 
     model: str = Field(pattern=NAME)
-    """Name of the registered model; one name a data set, so that its versions compare."""
+    """Name of the registered model. Use one name per data set, so that all its versions can be compared."""
     metric: Metric = "dev_loss"
-    """``dev_loss``: lower is better, compared among captioners of the same vocabulary; ``dev_cider``: higher is
-    better, of captions decoded as each captioner decodes."""
+    """``dev_loss``: lower is better; only captioners with the same vocabulary are compared; ``dev_cider``: CIDEr-D of
+    the dev captions, each captioner with its own decoding settings; higher is better."""
 
 
 Value = int | float | str
@@ -326,12 +342,17 @@ Whole = Annotated[int, Field(ge=-(2**53), le=2**53)]
 
 
 class Range(Section):
-    """Numbers from ``low`` to ``high``, whole ones where both are whole."""
+    """A range of numbers: whole numbers if ``low`` and ``high`` are whole, else real numbers."""
 
     low: Whole | Finite
+    """The lowest number."""
     high: Whole | Finite
+    """The highest allowed number."""
     log: bool = False
+    """Whether the logarithm of the number is sampled uniformly, instead of the number."""
     step: Annotated[Whole, Field(gt=0)] | Annotated[Finite, Field(gt=0)] | None = None
+    """The difference between neighbouring numbers, counted from ``low``; by default 1 between whole numbers, and real
+    numbers are continuous."""
 
     @model_validator(mode="after")
     def _in_order(self) -> "Range":
@@ -348,19 +369,20 @@ class Range(Section):
 
     @property
     def is_whole(self) -> bool:
-        """Whether whole numbers are drawn."""
+        """Whether the numbers are whole numbers."""
         return isinstance(self.low, int) and isinstance(self.high, int)
 
     @property
     def kind(self) -> str:
-        """What must stay as it is while a study goes on; low, high and step may change."""
+        """The part of the range that may not change when a study continues; low, high and step may change."""
         return f"{'whole' if self.is_whole else 'real'} numbers{' by logarithm' if self.log else ''}"
 
 
 class Choices(Section):
-    """One of some values."""
+    """A choice between values."""
 
     choices: tuple[Value, ...] = Field(min_length=2)
+    """The values."""
 
     @field_validator("choices", mode="before")
     @classmethod
@@ -369,17 +391,18 @@ class Choices(Section):
 
     @property
     def kind(self) -> str:
-        """What must stay as it is while a study goes on."""
+        """The values in words; they may not change when a study continues."""
         return f"one of {', '.join(map(repr, self.choices))}"
 
 
-def _which(space: object) -> str:
-    choices = "choices" in space if isinstance(space, Mapping) else isinstance(space, Choices)
-    return "Choices" if choices else "Range"
+def _space_tag(space: object) -> str:
+    """Return the tag of the class that validates a space."""
+    has_choices = "choices" in space if isinstance(space, Mapping) else isinstance(space, Choices)
+    return "Choices" if has_choices else "Range"
 
 
-Space = Annotated[Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")], Discriminator(_which)]
-"""A range or choices; a key tells which, so that an error names that one alone."""
+Space = Annotated[Annotated[Range, Tag("Range")] | Annotated[Choices, Tag("Choices")], Discriminator(_space_tag)]
+"""A range or choices. The key ``choices`` decides which, so that errors are about one of the two classes only."""
 
 
 def _default_search() -> dict[str, Space]:
@@ -391,18 +414,19 @@ def _default_search() -> dict[str, Space]:
 
 
 class TuneConfig(Section):
-    """What a study searches, how, and for how long."""
+    """Settings of a study: search space, sampler, pruner and number of trials."""
 
     trials: int = Field(default=20, ge=1)
-    """Trials that the study runs, finished and pruned ones together."""
+    """Number of trials after which the study ends; finished and pruned trials count."""
     sampler: Literal["tpe", "random"] = "tpe"
-    """Optuna's sampler."""
+    """Optuna's sampler: ``tpe`` (tree-structured Parzen estimator) or ``random``."""
     pruner: Literal["median", "hyperband", "none"] = "median"
-    """Optuna's pruner."""
+    """Optuna's pruner, which ends unpromising trials early; ``none``: no trial is pruned."""
     heartbeat: int = Field(default=20, ge=1, le=3600)
-    """Seconds between a trial's heartbeats in a database; after three missed ones it is taken for lost."""
+    """Seconds between a trial's heartbeats in a PostgreSQL database; after three missed ones the trial is considered
+    lost."""
     search: Mapping[str, Space] = Field(default_factory=_default_search, min_length=1)
-    """The search space: a setting by dotted name, with ``{low, high, log, step}`` or ``{choices}``."""
+    """The search space: for each setting, by dotted name, ``{low, high, log, step}`` or ``{choices}``."""
 
     @field_validator("search", mode="before")
     @classmethod
@@ -410,16 +434,19 @@ class TuneConfig(Section):
         return _dotted(search, frozenset({"low", "high", "choices"}))
 
 
-_OF_ENSEMBLES = ("training.batch_size", "training.order", "training.device")
+# The settings of model and training that have an effect on an ensemble; the others may not be set for it.
+_USED_BY_ENSEMBLES = ("training.batch_size", "training.order", "training.device")
 
 
 class Experiment(Section):
-    """Everything that decides what a run does."""
+    """All settings of an experiment."""
 
     name: str = Field(pattern=NAME)
-    """Name of the run and of MLflow's experiment."""
+    """Name of the run and of the experiment in MLflow."""
     seed: int = Field(default=1, ge=0, lt=2**31)
-    """Seed of initial weights, dropout and the order of an epoch: the same seed gives the same losses."""
+    """Seed of initial weights, dropout, the order of each epoch, mirroring, the samples of the self-critical phase, the
+    study's sampler, the shuffled (image-blind) baseline and bootstrap intervals. The same seed gives the same
+    losses."""
     captions: CaptionsConfig
     vocabulary: VocabularyConfig = Field(default_factory=VocabularyConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)
@@ -434,9 +461,9 @@ class Experiment(Section):
     def _ensemble_trains_nothing(self) -> "Experiment":
         if self.is_ensemble:
             own = flatten(self.model_dump(include={"model", "training"}))
-            usual = flatten({"model": ModelConfig().model_dump(), "training": TrainingConfig().model_dump()})
+            defaults = flatten({"model": ModelConfig().model_dump(), "training": TrainingConfig().model_dump()})
             for name, value in own.items():
-                if value != usual[name] and name not in _OF_ENSEMBLES:
+                if value != defaults[name] and name not in _USED_BY_ENSEMBLES:
                     raise ValueError(
                         f"{name} = {value!r} decides nothing in an ensemble, whose members are trained by themselves; "
                         "set it in their experiments, or in settings of ensemble.members"
@@ -445,26 +472,26 @@ class Experiment(Section):
 
     @property
     def is_ensemble(self) -> bool:
-        """Whether it decodes captioners of other experiments together, instead of training one."""
+        """Whether the experiment decodes with several members together, instead of training one captioner."""
         return bool(self.ensemble.members)
 
     @property
     def has_second_phase(self) -> bool:
-        """Whether self-critical training follows."""
+        """Whether there is a second, self-critical phase."""
         return self.training.self_critical.epochs > 0
 
     def flat(self) -> dict[str, str]:
-        """Return every setting that has an effect by its dotted name, as text; the study's own settings left out."""
+        """Return the settings that have an effect, as text by dotted name, without those of the study (``tune``)."""
         settings = flatten(self.model_dump(mode="json", exclude={"tune"}))
         if self.is_ensemble:
-            unused = {name for name in settings if name.startswith(("model.", "training."))} - set(_OF_ENSEMBLES)
+            unused = {name for name in settings if name.startswith(("model.", "training."))} - set(_USED_BY_ENSEMBLES)
         else:
             unused = {"ensemble.members"}
         return {name: str(value) for name, value in settings.items() if name not in unused}
 
 
 def flatten(settings: Mapping[str, Any], prefix: str = "") -> dict[str, Any]:
-    """Return nested settings by dotted name."""
+    """Flatten nested settings: return their values by dotted name."""
     flat: dict[str, Any] = {}
     for name, value in settings.items():
         if isinstance(value, Mapping):

@@ -1,4 +1,4 @@
-"""Sends what MLflow's server has not received of a run: metrics, files, the model, the status of its end."""
+"""Send the rest of a run to MLflow's server: metrics, files, the model and the final status not yet received."""
 
 from capexp import cli
 
@@ -6,7 +6,7 @@ from capexp import cli
 def sync(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = cli.Parser("sync", __doc__, ())
-    parser.add_argument("run_id", metavar="RUN_ID", help="the id that the run printed at its end")
+    parser.add_argument("run_id", metavar="RUN_ID", help="the id of the run, printed when the run ended")
     arguments, _ = parser.parse(argv)
 
     from capexp.runs.folder import RunFolder
@@ -17,7 +17,7 @@ def sync(argv: list[str] | None = None) -> int:
 
     folder = RunFolder.with_journal(arguments.run_id)
     check_store()
-    run_status(arguments.run_id)  # refuses one that the store does not know
+    run_status(arguments.run_id)  # raises InputError if the store does not know the run
     with folder.lock(), store_faults(), no_retries():
         tracked = TrackedRun(arguments.run_id, folder.path, in_background=not is_local())
         sent, version, state = tracked.send_rest(lambda content: carry_out(tracked, Registration(**content)))

@@ -1,4 +1,4 @@
-"""Trains one experiment, tracked by MLflow, and registers its best captioner."""
+"""Train the captioner of an experiment, track the run in MLflow, and register the best captioner."""
 
 import argparse
 from typing import TYPE_CHECKING
@@ -17,12 +17,14 @@ def train(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = cli.Parser("train", __doc__)
     cli.add_experiment(parser, default=None)
-    parser.add_argument("--resume", metavar="RUN_ID", help="go on with a run that was stopped")
+    parser.add_argument("--resume", metavar="RUN_ID", help="resume a run that was interrupted")
     parser.add_argument(
-        "--seeds", type=int, metavar="N", help="train at N seeds, in turn: mean and spread of the results"
+        "--seeds", type=int, metavar="N", help="train once per seed, at N consecutive seeds; report mean and deviation"
     )
-    parser.add_argument("--promote", action="store_true", help="make the model champion whatever it scores")
-    parser.add_argument("--dry-run", action="store_true", help="check settings and data, then stop")
+    parser.add_argument(
+        "--promote", action="store_true", help="make the captioner champion even if the current one is better"
+    )
+    parser.add_argument("--dry-run", action="store_true", help="check settings and data, then stop without training")
     arguments, settings = parser.parse(argv)
     if arguments.resume == "":
         parser.error("--resume needs the id of a run")
@@ -65,20 +67,20 @@ def train(argv: list[str] | None = None) -> int:
     _print_data(experiment, data, parameters)
     plan = Plan(experiment, data, promote=arguments.promote)
     if arguments.seeds is not None:
-        _print_seeds(cli.drain(group.train_seeds(plan, arguments.seeds, arguments.resume)))
+        _print_seeds(cli.print_epochs(group.train_seeds(plan, arguments.seeds, arguments.resume)))
         return 0
     if experiment.is_ensemble:
-        result, members = cli.drain(group.train_ensemble(plan, arguments.resume))
+        result, members = cli.print_epochs(group.train_ensemble(plan, arguments.resume))
         _print_result(result, [f"member      {member} (run {run_id})" for member, run_id in members.items()])
         return 0
-    result = cli.drain(run.train(plan, arguments.resume, world))
+    result = cli.print_epochs(run.train(plan, arguments.resume, world))
     _print_result(result)
     _print_next(arguments.experiment or experiment.name)
     return 0
 
 
 def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: dict[str, str]) -> "Experiment":
-    """Return the experiment that is named or resumed; where it runs several seeds, set ``arguments.seeds``."""
+    """Return the experiment to train or resume; if the resumed run has several seeds, set ``arguments.seeds``."""
     from capexp.errors import InputError
     from capexp.experiment import find_experiment, load_experiment, replace_settings
 
@@ -105,13 +107,13 @@ def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: d
 
 
 def _follow(world: World) -> int:
-    """Compute this rank's shard of features and batches."""
+    """Run a rank other than 0: receive the experiment, then compute this rank's shard of features and batches."""
     from capexp.data.dataset import Dataset
     from capexp.runs.lifecycle import Plan
     from capexp.runs.run import follow
     from capexp.settings import Experiment
 
-    world.start()  # rank 0 has checked settings and data, or told what is wrong with them
+    world.start()  # returns when rank 0 has checked settings and data; rank 0 reports their errors
     experiment = Experiment.model_validate_json(world.broadcast(str), strict=True)
     follow(Plan(experiment, Dataset.read(experiment).with_features(experiment, world)), world)
     return 0
@@ -120,10 +122,10 @@ def _follow(world: World) -> int:
 def _print_dry_run(experiment: "Experiment", data: "Dataset") -> None:
     from capexp.data.vgg16 import encoder_at_hand
 
-    lacking = data.count_uncached()
+    uncached = data.count_uncached()
     photos = sum(len(split.photos) for split in data.splits.values())
-    print(f"dry run: settings and data are fine; {lacking:,} of {photos:,} photos have no features yet")
-    if lacking and not encoder_at_hand(experiment.features):
+    print(f"dry run: settings and data are fine; {uncached:,} of {photos:,} photos have no features yet")
+    if uncached and not encoder_at_hand(experiment.features):
         print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
 
 
@@ -139,13 +141,13 @@ def _print_data(experiment: "Experiment", data: "Dataset", parameters: int) -> N
 
 
 def _print_seeds(result: "SeedsResult") -> None:
-    shown = ("best_dev_loss", "dev_loss_blind", "dev_bleu_1", "dev_bleu_4", "dev_rouge_l", "dev_cider")
+    columns = ("best_dev_loss", "dev_loss_blind", "dev_bleu_1", "dev_bleu_4", "dev_rouge_l", "dev_cider")
     print(f"\nrun         {result.run_id}\n")
-    print(f"{'seed':12}", *(f"{name:>16}" for name in shown), sep="")
+    print(f"{'seed':12}", *(f"{name:>16}" for name in columns), sep="")
     for seed, metrics in result.metrics.items():
-        print(f"{seed:<12}", *(f"{metrics[name]:16.4f}" for name in shown), sep="")
-    print(f"{'mean':12}", *(f"{result.spreads[name].mean:16.4f}" for name in shown), sep="")
-    print(f"{'deviation':12}", *(f"{result.spreads[name].deviation:16.4f}" for name in shown), sep="")
+        print(f"{seed:<12}", *(f"{metrics[name]:16.4f}" for name in columns), sep="")
+    print(f"{'mean':12}", *(f"{result.spreads[name].mean:16.4f}" for name in columns), sep="")
+    print(f"{'deviation':12}", *(f"{result.spreads[name].deviation:16.4f}" for name in columns), sep="")
     print(f"\nregistered  {result.version.describe()}")
 
 

@@ -1,4 +1,4 @@
-"""Searches settings with Optuna: every trial is an ordinary experiment, tracked under the study's run."""
+"""Search settings with Optuna. Each trial trains a captioner, as a run nested under the run of the study."""
 
 import math
 import re
@@ -22,19 +22,29 @@ def tune(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
     parser = cli.Parser("tune", __doc__)
     cli.add_experiment(parser)
-    parser.add_argument("--trials", help="finished and pruned ones together, over all sittings (tune.trials)")
-    parser.add_argument("--workers", type=int, default=1, metavar="N", help="trials at a time, a process each")
+    parser.add_argument(
+        "--trials", help="total number of finished and pruned trials of the study, same as --tune.trials"
+    )
+    parser.add_argument(
+        "--workers", type=int, default=1, metavar="N", help="number of trials at a time, each in its own process"
+    )
     parser.add_argument("--study", help="the study's name (default: the experiment's)")
-    parser.add_argument("--storage", metavar="URL", help="a PostgreSQL database, for many machines (default: a file)")
-    parser.add_argument("--timeout", type=float, metavar="S", help="begin no trial after so many seconds")
-    parser.add_argument("--promote", action="store_true", help="make the best model champion whatever it scores")
+    parser.add_argument(
+        "--storage",
+        metavar="URL",
+        help="URL of a PostgreSQL database, needed to share a study between machines (default: a file)",
+    )
+    parser.add_argument("--timeout", type=float, metavar="S", help="start no more trials after S seconds")
+    parser.add_argument(
+        "--promote", action="store_true", help="make the best captioner champion even if the current one is better"
+    )
     parser.add_argument(
         "--write-best",
         nargs="?",
         type=Path,
         const=Path(),
         metavar="FILE.toml",
-        help="write the best trial's experiment there (default: experiments/STUDY-best.toml)",
+        help="write the experiment of the best trial to this file (without a file name: experiments/STUDY-best.toml)",
     )
     arguments, settings = parser.parse(argv)
     if arguments.trials is not None:
@@ -99,12 +109,12 @@ def tune(argv: list[str] | None = None) -> int:
             if study.at_work():
                 print("others are at work on the study: the last of them registers the best")
                 return 0
-        with study.lock():  # of two that end at once, the second finds what the first has registered
+        with study.lock():  # if two processes finish at the same time, the second finds what the first has registered
             return _finish(trials, run, best_file)
 
 
 def _finish(trials: "Trials", run: "OpenRun", best_file: Path | None) -> int:
-    """Draw the study, register its best, print both; return the command's exit status."""
+    """Draw the charts, register the best captioner, print the results; return the command's exit status."""
     from capexp.files import write_whole, writing
     from capexp.search.charts import draw_charts, importances
 
@@ -130,7 +140,7 @@ def _finish(trials: "Trials", run: "OpenRun", best_file: Path | None) -> int:
 
 
 class _Display:
-    """Prints a line for each trial that ends; on a terminal, a status line of the study below them."""
+    """Prints a line when a trial ends, with the progress of the study; on a terminal, the progress is a status line."""
 
     def __init__(self, study: "Study") -> None:
         from tqdm import tqdm
@@ -142,14 +152,14 @@ class _Display:
         self.show(None)
 
     def show(self, line: str | None) -> None:
-        """Print a line, if any, and update the status of the study."""
+        """Print a line, if there is one, and the progress of the study."""
         if line is not None:
             self._bar.write(line)
         if self._is_live and (line is not None or time.monotonic() - self._shown_at > 1):
-            self._bar.set_description_str(_told(self._study.progress()))
+            self._bar.set_description_str(_describe_progress(self._study.progress()))
             self._shown_at = time.monotonic()
         elif line is not None:
-            self._bar.write(f"  {_told(self._study.progress())}")
+            self._bar.write(f"  {_describe_progress(self._study.progress())}")
             sys.stdout.flush()
 
     def close(self) -> None:
@@ -157,7 +167,8 @@ class _Display:
         self._bar.close()
 
 
-def _told(progress: "StudyProgress") -> str:
+def _describe_progress(progress: "StudyProgress") -> str:
+    """Return the progress of a study in words."""
     parts = [f"{progress.counted} of {progress.wanted} trials done ({progress.pruned} pruned)"]
     if progress.failed:
         parts.append(f"{progress.failed} failed")
