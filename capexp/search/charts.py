@@ -50,8 +50,6 @@ def draw_charts(study: Any, name: str, folder: Path) -> list[Path]:
         with warnings.catch_warnings(), mpl.rc_context({"figure.autolayout": False}):
             warnings.simplefilter("ignore")
             figure = getattr(optuna.visualization, f"plot_{function}")(study, **options)
-            # With Optuna's own colors the lines of the worst trials are nearly white.
-            figure.update_traces(line={"colorscale": "Viridis"}, selector={"type": "parcoords"})
             figure.update_layout(title=None, template="plotly_white", margin={"t": 24})
             sections.append((title, figure.to_html(full_html=False, include_plotlyjs=not sections)))
             pictures.append(_draw_picture(study, function, title, options, folder / f"{chart}.png"))
