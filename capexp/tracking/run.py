@@ -142,8 +142,8 @@ class TrackedRun:
     def _last_status(self) -> str | None:
         """Return the status in which the last process ended the run; None if it was killed before."""
         # Each process logs params at its beginning: if they are newer than the last end, that end is an earlier one's.
-        last = next(entry for entry in reversed(self._journal.entries) if entry.kind in (PARAMS, ENDED))
-        return None if last.kind == PARAMS else str(last.content["status"])
+        last = next((entry for entry in reversed(self._journal.entries) if entry.kind in (PARAMS, ENDED)), None)
+        return str(last.content["status"]) if last is not None and last.kind == ENDED else None
 
     def forget_end(self) -> None:
         """Discard the pending action and the end that an earlier process left in the journal.

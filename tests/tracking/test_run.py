@@ -11,7 +11,8 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
-from capexp.tracking.run import tracked_run
+from capexp.tracking.outbox import JOURNAL
+from capexp.tracking.run import TrackedRun, tracked_run
 
 pytestmark = pytest.mark.slow
 
@@ -59,3 +60,11 @@ def test_an_interrupt_while_a_run_begins_ends_it_killed_and_not_the_one_above(fo
     assert under.info.status == "KILLED"
     assert under.data.tags["stopped"] == "interrupt"
     assert client.get_run(above.run_id).info.status == "FINISHED"
+
+
+def test_a_run_that_was_killed_before_its_first_entry_has_nothing_to_send_and_no_status(folder: Path) -> None:
+    run = MlflowClient().create_run(MlflowClient().create_experiment("killed at once"))
+    (folder / JOURNAL).touch()
+    tracked = TrackedRun(run.info.run_id, folder, in_background=False)
+    assert tracked.send_rest(lambda content: content) == (0, None, None)
+    assert MlflowClient().get_run(run.info.run_id).info.status == "RUNNING"
