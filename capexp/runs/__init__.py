@@ -1,1 +1,1 @@
-"""One run, or many under one: opened, trained, concluded, registered."""
+"""Runs and groups of runs: open, train, evaluate and register them."""

@@ -1,4 +1,4 @@
-"""The end of a run: its captioner evaluated on dev, in metrics, plots and a gallery."""
+"""The end of a run: evaluate its captioner on dev, and log metrics, plots and a gallery."""
 
 import time
 
@@ -21,10 +21,10 @@ def evaluate_on_dev(plan: Plan, captioner: Captioner) -> Evaluation:
 def conclude(
     run: OpenRun, captioner: Captioner, metrics: dict[str, float]
 ) -> tuple[Evaluation, tuple[GalleryCard, ...]]:
-    """Evaluate a run's captioner on dev; log metrics, plots and gallery.
+    """Evaluate a run's captioner on dev; log metrics, plots and a gallery.
 
-    ``metrics`` of the training are logged with those of the evaluation. Returns the evaluation, and cards of dev photos
-    drawn at random.
+    ``metrics`` come from training and are logged together with the metrics of the evaluation. Returns the evaluation,
+    and the gallery cards of some dev photos, sampled at random.
     """
     experiment, data, tracked = run.plan.experiment, run.plan.data, run.tracked
     record, folder = captioner.record, tracked.folder
@@ -48,7 +48,7 @@ def conclude(
     maps = {}
     if captioner.decoder.has_attention:
         features = data.features["dev"].gather(np.array(choice.shown))
-        of_shown = captioner.attention_maps(features, [cards[position].caption for position in choice.shown])
-        maps = dict(zip(choice.shown, of_shown, strict=True))
+        shown_maps = captioner.attention_maps(features, [cards[position].caption for position in choice.shown])
+        maps = dict(zip(choice.shown, shown_maps, strict=True))
     tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html", maps))
     return evaluation, tuple(cards[position] for position in choice.random)

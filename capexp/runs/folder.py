@@ -1,4 +1,4 @@
-"""A run's folder on disk: settings, checkpoints, bundle, and the lock that keeps it to one process."""
+"""A run's folder on disk: its settings, checkpoints and bundles, and the lock that excludes other processes."""
 
 import fcntl
 from collections.abc import Iterator
@@ -17,36 +17,41 @@ from capexp.training.loop import Epoch
 from capexp.training.teacher_forcing import is_done
 
 CHECKPOINTS = Path("checkpoints")
-"""Where runs have their folders, by their MLflow ids."""
+"""The folder that contains the folders of runs, named by their MLflow ids."""
 STUDIES = Path("studies")
-"""Where studies have their storage and their trials' folders."""
+"""The folder that contains the storage of studies and the folders of their trials."""
 SETTINGS = "experiment.toml"
-"""What a run is resumed by, in its folder."""
+"""The file in a run's folder that holds the settings of the run. A run without it cannot be resumed."""
 STUDY = "study"
-"""The tag of a study's run: the study's name."""
-_SELF_CRITICAL = "self-critical"  # the folder of the second phase
-_SECOND_PHASE = "training.self_critical."
+"""The tag of a study's run; its value is the study's name."""
+_SELF_CRITICAL = "self-critical"  # the folder of that phase's checkpoints, inside the run's folder
+_SECOND_PHASE = "training.self_critical."  # the prefix of that phase's settings
+# Settings that every resumed run may change.
 _ALWAYS_FREE = ("training.epochs", "training.patience", "training.save_steps", f"{_SECOND_PHASE}epochs")
 
 
 @dataclass(frozen=True)
 class RunFolder:
-    """The folder that a run leaves on disk, named by its MLflow id."""
+    """The folder of a run, named by its MLflow id."""
 
     path: Path
 
     @property
     def run_id(self) -> str:
-        """MLflow's id of the run."""
+        """The run's id in MLflow."""
         return self.path.name
 
     @classmethod
     def to_resume(cls, run_id: str) -> "RunFolder":
-        """Return the folder of a run that ``--resume`` names; refuse what is not resumed so."""
+        """Return the folder of the run that ``--resume`` names.
+
+        Raise InputError if there is no such run, if its folder is not here, or if the run belongs to a group of runs or
+        a study, which must be resumed instead.
+        """
         status, folder = run_status(run_id), cls(CHECKPOINTS / run_id)
-        another_way = folder.resumed_otherwise()
-        if another_way is not None:
-            raise InputError(f"--resume {run_id}: {another_way}")
+        instead = folder.resumed_otherwise()
+        if instead is not None:
+            raise InputError(f"--resume {run_id}: {instead}")
         if not (folder.path / SETTINGS).is_file():
             raise InputError(
                 f"--resume {run_id}: the run is {status}, but {folder.path / SETTINGS} is missing; resume where it was "
@@ -56,7 +61,10 @@ class RunFolder:
 
     @classmethod
     def with_journal(cls, run_id: str) -> "RunFolder":
-        """Return the folder of a run that has a journal here: a run, one of several, or a trial of a study."""
+        """Return the folder of a run that has a journal under ``CHECKPOINTS`` or ``STUDIES``.
+
+        The run may be a single one, one of several seeds, or a trial of a study.
+        """
         for pattern in (CHECKPOINTS / "*", CHECKPOINTS / "*/*", STUDIES / "*/*"):
             for path in Path().glob(str(pattern / JOURNAL)):
                 if path.parent.name == run_id:
@@ -66,7 +74,7 @@ class RunFolder:
         )
 
     def resumed_otherwise(self) -> str | None:
-        """Return how to go on with a run that ``--resume`` does not take; None where it does."""
+        """Return why ``--resume`` does not accept the run, and what to resume instead; None if it accepts the run."""
         tags = run_tags(self.run_id)
         if PARENT in tags:
             return f"it is one of several under run {tags[PARENT]}; go on with what started that one"
@@ -76,9 +84,10 @@ class RunFolder:
 
     @contextmanager
     def lock(self, is_shared: bool = False) -> Iterator[None]:
-        """Lock the folder for this process, or for those that share the lock; refuse at once where that fails.
+        """Hold the lock of the folder inside the block; create the folder if it does not exist.
 
-        The system releases the lock however the process ends.
+        A shared lock excludes only processes whose lock is not shared. Raise InputError at once if another process
+        holds the lock. The operating system releases the lock when the process ends, even if it is killed.
         """
         with writing(self.path):
             self.path.mkdir(parents=True, exist_ok=True)
@@ -91,7 +100,7 @@ class RunFolder:
             yield
 
     def is_locked(self) -> bool:
-        """Return whether a process is at work on the run."""
+        """Return whether a process holds the lock of the folder; create the folder if it does not exist."""
         try:
             with self.lock():
                 return False
@@ -105,31 +114,31 @@ class RunFolder:
         return load_experiment(self.path / SETTINGS, {})
 
     def write_experiment(self, experiment: Experiment) -> Path:
-        """Write the settings by which the run is resumed."""
+        """Write the settings file, from which the run can be resumed."""
         return write_whole(self.path / SETTINGS, to_toml(experiment))
 
     def checkpoints(self, experiment: Experiment) -> Checkpoints:
-        """Return the checkpoints of the first phase, or of all where there is one phase."""
+        """Return the checkpoints of the first phase: training with cross-entropy."""
         return Checkpoints(self.path, experiment.training.keep)
 
     def second_phase(self, experiment: Experiment, begins_with: int) -> Checkpoints:
-        """Return the checkpoints of the self-critical phase, which begins with the captioner of that epoch."""
+        """Return the checkpoints of the self-critical phase, which starts with epoch ``begins_with``'s captioner."""
         return Checkpoints(self.path / _SELF_CRITICAL, experiment.training.keep, begins_with)
 
     def best_bundle(self, experiment: Experiment) -> Path | None:
-        """Return the best captioner of the last phase so far; None where there is none."""
-        last = self.path / _SELF_CRITICAL if experiment.has_second_phase else self.path
-        return Checkpoints(last, experiment.training.keep).best()
+        """Return the bundle of the last configured phase's best captioner; None if that phase has saved none yet."""
+        folder = self.path / _SELF_CRITICAL if experiment.has_second_phase else self.path
+        return Checkpoints(folder, experiment.training.keep).best()
 
     def best_so_far(self, experiment: Experiment) -> Path | None:
-        """Return the best captioner of the latest phase that has one."""
+        """Return the bundle of the best captioner of the latest phase that has saved one; None if there is none."""
         return self.best_bundle(experiment) or self.checkpoints(experiment).best()
 
     def is_complete(self, experiment: Experiment) -> bool:
-        """Return whether a resumed run would find nothing left to do.
+        """Return whether the run has nothing left to do if it is resumed with these settings.
 
-        Refused are settings with fewer epochs than are done, and a first phase that would go on after the second one
-        has begun.
+        Raise InputError if the settings have fewer epochs than are done, or if they would continue the first phase
+        although the second one has begun.
         """
         training = experiment.training
         state = self.checkpoints(experiment).latest()
@@ -137,8 +146,8 @@ class RunFolder:
             return False
         self._refuse_fewer("training.epochs", training.epochs, state.epochs)
         second = self.second_phase(experiment, state.best_epoch).latest()
-        more = 0 if second is None else second.epochs - state.epochs
-        self._refuse_fewer(f"{_SECOND_PHASE}epochs", training.self_critical.epochs, more)
+        second_epochs = 0 if second is None else second.epochs - state.epochs
+        self._refuse_fewer(f"{_SECOND_PHASE}epochs", training.self_critical.epochs, second_epochs)
         has_ended = is_done([Epoch(**record) for record in state.history], training)
         if second is not None and not has_ended:
             raise InputError(
@@ -146,29 +155,31 @@ class RunFolder:
                 f"training.epochs and training.patience as they were, or delete {self.path / _SELF_CRITICAL} to do "
                 "without what it did"
             )
-        return has_ended and more >= training.self_critical.epochs and run_status(self.run_id) == "FINISHED"
+        return has_ended and second_epochs >= training.self_critical.epochs and run_status(self.run_id) == "FINISHED"
 
     def refuse_other_settings(self, experiment: Experiment) -> None:
-        """Refuse settings that a resumed run may not change.
+        """Raise InputError if these settings differ from the run's in one that a resumed run may not change.
 
-        The numbers of epochs may change, and the self-critical settings as long as that phase has not begun.
+        The numbers of epochs, ``training.patience`` and ``training.save_steps`` may always change. The settings of the
+        self-critical phase, and ``registry.metric``, may change if the resumed run will begin that phase.
         """
         old, new = self.experiment().flat(), experiment.flat()
-        is_begun = any(self.path.glob(f"**/{_SELF_CRITICAL}"))  # of several seeds, by any
-        begins_now = experiment.has_second_phase and not is_begun
+        has_begun = any(self.path.glob(f"**/{_SELF_CRITICAL}"))  # with several seeds: in any of their folders
+        begins_now = experiment.has_second_phase and not has_begun
         for name in old | new:
-            before, given = old.get(name, "nothing"), new.get(name, "nothing")
-            if before != given and name not in _ALWAYS_FREE and not (begins_now and may_differ(name)):
+            old_value, new_value = old.get(name, "nothing"), new.get(name, "nothing")
+            if old_value != new_value and name not in _ALWAYS_FREE and not (begins_now and may_differ(name)):
                 raise InputError(
-                    f"--{name} {given}: the run was started with {before}; "
+                    f"--{name} {new_value}: the run was started with {old_value}; "
                     f"a resumed run may only change {', '.join(_ALWAYS_FREE)}"
                 )
 
     def _refuse_fewer(self, setting: str, wanted: int, done: int) -> None:
+        """Raise InputError if a setting has fewer epochs than are done."""
         if wanted < done:
             raise InputError(f"--{setting} {wanted}: run {self.run_id} has done {done} already; give as many or more")
 
 
 def may_differ(name: str) -> bool:
-    """Return whether some resumed run may change a setting."""
+    """Return whether a resumed run may change a setting, always or before its self-critical phase begins."""
     return name in _ALWAYS_FREE or name.startswith(_SECOND_PHASE) or name == "registry.metric"

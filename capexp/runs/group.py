@@ -1,4 +1,4 @@
-"""Several runs under one: an experiment at several seeds, and an ensemble with its members."""
+"""Several runs nested under one: an experiment at several seeds, or the members of an ensemble."""
 
 import statistics
 import time
@@ -27,10 +27,10 @@ from capexp.tracking.registry import ARTIFACT, Version
 from capexp.training.loop import Update
 
 SEEDS, SEED, MEMBER = "seeds", "seed", "member"
-"""Tags: how many seeds a run has under it, which seed a run is, which member of an ensemble."""
-_OF_AN_EPOCH = ("dev_loss", "dev_perplexity")  # not results of a run
-_ENSEMBLE = "ensemble"  # the folder of an ensemble's bundle, in the run's
-# What may differ between a member and a run that was trained before: where things are, and what comes after training.
+"""Tags: the number of seeds of a parent run, the seed of a nested run, the name of an ensemble's member."""
+_EPOCH_METRICS = ("dev_loss", "dev_perplexity")  # logged after each epoch: they are not results of the run
+_ENSEMBLE = "ensemble"  # the folder of the ensemble's bundle, inside the run's folder
+# Settings in which a reusable run may differ from a member: they do not change the captioner.
 _FREE = {"captions.root", "features.weights", "features.cache", "features.batch_size", "training.device"} | {
     *("training.keep", "training.save_steps", "registry.model", "registry.metric"),
 }
@@ -38,32 +38,37 @@ _FREE = {"captions.root", "features.weights", "features.cache", "features.batch_
 
 @dataclass(frozen=True)
 class Spread:
-    """A metric over the seeds."""
+    """The mean and standard deviation of a metric over the seeds."""
 
     mean: float
     deviation: float
-    """Sample standard deviation (of n - 1)."""
+    """The sample standard deviation (divisor n - 1)."""
 
 
 @dataclass(frozen=True)
 class SeedsResult:
-    """An experiment at several seeds."""
+    """The results of an experiment at several seeds."""
 
     run_id: str
     metrics: dict[int, dict[str, float]]
-    """By seed and MLflow's name."""
+    """The metrics of each seed, by their names in MLflow."""
     spreads: dict[str, Spread]
+    """By the metrics' names in MLflow."""
     version: Version
+    """The registered version: the captioner of the best seed."""
 
 
 def count_of_seeds(run_id: str) -> int | None:
-    """Return how many seeds a run has under it; None where it is one run."""
+    """Return the number of seeds that are nested under a run; None if the run is not a parent of seeds."""
     count = run_tags(run_id).get(SEEDS)
     return None if count is None else int(count)
 
 
 def check_count(count: int, experiment: Experiment) -> None:
-    """Refuse fewer than two seeds, seeds beyond 2^31 and an ensemble, whose seeds are in its settings."""
+    """Raise InputError if the value of ``--seeds`` does not fit the experiment.
+
+    There must be at least two seeds, all below 2^31. An ensemble takes no ``--seeds``: its settings name the seeds.
+    """
     if experiment.is_ensemble:
         raise InputError(f"--seeds {count}: {experiment.name} is an ensemble; its seeds are those of ensemble.members")
     if count < 2:
@@ -73,42 +78,46 @@ def check_count(count: int, experiment: Experiment) -> None:
 
 
 def train_seeds(plan: Plan, count: int, resume: str | None = None) -> Generator[Update, None, SeedsResult]:
-    """Train an experiment at its seed and the following ones, in turn.
+    """Train an experiment at ``count`` seeds, one after the other: its own seed and the following ones.
 
-    Each is a run nested under one that holds mean and standard deviation of their results, as ``NAME_mean`` and
-    ``NAME_std``; the best by ``registry.metric`` is registered there. Resumed, what is finished is not run again; a
-    larger ``count`` adds seeds.
+    Each seed is a run nested under one parent run. The mean and standard deviation of their results are metrics of the
+    parent run, ``NAME_mean`` and ``NAME_std``. The captioner of the best seed by ``registry.metric`` is registered
+    under the parent run.
+
+    ``resume`` is the id of a parent run to continue. Finished seeds are not trained again; a larger ``count`` adds
+    seeds.
     """
     experiment = plan.experiment
     seeds = {
         seed: replace_settings(experiment, {"seed": seed}) for seed in range(experiment.seed, experiment.seed + count)
     }
-    if resume is not None:  # refused before the new settings are written
-        for seed, run_id in _begun(resume).items():
-            one = replace_settings(experiment, {"seed": seed})
-            RunFolder(plan.folder / resume / run_id).is_complete(one)
+    if resume is not None:  # raises InputError for unsuitable settings, before they are written
+        for seed, run_id in _runs_by_seed(resume).items():
+            seed_experiment = replace_settings(experiment, {"seed": seed})
+            RunFolder(plan.folder / resume / run_id).is_complete(seed_experiment)
     plan = replace(plan, name=f"{experiment.name}, {count} seeds", tags={SEEDS: str(count)})
     with opened(plan, resume) as run:
         run.tracked.set_tags(plan.tags)
-        begun = _begun(run.run_id)
+        run_ids = _runs_by_seed(run.run_id)
         results: dict[int, Result] = {}
-        for seed, one in seeds.items():
+        for seed, seed_experiment in seeds.items():
             label = f"seed {seed}"
-            of_seed = Plan(
-                one, plan.data, f"{experiment.name}, {label}", label, {SEED: str(seed)}, run.run_id, run.folder.path,
-                registers=False,
+            seed_plan = Plan(
+                seed_experiment, plan.data, f"{experiment.name}, {label}", label, {SEED: str(seed)}, run.run_id,
+                run.folder.path, registers=False,
             )  # fmt: skip
-            results[seed] = yield from child(of_seed, _earlier_seed(of_seed, begun.get(seed)))
+            results[seed] = yield from child(seed_plan, _earlier_run(seed_plan, run_ids.get(seed)))
         return _summarize(run, results)
 
 
-def _begun(run_id: str) -> dict[int, str]:
-    """Return the newest run of each seed that was begun."""
+def _runs_by_seed(run_id: str) -> dict[int, str]:
+    """Return the id of the newest nested run of each seed that was started."""
     runs = reversed(nested_runs(run_id))
     return {int(run.data.tags[SEED]): str(run.info.run_id) for run in runs if SEED in run.data.tags}
 
 
-def _earlier_seed(plan: Plan, run_id: str | None) -> EarlierRun | None:
+def _earlier_run(plan: Plan, run_id: str | None) -> EarlierRun | None:
+    """Return the earlier run of a seed, with its captioner if the run is complete; None without a run id."""
     if run_id is None:
         return None
     folder = RunFolder(plan.folder / run_id)
@@ -117,50 +126,54 @@ def _earlier_seed(plan: Plan, run_id: str | None) -> EarlierRun | None:
 
 
 def _summarize(run: OpenRun, results: Mapping[int, Result]) -> SeedsResult:
-    """Log mean and standard deviation over the seeds, and register the best captioner."""
+    """Log the mean and standard deviation over the seeds, register the best captioner and describe the run."""
     experiment = run.plan.experiment
-    known = {str(nested.info.run_id): dict(nested.data.metrics) for nested in nested_runs(run.run_id)}
+    metrics_by_run = {str(nested.info.run_id): dict(nested.data.metrics) for nested in nested_runs(run.run_id)}
     metrics = {
         seed: {
             name: value
-            for name, value in known[result.run_id].items()
-            if name.startswith(("best_", "dev_")) and name not in _OF_AN_EPOCH
+            for name, value in metrics_by_run[result.run_id].items()
+            if name.startswith(("best_", "dev_")) and name not in _EPOCH_METRICS
         }
         for seed, result in results.items()
     }
     spreads = {
         name: Spread(statistics.mean(values), statistics.stdev(values))
         for name in next(iter(metrics.values()))
-        if len(values := [of_seed[name] for of_seed in metrics.values() if name in of_seed]) == len(metrics)
+        if len(values := [one_seed[name] for one_seed in metrics.values() if name in one_seed]) == len(metrics)
     }
     logged = {f"{name}_mean": spread.mean for name, spread in spreads.items()}
     logged |= {f"{name}_std": spread.deviation for name, spread in spreads.items()}
     run.tracked.log_metrics(logged, len(metrics), time.time_ns() // 1_000_000)
-    best = min(metrics, key=lambda seed: _cost(metrics[seed], experiment))
+    best = min(metrics, key=lambda seed: _selection_cost(metrics[seed], experiment))
     run.tracked.set_tags({"best_seed": str(best), "best_run": results[best].run_id})
-    one = replace_settings(experiment, {"seed": best})
-    version = register_bundle(run.with_experiment(one), results[best].bundle)
-    told = [
+    best_experiment = replace_settings(experiment, {"seed": best})
+    version = register_bundle(run.with_experiment(best_experiment), results[best].bundle)
+    spread_texts = [
         f"{name} {spreads[name].mean:.4f} ± {spreads[name].deviation:.4f}" for name in ("best_dev_loss", "dev_cider")
     ]
-    mean = f"Mean and standard deviation over {len(results)} seeds: {', '.join(told)}; the best is seed {best}."
-    run.tracked.describe(describe_run(experiment, run.plan.data, [mean, describe_use(version.numbered_uri)]))
+    result = (
+        f"Mean and standard deviation over {len(results)} seeds: {', '.join(spread_texts)}; the best is seed {best}."
+    )
+    run.tracked.describe(describe_run(experiment, run.plan.data, [result, describe_use(version.numbered_uri)]))
     return SeedsResult(run.run_id, metrics, spreads, version)
 
 
-def _cost(metrics: Mapping[str, float], experiment: Experiment) -> float:
-    """Return what the best seed is chosen by: lower is better."""
+def _selection_cost(metrics: Mapping[str, float], experiment: Experiment) -> float:
+    """Return the value by which the best seed is selected: the dev loss, or minus the dev CIDEr. Lower is better."""
     return metrics["best_dev_loss"] if experiment.registry.metric == "dev_loss" else -metrics["dev_cider"]
 
 
 def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, None, tuple[Result, dict[str, str]]]:
-    """Find or train the members of an ensemble, then evaluate and register it.
+    """Find or train the members of an ensemble, then evaluate and register the ensemble.
 
-    A member is a finished run, in any experiment of the store, with the same settings, data, words and encoder, whose
-    captioner is still to be had. One that was interrupted in this folder is resumed; others are trained as runs of
-    their own, nested under the ensemble's, which register nothing.
+    A finished run is reused as a member if it has the member's settings, data, vocabulary and encoder, and its
+    captioner is still available. It may be in any MLflow experiment of the store. An interrupted run with these
+    settings is resumed if its checkpoints are here. Every other member is trained as a run nested under the ensemble's
+    run. Only the ensemble is registered.
 
-    Returns the result, and each member in words with the run that has trained it.
+    ``resume`` is the id of an ensemble's run to continue. Returns the ensemble's result, and the run id of each member
+    by the member's number and name.
     """
     experiment, data = plan.experiment, plan.data
     encoder = encoder_weights(experiment)
@@ -170,8 +183,8 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
         for number, member in enumerate(members_of(experiment), start=1):
             _write_member(run, member, number)
             name = member_name(member)
-            of_member = Plan(member, data, name, name, {MEMBER: name}, run.run_id, CHECKPOINTS, registers=False)
-            result = yield from child(of_member, _earlier_member(member, data))
+            member_plan = Plan(member, data, name, name, {MEMBER: name}, run.run_id, CHECKPOINTS, registers=False)
+            result = yield from child(member_plan, _earlier_member(member, data))
             members[f"{number}: {name}"] = result.run_id
             captioners.append(Captioner.load(result.bundle, run.device))
         run.tracked.set_tags({f"{MEMBER}_{number}": run_id for number, run_id in enumerate(members.values(), start=1)})
@@ -194,7 +207,7 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
 
 
 def _write_member(run: OpenRun, member: Experiment, number: int) -> None:
-    """Keep a member's settings among the ensemble's files."""
+    """Write a member's settings into the ensemble's folder, and log them as an artifact."""
     path = run.folder.path / "members" / f"{member.name}-seed{member.seed}-{number}.toml"
     with writing(path):
         path.parent.mkdir(exist_ok=True)
@@ -202,48 +215,58 @@ def _write_member(run: OpenRun, member: Experiment, number: int) -> None:
 
 
 def _earlier_member(member: Experiment, data: Dataset) -> EarlierRun | None:
-    """Return the newest finished run with a member's settings whose captioner is to be had, or one to go on with."""
-    known = _known(member, data)
-    for run in known:
-        if run.is_finished and (bundle := _bundle(run, member)) is not None:
+    """Return the run to reuse or to resume as a member; None if the member must be trained.
+
+    It is the newest finished run with the member's settings whose captioner is available. If there is none, it is the
+    newest unfinished one whose folder is here.
+    """
+    candidates = _matching_runs(member, data)
+    for run in candidates:
+        if run.is_finished and (bundle := _available_bundle(run, member)) is not None:
             return EarlierRun(run.run_id, bundle)
-    for run in known:
-        # Begun in this folder, by itself or for an ensemble, and broken off.
+    for run in candidates:
+        # Started here, by itself or for an ensemble, and interrupted.
         if not run.is_finished and (CHECKPOINTS / run.run_id / SETTINGS).is_file():
             return EarlierRun(run.run_id)
     return None
 
 
-def _known(member: Experiment, data: Dataset) -> list[FoundRun]:
-    """Return the runs with a member's settings on the same data, words and features, the newest first."""
+def _matching_runs(member: Experiment, data: Dataset) -> list[FoundRun]:
+    """Return the runs with a member's settings on the same data, vocabulary and features, the newest first.
+
+    Pruned trials, and parent runs of seeds or of a study, are left out.
+    """
     found = runs_of({"name": member.name, "seed": str(member.seed)}, comparable_tags(data))
-    single = [run for run in found if not {"pruned", SEEDS, STUDY} & run.tags.keys()]
-    return [run for run in single if _has_settings(run.run_id, member)]
+    single_runs = [run for run in found if not {"pruned", SEEDS, STUDY} & run.tags.keys()]
+    return [run for run in single_runs if _has_settings(run.run_id, member)]
 
 
 def _has_settings(run_id: str, member: Experiment) -> bool:
-    """Return whether a run was made with a member's settings, by the file that it left: params may be cut short."""
+    """Return whether a run was made with a member's settings.
+
+    The run's settings are read from the file among its artifacts, because MLflow may truncate params.
+    """
     path = fetch_artifacts(run_id, SETTINGS)
     if path is None:
         return False
     try:
-        theirs, ours = load_experiment(path, {}).flat(), member.flat()
-    except InputError:  # of another version of the project
+        run_settings, member_settings = load_experiment(path, {}).flat(), member.flat()
+    except InputError:  # written by another version of the project
         return False
-    return all(theirs.get(name) == value for name, value in ours.items() if name not in _FREE)
+    return all(run_settings.get(name) == value for name, value in member_settings.items() if name not in _FREE)
 
 
-def _bundle(run: FoundRun, member: Experiment) -> Path | None:
-    """Return the captioner that a finished run has left: in its folder, or among its artifacts."""
-    run_id, above = run.run_id, run.tags.get(PARENT, "")
-    for folder in (CHECKPOINTS / run_id, CHECKPOINTS / above / run_id):
+def _available_bundle(run: FoundRun, member: Experiment) -> Path | None:
+    """Return the bundle of a finished run's captioner from its folder or its artifacts; None if neither has one."""
+    run_id, parent = run.run_id, run.tags.get(PARENT, "")
+    for folder in (CHECKPOINTS / run_id, CHECKPOINTS / parent / run_id):
         with suppress(InputError):
-            found = RunFolder(folder).best_bundle(member)
-            if found is not None:
-                verify_bundle(found)
-                return found
+            bundle = RunFolder(folder).best_bundle(member)
+            if bundle is not None:
+                verify_bundle(bundle)
+                return bundle
     with suppress(InputError):
-        found = find_bundle(f"runs:/{run_id}/{ARTIFACT}")
-        verify_bundle(found)
-        return found
+        bundle = find_bundle(f"runs:/{run_id}/{ARTIFACT}")
+        verify_bundle(bundle)
+        return bundle
     return None

@@ -1,4 +1,4 @@
-"""Open a run, lock its folder, log its beginning and end it in order: the lifecycle of everything that is tracked."""
+"""The lifecycle of every tracked run: open it, lock its folder, log its settings and data, and end it cleanly."""
 
 import logging
 import sys
@@ -25,61 +25,68 @@ from capexp.tracking.store import prepare_store, store_faults, without_credentia
 
 log = logging.getLogger(__name__)
 
-_VERSION = "capexp_version"  # the tag that each run of this project has from its beginning
-_CONTEXTS: Mapping[SplitName, str] = {"train": "training", "dev": "validation"}  # as MLflow names them
+_VERSION = "capexp_version"  # a tag that every run of this project has from its start
+_CONTEXTS: Mapping[SplitName, str] = {"train": "training", "dev": "validation"}  # MLflow's names of the splits
 
 
 @dataclass(frozen=True)
 class Plan:
-    """A run that is to be made: what it trains on, where it leaves its files, its place in the run tree."""
+    """A run to make: its settings and data, its parent run, the place of its files, and what to register."""
 
     experiment: Experiment
     data: Dataset
-    """With features."""
+    """The dataset, with features."""
     name: str = ""
-    """MLflow's name of the run; the experiment's by default."""
+    """The name of the run in MLflow; if empty, the name of the experiment."""
     label: str = ""
-    """What its updates are labelled with, where it is one of several."""
+    """The label of the run's updates if it is one of several runs; else empty."""
     tags: Mapping[str, str] = field(default_factory=dict)
-    """The run has them from the beginning."""
+    """The tags that the run has from its start."""
     parent: str | None = None
-    """The id of the run that it is nested under."""
+    """The id of the parent run, if the run is nested."""
     folder: Path = CHECKPOINTS
-    """Where its own folder is made."""
+    """The folder in which the run's own folder is created."""
     registers: bool = True
-    """Whether its captioner is logged and registered; otherwise it stays among the checkpoints."""
+    """Whether the captioner is logged and registered; otherwise it is only kept among the checkpoints."""
     promote: bool = False
-    """Whether the registered version becomes champion whatever it scores."""
+    """Whether the registered version becomes ``champion`` regardless of its score."""
     is_shared: bool = False
-    """Whether other processes may have the same run open: a study's, which is not locked."""
+    """Whether several processes may open the run at once, as for a study: they share the lock of its folder."""
 
 
 @dataclass(frozen=True)
 class OpenRun:
-    """A run that this process has open."""
+    """A run that this process has opened."""
 
     plan: Plan
     tracked: TrackedRun
+    """The run in MLflow, to log to."""
     folder: RunFolder
     device: torch.device
+    """The device to compute on."""
 
     @property
     def run_id(self) -> str:
-        """MLflow's id."""
+        """The run's id in MLflow."""
         return self.tracked.run_id
 
     def with_experiment(self, experiment: Experiment) -> "OpenRun":
-        """Return the same run with the settings of its best seed or trial, to register a captioner under those."""
+        """Return this run with the settings of its best seed or trial, under which the captioner is registered."""
         return replace(self, plan=replace(self.plan, experiment=experiment))
 
 
 @contextmanager
 def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
-    """Open a new run, or resume one; lock its folder, log its beginning, and end it as the block ends.
+    """Open a new run, or resume the run with the id ``resume``; end it when the block ends.
 
-    An interrupt ends the run KILLED, any other exception FAILED, with its message in the tag ``error``. An
-    existing run is locked before MLflow opens it, a new one as soon as its id is known: a second process leaves a
-    living run untouched.
+    The folder of the run is locked inside the block. Settings, tags and data are logged at its start.
+
+    After an interrupt the run ends KILLED, after any other exception FAILED, with the message in the tag ``error``.
+    Only after an :class:`Unsent` of this same run it ends FINISHED, because then the work is done and the rest of the
+    log can be sent later.
+
+    An existing run is locked before MLflow opens it, a new one as soon as its id is known. So a second process cannot
+    change a run that another process is training.
     """
     experiment, device = plan.experiment, choose_device(plan.experiment.training.device)
 
@@ -87,7 +94,7 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
     def lock(run_id: str) -> Iterator[None]:
         with RunFolder(plan.folder / run_id).lock(plan.is_shared):
             if resume is None:
-                _refuse_trained(plan.folder)  # by another process, since it was asked
+                _refuse_trained(plan.folder)  # again: another process may have trained it since the first check
             yield
 
     prepare_store()
@@ -118,6 +125,7 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
         tracked.log_artifact(settings)
         tracked.describe(describe_run(experiment, plan.data, ["Not finished yet."]))
         if resume is not None:
+            # Params cannot change in MLflow: settings that a resumed run may change are logged again, as tags.
             tracked.set_tags(
                 {f"resumed.{name}": value for name, value in experiment.flat().items() if may_differ(name)}
             )
@@ -125,7 +133,7 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
 
 
 def _data_tags(data: Dataset) -> dict[str, str]:
-    """Return the tags that tell what a run is trained on, and by which code."""
+    """Return the tags that identify the data and the encoder of a run, and the version of the code."""
     return comparable_tags(data) | {
         "git_commit": git_commit(),
         "encoder": str(data.encoder),
@@ -134,7 +142,7 @@ def _data_tags(data: Dataset) -> dict[str, str]:
 
 
 def comparable_tags(data: Dataset) -> dict[str, str]:
-    """Return the tags that are equal of runs on the same data, words and encoder."""
+    """Return the tags that are equal for runs on the same data, vocabulary and encoder."""
     return {
         "data_digest": data.digest(),
         "vocabulary_digest": data.vocabulary.digest(),
@@ -143,7 +151,7 @@ def comparable_tags(data: Dataset) -> dict[str, str]:
 
 
 def _require_same_data(run_id: str, data: Dataset) -> None:
-    """Refuse to resume a run on other data, words or encoder than it was started with."""
+    """Raise InputError if a run was started with other data, another vocabulary or another encoder."""
     before, now = run_tags(run_id), comparable_tags(data)
     for name in now:
         if name in before and before[name] != now[name]:
@@ -154,17 +162,17 @@ def _require_same_data(run_id: str, data: Dataset) -> None:
 
 
 def _refuse_trained(folder: Path) -> None:
-    """Refuse a run that ``MLFLOW_RUN_ID`` names if a process of this project has begun it already."""
-    adopted = adopted_run()
-    if adopted is None:
+    """Raise InputError if ``MLFLOW_RUN_ID`` names a run that this project has already started to train."""
+    run_id = adopted_run()
+    if run_id is None:
         return
-    run_status(adopted)  # refuses an unknown one
-    if (folder / adopted / JOURNAL).exists() or _VERSION in run_tags(adopted):
-        raise InputError(f"MLFLOW_RUN_ID={adopted}: was trained already; unset it, or give --resume {adopted}")
+    run_status(run_id)  # raises InputError if there is no such run
+    if (folder / run_id / JOURNAL).exists() or _VERSION in run_tags(run_id):
+        raise InputError(f"MLFLOW_RUN_ID={run_id}: was trained already; unset it, or give --resume {run_id}")
 
 
 class _WithoutSecrets(logging.Formatter):
-    """Keeps the password of a tracking server out of what is logged: its errors quote the address."""
+    """Remove the password of a tracking server from log lines: error messages may contain the server's address."""
 
     def format(self, record: logging.LogRecord) -> str:
         return without_credentials(super().format(record))
@@ -172,7 +180,7 @@ class _WithoutSecrets(logging.Formatter):
 
 @contextmanager
 def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
-    """Copy the project's log to a file in the run's folder, and log the file to the run however the block ends."""
+    """Copy the project's log to a file in the run's folder; log the file as an artifact, even after an exception."""
     handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("capexp")
@@ -182,7 +190,7 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     except Unsent:
         raise
     except Exception:
-        log.debug("the run has failed", exc_info=True)  # to the file alone: the command tells the user
+        log.debug("the run has failed", exc_info=True)  # only to the file: the command reports the error to the user
         raise
     finally:
         root.removeHandler(handler)
@@ -191,5 +199,5 @@ def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
         if sys.exception() is None:
             tracked.log_artifact(path)
         else:
-            with suppress(Outage), store_faults():  # must not hide why the block has ended
+            with suppress(Outage), store_faults():  # an outage here must not hide the exception that ended the block
                 tracked.log_artifact(path)

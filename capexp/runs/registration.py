@@ -1,4 +1,4 @@
-"""From a trained captioner to a registered version: bundle, model card, and the alias ``champion`` if it earns it."""
+"""Register a trained captioner with its model card, and set the alias ``champion`` if it scores better."""
 
 import logging
 import shutil
@@ -25,26 +25,31 @@ from capexp.tracking.store import undisturbed
 
 log = logging.getLogger(__name__)
 
-_BUNDLE = "bundle"  # in the run's folder, until the store has it
+_BUNDLE = "bundle"  # a folder inside the run's folder, deleted once the store has its content
 
 
 @dataclass(frozen=True)
 class Registration:
-    """What is to be done with the bundle in a run's folder: all that a later process needs to know."""
+    """How to log or register the bundle in a run's folder. It is stored, so that a later process can do it."""
 
     name: str | None
-    """Of the registered model; None where the captioner is only logged."""
+    """The name of the registered model; None if the captioner is only logged."""
     card: str = ""
+    """The model card, in Markdown."""
     tags: dict[str, str] = field(default_factory=dict)
+    """The tags of the registered version."""
     score: dict[str, Any] = field(default_factory=dict)
+    """The fields of its :class:`Score`."""
     promote: bool = False
+    """Whether it becomes ``champion`` regardless of its score."""
 
 
 def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder: State | None) -> Version:
-    """Register a captioner under its run, with card and score, and move ``champion`` to it if it earns it.
+    """Register a captioner under its run, with model card and score; make it ``champion`` if it scores better.
 
-    ``encoder`` are VGG16's weights, which travel with it where they are given. An interrupt waits until all is done.
-    Raises :class:`Unsent` where the server is away: :func:`carry_out` does it later.
+    ``encoder`` are VGG16's weights, which are saved with the captioner if given. An interrupt is delayed until the
+    captioner is registered. Raises :class:`Unsent` if the server is unreachable; :func:`carry_out` can then register
+    the captioner later.
     """
     assert captioner.record is not None
     experiment, data = run.plan.experiment, run.plan.data
@@ -64,7 +69,7 @@ def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder
 
 
 def register_bundle(run: OpenRun, bundle: Path) -> Version:
-    """Evaluate a captioner that another run has trained, and register it under a run above that one."""
+    """Evaluate a captioner that a nested run has trained, and register it under the parent run ``run``."""
     captioner = Captioner.load(bundle, run.device)
     evaluation = evaluate_on_dev(run.plan, captioner)
     assert captioner.record is not None
@@ -73,14 +78,18 @@ def register_bundle(run: OpenRun, bundle: Path) -> Version:
 
 
 def log_interrupted(tracked: TrackedRun, captioner: Captioner, encoder: State | None) -> None:
-    """Log the best captioner of an interrupted run, without registering it; now, or with what is sent later."""
-    with suppress(Unsent):  # which the run's end tells of
+    """Log the best captioner of an interrupted run without registering it; if the server is unreachable, later."""
+    with suppress(Unsent):  # the end of the run reports it
         _deliver(tracked, captioner, encoder, Registration(None), SHORT_PATIENCE)
 
 
 def _deliver(
     tracked: TrackedRun, captioner: Captioner, encoder: State | None, registration: Registration, patience: float
 ) -> Version | None:
+    """Save the bundle in the run's folder, carry out the registration, and delete the bundle.
+
+    Raises :class:`Unsent` if the server is unreachable for ``patience`` seconds; the bundle is then kept.
+    """
     captioner.save(tracked.folder / _BUNDLE, encoder)
     version = tracked.run_when_sent(asdict(registration), lambda: carry_out(tracked, registration), patience)
     delete_bundle(tracked.folder)
@@ -88,7 +97,7 @@ def _deliver(
 
 
 def carry_out(tracked: TrackedRun, registration: Registration) -> Version | None:
-    """Do what a registration asks for with the bundle in the run's folder, as far as it is not done yet."""
+    """Log or register the bundle in the run's folder, except for steps that are already done; return the version."""
     bundle = tracked.folder / _BUNDLE
     captioner = Captioner.load(bundle)
     version = None
@@ -109,12 +118,15 @@ def carry_out(tracked: TrackedRun, registration: Registration) -> Version | None
 
 
 def delete_bundle(folder: Path) -> None:
-    """Delete the bundle in a run's folder that waited for the store."""
+    """Delete the bundle in a run's folder that was kept until the store had received it."""
     shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
 
 
 def encoder_weights(experiment: Experiment) -> State | None:
-    """Return the layers of VGG16 that the captioner needs, where they are at hand: nothing is fetched for this."""
+    """Return the layers of VGG16 that the captioner needs; None if they are not on this machine.
+
+    Nothing is downloaded. If published weights are damaged, log a warning and return None.
+    """
     config = experiment.features
     if not encoder_at_hand(config):
         return None

@@ -1,4 +1,4 @@
-"""Train one captioner as a tracked run, alone or under another run."""
+"""Train one captioner as a tracked run, on its own or nested under another run."""
 
 import logging
 from collections import deque
@@ -36,39 +36,46 @@ log = logging.getLogger(__name__)
 
 @dataclass(frozen=True)
 class EarlierRun:
-    """A run with the settings of a plan that was begun before."""
+    """A run that was started before with the settings of a plan."""
 
     run_id: str
     bundle: Path | None = None
-    """Its captioner, where it has finished."""
+    """The bundle of its captioner; None if the run has not finished."""
 
 
 @dataclass(frozen=True)
 class Result:
-    """A run that has ended."""
+    """The result of a run that has ended."""
 
     run_id: str
     bundle: Path
-    """Its best captioner."""
+    """The bundle of the best captioner."""
     best: Epoch | None = None
-    """None for an ensemble, and for a captioner that an earlier run has trained."""
+    """The best epoch; None for an ensemble, and for an earlier run that is reused."""
     is_pruned: bool = False
     dev_loss: float | None = None
+    """The best captioner's dev loss in nats per token; None for a pruned run, and for an earlier run that is reused."""
     dev_loss_blind: float | None = None
-    """None where it was pruned, or found."""
+    """The dev loss of the image-blind baseline; None in the same cases."""
     version: Version | None = None
+    """The registered version; None if nothing was registered."""
     samples: tuple[GalleryCard, ...] = ()
-    """Captions of some dev photos, drawn at random."""
+    """Captions of some dev photos, sampled at random."""
 
 
 def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Generator[Update, None, Result]:
-    """Train, track and register one captioner; yield every epoch when it is logged.
+    """Train and track one captioner; yield each epoch after it is logged.
 
-    If :class:`Pruned` is thrown into the generator, the run ends FINISHED with the tag ``pruned``. An interrupt ends it
-    KILLED, with the best captioner so far logged, not registered. Rank 0 calls this, other ranks :func:`follow`.
+    The captioner is registered only if ``plan.registers``. ``resume`` is the id of a run to continue. Rank 0 calls
+    this function, other ranks call :func:`follow`.
+
+    If :class:`Pruned` is thrown into the generator, the run ends FINISHED with the tag ``pruned``. If it is
+    interrupted, the run ends KILLED; with ``plan.registers`` the best captioner so far is logged, but not registered.
     """
     experiment = plan.experiment
-    encoder = encoder_weights(experiment) if plan.registers else None  # before hours of training, lest it be damaged
+    encoder = (
+        encoder_weights(experiment) if plan.registers else None
+    )  # read before hours of training: it may be damaged
     parameters = check_fits(experiment, plan.data)
     check_disk_space(plan.folder, parameters, experiment.training)
     with opened(plan, resume) as run:
@@ -111,7 +118,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
 def describe_end(
     run: OpenRun, captioner: Captioner, evaluation: Evaluation, bundle: Path, version: Version | None
 ) -> None:
-    """Describe a run that has ended: its scores, and how to use its captioner."""
+    """Set the description of a finished run: its scores, and how to use its captioner."""
     assert captioner.record is not None
     experiment = run.plan.experiment
     result = describe_result(experiment, captioner.record, evaluation)
@@ -120,21 +127,24 @@ def describe_end(
 
 
 def follow(plan: Plan, world: World) -> None:
-    """Train as a rank other than 0: compute shards of batches and dev loss, write nothing."""
+    """Train as a rank other than 0: compute this rank's shards of batches and of the dev loss; write nothing."""
     device = choose_device(plan.experiment.training.device)
     deque(_phases(plan, device, None, world), 0)
     world.stop()
 
 
 def child(plan: Plan, earlier: EarlierRun | None = None) -> Generator[Update, None, Result]:
-    """Return the result of a run under another: finished earlier, gone on with, or trained now."""
+    """Yield the epochs of a nested run and return its result.
+
+    ``earlier`` is reused if it has finished, else it is continued. Without it a new run is trained.
+    """
     await_store()
     if earlier is None:
-        told = "trained now"
+        action = "trained now"
     else:
-        told = f"{'gone on with' if earlier.bundle is None else 'found'}, run {earlier.run_id}"
+        action = f"{'gone on with' if earlier.bundle is None else 'found'}, run {earlier.run_id}"
     if plan.label:
-        log.info("%s: %s", plan.label, told)
+        log.info("%s: %s", plan.label, action)
     if earlier is None:
         return (yield from train(plan))
     if earlier.bundle is not None:
@@ -143,7 +153,10 @@ def child(plan: Plan, earlier: EarlierRun | None = None) -> Generator[Update, No
 
 
 def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: World) -> Generator[Epoch, None, None]:
-    """Train with cross-entropy and, where the settings say so, self-critically; ``folder`` is None on other ranks."""
+    """Train with cross-entropy, then self-critically if the settings have that phase; yield the epochs.
+
+    ``folder`` is None on ranks other than 0, which save nothing.
+    """
     experiment, data = plan.experiment, plan.data
     captioner = Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, experiment.seed)
     config = experiment.training
@@ -171,17 +184,19 @@ def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: W
 
 
 def _best(epochs: list[Epoch]) -> Epoch:
-    """Return the last improvement: by dev loss, or in the self-critical phase by dev CIDEr-D."""
+    """Return the last epoch that improved the dev loss, or in the self-critical phase the dev CIDEr-D."""
     return [epoch for epoch in epochs if epoch.improved][-1]
 
 
 def _best_bundle(folder: RunFolder, experiment: Experiment) -> Path:
+    """Return the bundle of the best captioner so far; there must be one."""
     bundle = folder.best_so_far(experiment)
     assert bundle is not None, f"{folder.path}: no epoch has improved"
     return bundle
 
 
 def _log_epoch(tracked: TrackedRun, epoch: Epoch) -> None:
+    """Log the metrics of an epoch."""
     metrics = {
         "train_loss": epoch.train_loss,
         "dev_loss": epoch.dev_loss,

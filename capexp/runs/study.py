@@ -1,4 +1,4 @@
-"""A study: its run, and its trials nested under it, gone on with, cleaned up, the best one registered."""
+"""A study's run and its trials, which are nested under it: train and resume trials, and register the best one."""
 
 import shutil
 import time
@@ -36,43 +36,44 @@ from capexp.training.loop import Update
 
 TRIAL = "trial"
 """The tag of a nested run that holds its trial's number."""
-_BUNDLE = "bundle"  # the artifact by which another machine finds the best captioner
+_BUNDLE = "bundle"  # the artifact from which another machine gets the best captioner
 
 
 def comparable_settings(experiment: Experiment, data: Dataset) -> dict[str, str]:
-    """Return the settings that must stay equal while a study goes on, because losses of trials are compared."""
-    space = experiment.tune.search
-    free = {"training.device", "training.keep", *space}
+    """Return the settings that must not change during a study, because the losses of its trials are compared."""
+    search = experiment.tune.search
+    ignored = {"training.device", "training.keep", *search}
     settings = {
         name: value
         for name, value in experiment.flat().items()
-        if name not in free and name.split(".")[0] in ("name", "seed", "model", "training", "vocabulary")
+        if name not in ignored and name.split(".")[0] in ("name", "seed", "model", "training", "vocabulary")
     }
-    # Optuna cannot go on with other choices, or another kind of numbers, under the same name.
-    kinds = {f"tune.search {name}": drawn.kind for name, drawn in space.items()}
+    # Optuna accepts no other choices, and no other kind of numbers, under the same name.
+    kinds = {f"tune.search {name}": space.kind for name, space in search.items()}
     return settings | kinds | {"encoder": data.encoder.key(), "data digest": data.digest()[:16]}
 
 
 @contextmanager
 def study_run(plan: Plan, study: Study) -> Iterator[OpenRun]:
-    """Open the run that a study's trials are nested under: the one it had, or a new one.
+    """Open the run that a study's trials are nested under: the study's existing run, or a new one.
 
-    While other processes are at work on the study it stays open, however this process leaves it.
+    If other processes are still running trials when this process ends, the run's status stays RUNNING.
     """
     prepare_store()
 
-    def leave() -> None:
+    def reopen() -> None:
         with suppress(Outage):
             if study.at_work():
                 keep_open(study.parent_runs()[0])
-                if not study.at_work():  # the last of the others has ended meanwhile
+                if not study.at_work():  # the last other process has ended in the meantime
                     end_run(study.parent_runs()[0])
 
     with ExitStack() as stack:
-        with study.lock():  # of two that begin the study at once, the second must find the first's run
-            earlier = study.parent_runs()
-            resume = earlier[0] if earlier and adopted_run() is None and run_tags(earlier[0]) else None
-            stack.callback(leave)
+        with study.lock():  # if two processes begin the study at once, the second must find the first's run
+            parents = study.parent_runs()
+            # A run without tags was deleted.
+            resume = parents[0] if parents and adopted_run() is None and run_tags(parents[0]) else None
+            stack.callback(reopen)  # called after the run has ended
             run = stack.enter_context(opened(plan, resume))
             study.nest_under(run.run_id)
         tune = flatten({"tune": plan.experiment.tune.model_dump(mode="json")})
@@ -93,17 +94,18 @@ class Trials:
     data: Dataset
     study: Study
     name: str
-    """Of the study."""
+    """The study's name."""
 
     @property
     def folder(self) -> Path:
-        """Where the trials have their folders."""
+        """The folder that contains the folders of the trials."""
         return STUDIES / self.name
 
     def train(self, trial: PendingTrial) -> Generator[Update, None, Result]:
-        """Train one, from its last checkpoint where it was broken off and that is reachable.
+        """Train a trial; yield its epochs and return its result.
 
-        Where other machines are at work too, the best captioner so far is put among its run's artifacts.
+        If the trial was interrupted before and its folder is here, continue from its last checkpoint. If workers on
+        other machines share the study and this captioner is the best so far, log its bundle as an artifact.
         """
         parents = self.study.parent_runs()
         plan = Plan(
@@ -111,12 +113,12 @@ class Trials:
             tags={TRIAL: str(trial.number)}, parent=parents[0], folder=self.folder, registers=False,
         )  # fmt: skip
         try:
-            result = yield from child(plan, self._broken_off(trial, parents))
+            result = yield from child(plan, self._interrupted_run(trial, parents))
         except Outage:
             raise
         except (InputError, torch.OutOfMemoryError):
             failed = find_nested(parents, TRIAL, str(trial.number))
-            if failed is not None:
+            if failed is not None:  # a failed trial is never continued
                 shutil.rmtree(self.folder / failed, ignore_errors=True)
             raise
         if self.study.is_shared and not result.is_pruned:
@@ -127,13 +129,14 @@ class Trials:
         return result
 
     def delete_ended(self) -> None:
-        """Delete the folders of the trials that have ended, but for the best one."""
-        ended, best = self.study.ended_runs(), self.study.best()  # in this order: a new best one is not among the ended
+        """Delete the folders of the trials that have ended, except that of the best trial."""
+        # In this order: a trial that becomes the best one in between is not among the ended ones.
+        ended, best = self.study.ended_runs(), self.study.best()
         for run_id in ended - {best.run_id if best else ""}:
             shutil.rmtree(self.folder / run_id, ignore_errors=True)
 
     def end_lost(self) -> None:
-        """End FAILED the runs that vanished workers have left running."""
+        """End the runs that dead workers have left RUNNING, as FAILED."""
         for parent in self.study.parent_runs():
             end_nested(
                 parent,
@@ -143,7 +146,7 @@ class Trials:
             )
 
     def register_best(self, run: OpenRun, best: FinishedTrial) -> Version:
-        """Register the best captioner under the study's run, whose tags tell the best values."""
+        """Register the best captioner under the study's run, and set the best values as tags of that run."""
         experiment = replace_settings(self.experiment, best.values)
         local = RunFolder(self.folder / best.run_id).best_bundle(experiment)
         bundle = local or fetch_artifacts(best.run_id, _BUNDLE)
@@ -162,18 +165,21 @@ class Trials:
         return version
 
     def best_experiment(self, best: FinishedTrial, name: str) -> str:
-        """Return the experiment with the best trial's values as a TOML file, whose head tells where they are from."""
+        """Return the experiment with the best trial's values, as the text of a TOML file.
+
+        Comments at its top say where the values come from.
+        """
         experiment = replace_settings(self.experiment, {**best.values, "name": name})
-        head = [
+        header = [
             f"Question:  how good is {self.experiment.name} with the best values that a study has found?",
             f"System:    {self.experiment.name} with " + ", ".join(f"{n} = {v}" for n, v in best.values.items()),
             f"Command:   python -m capexp.train --experiment {name}",
             f"Expected:  dev loss {best.dev_loss:.4f}, as trial {best.number} of the study (run {best.run_id})",
         ]
-        return "".join(f"# {line}\n" for line in head) + "\n" + to_toml(experiment)
+        return "".join(f"# {line}\n" for line in header) + "\n" + to_toml(experiment)
 
-    def _broken_off(self, trial: PendingTrial, parents: list[str]) -> EarlierRun | None:
-        """Return the run in which the trial was begun before, if its folder is here and nobody is training it."""
+    def _interrupted_run(self, trial: PendingTrial, parents: list[str]) -> EarlierRun | None:
+        """Return the interrupted run of the trial, if its folder is here and no process is training it."""
         for number in trial.earlier:
             run_id = find_nested(parents, TRIAL, str(number))
             if run_id is not None and (self.folder / run_id).is_dir():

@@ -1,7 +1,7 @@
 """The workers of a study: one in this process, or several processes.
 
-The processes are spawned by ``multiprocessing`` rather than started as commands: what they need goes through a
-pipe, so that the address of a storage, with its password, is neither in a command line nor on disk.
+The processes are spawned by ``multiprocessing``, not started as commands. Their arguments are sent through a pipe, so
+that the address of a storage, with its password, is neither in a command line nor on disk.
 """
 
 import multiprocessing
@@ -27,78 +27,79 @@ from capexp.search.storage import find_storage
 from capexp.search.study import Study
 from capexp.settings import Experiment
 
-_LOOK_AGAIN = 1.0  # seconds
-_DEATHS_IN_A_ROW = 3  # workers that died while no trial ended: the next would too
-_LEAVE_WITHIN = 120.0  # seconds that an interrupted worker has for bringing its trial to an end
+_POLL_SECONDS = 1.0  # between two checks of the study or the workers
+_DEATHS_IN_A_ROW = 3  # after so many killed workers and no ended trial, the next would be killed too
+_STOP_SECONDS = 120.0  # an interrupted worker has so long to end its trial, then it is killed
 
 Lines = Generator[str | None, None, None]
-"""Yields a line for each trial that ends, and None where the status of the study may have changed."""
+"""A generator that yields a line for each trial that ends, and None if the study's status may have changed."""
 
 
 @dataclass(frozen=True)
 class Program:
-    """How a process of the command runs: its signals, log and exit statuses."""
+    """How a process of the command runs: its signal handlers, log and exit statuses."""
 
     main: Callable[[Callable[[], int]], NoReturn]
-    """Runs a function as the command's process, and exits with what it returns."""
+    """Runs a function as the main function of the process, and exits with the status that it returns."""
     interrupted: int
     """The exit status of an interrupted process."""
 
 
 @dataclass(frozen=True)
 class Task:
-    """The work of a worker: a study, and when to stop."""
+    """The task of a worker: the study to work on, and when to stop."""
 
     experiment: Experiment
     study: str
+    """The study's name."""
     storage: str | None
     """The value of ``--storage``."""
     deadline: float | None
-    """The time after which no more trials are begun, in seconds since 1970."""
+    """The time after which no more trials are started, in seconds since 1970; None without a limit."""
 
-    def open(self, known: dict[str, str]) -> Study:
-        """Open the study; ``known`` are the settings that make its losses comparable."""
+    def open(self, comparable: dict[str, str]) -> Study:
+        """Open the study; ``comparable`` holds all settings that must be equal for dev losses to be comparable."""
         config = self.experiment.tune
         storage = find_storage(self.storage, STUDIES, self.study, config.heartbeat)
-        return Study(storage, self.study, config, self.experiment.seed, self.experiment.training.epochs, known)
+        return Study(storage, self.study, config, self.experiment.seed, self.experiment.training.epochs, comparable)
 
     @property
     def is_over(self) -> bool:
-        """Whether the time is up."""
+        """Whether the deadline has passed."""
         return self.deadline is not None and time.time() > self.deadline
 
 
 def work(task: Task, trials: Trials) -> Lines:
-    """Run trials until the study is complete or the time is up."""
+    """Run trials until the study is complete or the deadline has passed."""
     while not (trials.study.is_complete() or task.is_over):
         line = yield from trials.study.run_trial(trials.train)
-        if line is None:  # others are at the last ones, and might fail
-            time.sleep(_LOOK_AGAIN)
+        if line is None:  # other workers run the last trials, which might fail
+            time.sleep(_POLL_SECONDS)
         else:
             trials.delete_ended()
         yield line
 
 
 def work_together(task: Task, count: int, program: Program) -> Lines:
-    """Run trials in ``count`` processes, which share the threads; a process that is killed is replaced.
+    """Run trials in ``count`` processes, which share the CPU threads; replace a process that is killed.
 
-    Closed, it interrupts the processes and waits until their trials have ended.
+    When the generator is closed, it interrupts the processes and waits until their trials have ended.
     """
-    crew: dict[BaseProcess, Connection] = {}
+    workers: dict[BaseProcess, Connection] = {}
     deaths = 0
     threads = max(1, torch.get_num_threads() // count)
     try:
         for _ in range(count):
-            crew.update([_start(task, threads, program)])
-        while crew:
-            wait([*crew.values(), *(process.sentinel for process in crew)], timeout=_LOOK_AGAIN)
-            for process, connection in list(crew.items()):
-                ended = not process.is_alive()  # before the pipe is read: what it said last is in there
-                for line in _said(connection):
+            workers.update([_start(task, threads, program)])
+        while workers:
+            wait([*workers.values(), *(process.sentinel for process in workers)], timeout=_POLL_SECONDS)
+            for process, connection in list(workers.items()):
+                ended = not process.is_alive()  # checked before the pipe is read, so that no line is lost
+                for line in _received(connection):
                     deaths = 0 if line else deaths
                     yield line
                 if ended:
-                    del crew[process]
+                    del workers[process]
                     assert process.exitcode is not None
                     if process.exitcode < 0:
                         deaths += 1
@@ -109,45 +110,48 @@ def work_together(task: Task, count: int, program: Program) -> Lines:
                                 "is there memory for so many? give a lower --workers"
                             )
                         yield f"a worker was killed ({name}): its trial is run again, and another one takes its place"
-                        crew.update([_start(task, threads, program)])
+                        workers.update([_start(task, threads, program)])
                     elif process.exitcode not in (0, program.interrupted):
-                        raise SystemExit(process.exitcode)  # it has told why
+                        raise SystemExit(process.exitcode)  # the worker has reported the reason
             yield None
     finally:
-        for process in crew:
+        for process in workers:
             process.terminate()
-        for process in crew:
-            process.join(_LEAVE_WITHIN)
+        for process in workers:
+            process.join(_STOP_SECONDS)
             process.kill()
             process.join()
 
 
-def _said(connection: Connection) -> Iterator[str | None]:
-    """Yield the lines of a worker since the last call; raise the error that ended it."""
+def _received(connection: Connection) -> Iterator[str | None]:
+    """Yield the lines that a worker has sent since the last call; raise the error that ended it."""
     try:
         while connection.poll():
-            said = connection.recv()
-            if isinstance(said, InputError):
-                raise said
-            yield said
+            message = connection.recv()
+            if isinstance(message, InputError):
+                raise message
+            yield message
     except EOFError:
         return
 
 
 def _start(task: Task, threads: int, program: Program) -> tuple[BaseProcess, Connection]:
-    """Start a worker; return its process, and the pipe that its lines come from."""
+    """Start a worker; return its process, and the end of a pipe that receives its lines."""
     context = multiprocessing.get_context("spawn")
-    here, there = context.Pipe(duplex=False)
-    process = context.Process(target=_serve, args=(task, threads, there, program))
+    receiver, sender = context.Pipe(duplex=False)
+    process = context.Process(target=_serve, args=(task, threads, sender, program))
     with _spawning(threads):
         process.start()
-    there.close()
-    return process, here
+    sender.close()
+    return process, receiver
 
 
 @contextmanager
 def _spawning(threads: int) -> Iterator[None]:
-    """Let a new process inherit its number of threads, and ignore SIGINT until it sets a handler of its own."""
+    """Set the environment and signals that a process started in the block inherits.
+
+    It inherits its number of threads, and ignores SIGINT until it sets its own handler.
+    """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:
         with environment(OMP_NUM_THREADS=str(threads)):
@@ -157,10 +161,10 @@ def _spawning(threads: int) -> Iterator[None]:
 
 
 def _serve(task: Task, threads: int, connection: Connection, program: Program) -> None:
-    """Run a worker, in its process."""
+    """Run a worker in its own process, and send its lines through the pipe."""
 
-    def tell() -> int:
-        follow_parent(partial(os.kill, os.getpid(), signal.SIGTERM))  # an interrupt, to end in order
+    def run_worker() -> int:
+        follow_parent(partial(os.kill, os.getpid(), signal.SIGTERM))  # interrupts this process, so that it ends cleanly
         torch.set_num_threads(threads)
         try:
             data = Dataset.read(task.experiment)
@@ -175,4 +179,4 @@ def _serve(task: Task, threads: int, connection: Connection, program: Program) -
             connection.send(error)
         return 0
 
-    program.main(tell)
+    program.main(run_worker)

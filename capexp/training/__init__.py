@@ -1,1 +1,1 @@
-"""The loop that yields epochs, and the checkpoints it can go on from."""
+"""The training loop, its objectives, and the checkpoints from which it can resume."""

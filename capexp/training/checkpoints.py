@@ -30,86 +30,96 @@ class EpochProgress:
     """The progress within an epoch."""
 
     steps: int = 0
+    """The number of steps done."""
     sums: tuple[float, ...] = ()
-    """Sums over the steps done: loss in nats, targets; in the self-critical phase also rewards and captions."""
+    """Sums over these steps: loss in nats, targets; in the self-critical phase also rewards and captions."""
     seconds: float = 0.0
+    """The time spent on them."""
 
 
 @dataclass(frozen=True)
 class TrainingState:
-    """All that a training is resumed from. Random numbers are not in it: they follow from seed, epoch and step."""
+    """Everything that is needed to resume a training.
+
+    The states of random generators are not needed: they follow from seed, epoch and step.
+    """
 
     decoder: dict[str, Any]
     optimizer: dict[str, Any]
     history: list[dict[str, Any]]
-    """The epochs done, as dictionaries."""
+    """The finished epochs, as dictionaries."""
     average: dict[str, Any] | None = None
-    """The EMA of the decoder's weights, where training keeps one."""
+    """The EMA of the decoder's weights, if the training has one."""
     progress: EpochProgress = EpochProgress()
-    """Within the epoch after those done."""
+    """The progress within the epoch after the finished ones."""
 
     @classmethod
     def of(cls, record: dict[str, Any]) -> "TrainingState":
-        """Return the state of a ``dataclasses.asdict`` record; earlier versions saved no progress."""
+        """Return the state of a ``dataclasses.asdict`` record. Earlier versions of the project saved no progress."""
         return cls(**record | {"progress": EpochProgress(**record.get("progress", {}))})
 
     @property
     def epochs(self) -> int:
-        """The number of epochs done."""
+        """The number of finished epochs."""
         return len(self.history)
 
     @property
     def best_epoch(self) -> int:
-        """The last epoch that was an improvement; 0 where none was."""
+        """The last epoch that was an improvement; 0 if none was."""
         return max((record["number"] for record in self.history if record["improved"]), default=0)
 
 
 class Checkpoints:
-    """The folder of one run: ``last.pt``, ``previous.pt``, and bundles named ``ep003-train3.245-dev3.612``.
+    """The folder of one training phase: the states ``last.pt`` and ``previous.pt``, and bundles of captioners.
 
-    States are saved after each epoch, and within a long one.
+    The name of a bundle is like ``ep003-train3.245-dev3.612``. States are saved after each epoch, and within a long
+    one.
 
-    Everything is written beside, synced and renamed: first the captioner of an improvement, then the state that knows
-    of it, and only then older captioners are deleted. So each of the two states finds the captioner of its best epoch,
-    whenever the process is killed.
+    All files are written to a temporary name, synced and renamed. The captioner of an improvement is saved first, then
+    the state that refers to it. Only then are older captioners deleted. So for both states the captioner of the best
+    epoch is on disk, even if the process is killed at any time.
     """
 
     def __init__(self, folder: Path, keep: int, begins_with: int = 1) -> None:
-        """``begins_with`` is the epoch whose captioner may be on disk although no state is yet."""
+        """``keep`` is the number of newest captioners to keep.
+
+        ``begins_with`` is the epoch of the first captioner saved here. If the process is killed before it saves a
+        state, only this captioner is on disk.
+        """
         self.folder = folder
         self.keep = keep
         self.begins_with = begins_with
 
     def best(self) -> Path | None:
-        """Return the bundle of the best epoch so far: the last one, as only improvements are saved."""
+        """Return the bundle of the best epoch so far, which is the last one because only improvements are saved."""
         bundles = self._numbered()
         return bundles[-1][1] if bundles else None
 
     def save_captioner(self, captioner: Captioner) -> Path:
-        """Save an improvement under a name with its epoch and its losses in nats per token."""
+        """Save the captioner of an improvement; its name contains the epoch and its losses in nats per token."""
         record = captioner.record
         assert record is not None
         name = f"ep{record.epoch:03d}-train{record.train_loss:.3f}-dev{record.dev_loss:.3f}"
         return captioner.save(self.folder / name)
 
     def save_state(self, state: TrainingState) -> None:
-        """Save the state to resume from, keep the one before it, and delete captioners that neither needs."""
-        beside = self.folder / f".{_LAST}.{os.getpid()}.part"
+        """Save the state to resume from, keep the one before it, and delete old captioners that neither state needs."""
+        part = self.folder / f".{_LAST}.{os.getpid()}.part"
         content = io.BytesIO()
-        torch.save(asdict(state), content)  # to memory first: torch hides what a disk has against it
+        torch.save(asdict(state), content)  # to memory first: torch would hide the cause of a disk error
         try:
             with writing(self.folder / _LAST):
-                with beside.open("wb") as file:
+                with part.open("wb") as file:
                     file.write(content.getbuffer())
                     file.flush()
                     os.fsync(file.fileno())
                 last = self.folder / _LAST
                 if last.exists():
                     last.replace(self.folder / _PREVIOUS)
-                beside.replace(last)
+                part.replace(last)
                 sync(self.folder)
         finally:
-            beside.unlink(missing_ok=True)
+            part.unlink(missing_ok=True)
         numbers = [number for number, _ in self._numbered()]
         kept = {*numbers[-self.keep :], *[number for number in numbers if number < state.epochs][-1:]}
         for number, bundle in self._numbered():
@@ -117,7 +127,7 @@ class Checkpoints:
                 shutil.rmtree(bundle)
 
     def clear_parts(self) -> None:
-        """Delete what a killed process has left half-written; only the process that holds the run's lock may."""
+        """Delete the incomplete files of a killed process. Only call it while holding the run's lock."""
         for part in self.folder.glob(".*.part"):
             if part.is_dir():
                 shutil.rmtree(part)
@@ -125,70 +135,73 @@ class Checkpoints:
                 part.unlink()
 
     def latest(self) -> TrainingState | None:
-        """Return the newest state that is whole and has its captioner; None where nothing was saved yet.
+        """Return the newest state that is intact and has its captioner; None if nothing was saved yet.
 
-        Changes nothing on disk. States of which none is whole are an error.
+        Change nothing on disk. Raise InputError if states were saved but none of them is usable.
         """
         return self._choose()[0]
 
     def go_back(self) -> TrainingState | None:
-        """Return the state of :meth:`latest`, and delete what is newer; only the process that holds the lock may.
+        """Return the state of :meth:`latest`, and delete all newer states and captioners.
 
-        A state that is not whole is passed over with a warning.
+        Log a warning for each state that is not usable. Only call it while holding the run's lock.
         """
-        state, faults = self._choose()
-        for fault in faults:
-            log.warning("%s; passed over", fault)
-        if state is not None and faults:
-            (self.folder / _LAST).unlink()  # so that it does not take the place of a whole one at the next save
+        state, problems = self._choose()
+        for problem in problems:
+            log.warning("%s; passed over", problem)
+        if state is not None and problems:
+            (self.folder / _LAST).unlink()  # otherwise the next save would replace the intact state by this one
         for number, bundle in self._numbered():
             if state is None or number > state.epochs:
                 shutil.rmtree(bundle)
         return state
 
     def _choose(self) -> tuple[TrainingState | None, list[str]]:
-        """Return the state to resume from, and what is wrong with newer ones."""
-        there = [path for path in (self.folder / _LAST, self.folder / _PREVIOUS) if path.is_file()]
+        """Return the state to resume from, and the problems of newer states."""
+        paths = [path for path in (self.folder / _LAST, self.folder / _PREVIOUS) if path.is_file()]
         bundles = dict(self._numbered())
-        faults: list[str] = []
-        for path in there:
+        problems: list[str] = []
+        for path in paths:
             try:
                 state = _read_state(path)
             except InputError as error:
-                faults.append(str(error))
+                problems.append(str(error))
                 continue
-            if state.best_epoch == 0:  # within the first epoch
-                return state, faults
+            if state.best_epoch == 0:  # saved within the first epoch: there is no captioner yet
+                return state, problems
             if state.best_epoch not in bundles:
-                faults.append(f"{path}: its captioner (ep{state.best_epoch:03d}...) is missing")
+                problems.append(f"{path}: its captioner (ep{state.best_epoch:03d}...) is missing")
                 continue
             try:
                 verify_bundle(bundles[state.best_epoch])
             except InputError as error:
-                faults.append(f"{path}: its captioner is damaged ({error})")
+                problems.append(f"{path}: its captioner is damaged ({error})")
                 continue
-            return state, faults
-        if not there and bundles.keys() - {self.begins_with}:
-            faults.append(f"{_LAST} is missing")
-        if faults:
-            raise InputError(f"{self.folder}: nothing to go on from ({'; '.join(faults)}); restore it, or train anew")
+            return state, problems
+        if not paths and bundles.keys() - {self.begins_with}:
+            problems.append(f"{_LAST} is missing")
+        if problems:
+            raise InputError(f"{self.folder}: nothing to go on from ({'; '.join(problems)}); restore it, or train anew")
         return None, []
 
     def _numbered(self) -> list[tuple[int, Path]]:
-        """Return the bundles with their epochs, in order."""
+        """Return the bundles with their epochs, sorted by epoch."""
         return sorted(
             (int(match[1]), path) for path in self.folder.glob("ep*") if (match := _NAME.fullmatch(path.name))
         )
 
 
 def check_disk_space(folder: Path, parameters: int, config: TrainingConfig, runs: int = 1) -> None:
-    """Make the folder of all runs, and refuse a disk that runs of a decoder of so many parameters would fill."""
+    """Create the folder of all runs; raise InputError if there is not enough space on its disk.
+
+    ``parameters`` is the number of the decoder's parameters, ``runs`` the number of runs that are to be trained.
+    """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
         with tempfile.TemporaryFile(dir=folder):
             pass
-    # In float32: bundles kept, the one before, the next and the one logged; states with Adam's two moments and a mean
-    # of the weights, two kept and the next.
+    # All in float32. Bundles: ``keep``, the one of the previous state, the next one and the logged one. States: two and
+    # the next one, each with the weights, Adam's two moments and an EMA of the weights.
     phases = 1 + (config.self_critical.epochs > 0)
     need = 4 * parameters * (config.keep + 3 + 3 * 4) * phases * runs + 2**20
     free = shutil.disk_usage(folder).free
@@ -199,8 +212,9 @@ def check_disk_space(folder: Path, parameters: int, config: TrainingConfig, runs
 
 
 def _read_state(path: Path) -> TrainingState:
+    """Read a training state; raise InputError if the file is damaged or incomplete."""
     try:
-        with zipfile.ZipFile(path) as archive:  # what torch.save writes; every entry has a checksum
+        with zipfile.ZipFile(path) as archive:  # the format of torch.save; every entry has a checksum
             damaged = archive.testzip()
         if damaged is None:
             state = TrainingState.of(torch.load(path, map_location="cpu", weights_only=True))
@@ -210,6 +224,6 @@ def _read_state(path: Path) -> TrainingState:
         reason = f"{damaged} is damaged"
     except MemoryError:
         raise
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... by kind of damage
+    except Exception as error:  # RuntimeError, UnpicklingError, EOFError, ..., depending on the damage
         reason = " ".join(str(error).split())[:80] or type(error).__name__
     raise InputError(f"{path}: not a whole training state ({reason})")

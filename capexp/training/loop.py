@@ -1,4 +1,4 @@
-"""The one training loop: an objective trains epoch after epoch, improvements and states are saved, epochs yielded."""
+"""The training loop: train and evaluate epoch by epoch with an objective, save checkpoints, yield the epochs."""
 
 import math
 import time
@@ -21,12 +21,12 @@ from capexp.settings import TrainingConfig
 from capexp.training.checkpoints import Checkpoints, EpochProgress, TrainingState
 
 Save = Callable[[EpochProgress], None]
-"""Saves the training state in the middle of an epoch."""
+"""A function that saves the training state within an epoch."""
 
 
 @dataclass(frozen=True)
 class Training:
-    """All that decides what a training does: who learns from what, how, where, and with which ranks."""
+    """Everything that a training depends on: captioner, data, settings, seed, device and ranks."""
 
     captioner: Captioner
     train: CaptionBatches
@@ -38,25 +38,25 @@ class Training:
 
     @property
     def decoder(self) -> RecurrentDecoder:
-        """The captioner's decoder, which is evaluated and saved; with ``training.average`` it holds the EMA weights."""
+        """The captioner's decoder, which is evaluated and saved; with ``training.average`` it has the EMA weights."""
         decoder = self.captioner.decoder
         assert isinstance(decoder, RecurrentDecoder), "an ensemble is not trained as one"
         return decoder
 
     def autocast(self) -> torch.autocast:
-        """Return the context in which matrix products have the precision of the settings."""
+        """Return the context in which matrix products have the configured precision."""
         is_lower = use_bfloat16(self.device, self.config.precision)
         return torch.autocast(self.device.type, torch.bfloat16, enabled=is_lower)
 
     def fork_rng(self) -> AbstractContextManager[None]:
-        """Return the context after which torch's random generators are as before."""
+        """Return a context that restores torch's random generators at its end."""
         forked: AbstractContextManager[None] = torch.random.fork_rng(
             [self.device] if self.device.type == "cuda" else []
         )
         return forked
 
     def dev_loss(self) -> float:
-        """Return the dev loss in evaluation mode, in nats per token; each rank computes a shard."""
+        """Compute a shard of the dev loss on each rank; return the loss over all ranks, in nats per token."""
         shard = cross_entropy(self.decoder, self.dev.in_order(world=self.world))
         total, targets = self.world.sum(shard.total, shard.targets)
         return total / targets
@@ -64,67 +64,72 @@ class Training:
 
 @dataclass(frozen=True)
 class Epoch:
-    """One pass over the train captions; in the self-critical phase over the train photos. Losses are nats per token."""
+    """The results of an epoch: one pass over the train captions, or in the self-critical phase over the train photos.
+
+    Losses are in nats per token.
+    """
 
     number: int
-    """From 1."""
+    """The number of the epoch, counted from 1 over both phases."""
     train_loss: float
-    """Running mean over the epoch in training mode (dropout on), as Keras reports it; in the self-critical phase of the
-    sampled captions."""
+    """The running mean over the epoch in training mode (dropout on), as Keras reports it. In the self-critical phase it
+    is the loss of the sampled captions."""
     dev_loss: float
-    """After the epoch, in evaluation mode, never smoothed."""
+    """The loss on the dev split after the epoch, in evaluation mode and without label smoothing."""
     learning_rate: float
-    """At the epoch's first step."""
+    """The learning rate at the first step of the epoch."""
     seconds: float
-    """Of training and evaluation together."""
+    """The duration of training and evaluation together."""
     tokens_per_second: float
-    """Train targets by seconds of training."""
+    """Train targets per second of training; in the self-critical phase the targets are the sampled tokens."""
     improved: bool
-    """Whether it is better than all epochs before it, by the objective's measure."""
+    """Whether the epoch is better than all earlier ones of its phase, by the objective's measure."""
     ended_at: int
-    """Milliseconds since 1970."""
+    """The time of its end, in milliseconds since 1970."""
     reward: float | None = None
-    """Self-critical phase: mean CIDEr-D (times ten) of the sampled captions, EOS counted as a word."""
+    """In the self-critical phase: the mean CIDEr-D, times ten, of the sampled captions, with EOS counted as a word."""
     dev_cider: float | None = None
-    """Self-critical phase: CIDEr-D of the dev captions after the epoch."""
+    """In the self-critical phase: the CIDEr-D, times ten, of the dev captions after the epoch."""
 
 
 @dataclass(frozen=True)
 class Update:
-    """An epoch that has ended, and the run that it belongs to."""
+    """A finished epoch, and the run that it belongs to."""
 
     run: str
-    """The run's label among several ("seed 3"); empty where it is alone."""
+    """The label of the run if it is one of several, such as "seed 3"; else empty."""
     epoch: Epoch
 
 
 @dataclass(frozen=True)
 class TrainStats:
-    """An epoch of training."""
+    """The results of training for one epoch."""
 
     loss: Loss
-    """Over the targets of all ranks."""
+    """The loss over the targets of all ranks."""
     learning_rate: float
-    """At the first step."""
+    """The learning rate at the first step."""
     reward: float | None = None
+    """In the self-critical phase: as in :class:`Epoch`."""
 
 
 @dataclass(frozen=True)
 class DevStats:
-    """A captioner on the dev split."""
+    """The results of evaluating a captioner on the dev split."""
 
     loss: float
-    """In nats per token."""
+    """The dev loss, in nats per token."""
     cider: float | None = None
+    """In the self-critical phase: the CIDEr-D, times ten."""
 
 
 class Objective(ABC):
-    """What a training minimises or maximises: how an epoch is trained and evaluated, and what is an improvement."""
+    """What a training minimises or maximises: it trains and evaluates an epoch, and decides what is an improvement."""
 
     section: ClassVar[str]
-    """The settings' section that holds its learning rate, by dotted name."""
+    """The dotted name of the section of settings that holds its learning rate."""
     batch_setting: ClassVar[str]
-    """The setting that decides how much memory a step takes."""
+    """The dotted name of the setting that determines the memory a step needs."""
 
     def __init__(self, training: Training) -> None:
         self.training = training
@@ -133,21 +138,21 @@ class Objective(ABC):
     @property
     @abstractmethod
     def learning_rate(self) -> float:
-        """The learning rate of the settings."""
+        """The configured learning rate."""
 
     @abstractmethod
     def is_done(self, history: Sequence[Epoch]) -> bool:
-        """Return whether no epoch follows these."""
+        """Return whether training ends after these epochs."""
 
     @abstractmethod
     def baseline(self) -> DevStats | None:
-        """Return the statistics that the first epoch must improve on; None where any is an improvement."""
+        """Return the results that the first epoch must improve on; None if every first epoch is an improvement."""
 
     @abstractmethod
     def train_epoch(
         self, number: int, progress: EpochProgress = EpochProgress(), save: Save = lambda progress: None
     ) -> TrainStats:
-        """Train epoch ``number``, from 1, on from ``progress``; call ``save`` every ``training.save_steps`` steps."""
+        """Train epoch ``number`` (from 1), starting at ``progress``; ``save`` every ``training.save_steps`` steps."""
 
     @abstractmethod
     def evaluate(self) -> DevStats:
@@ -155,18 +160,18 @@ class Objective(ABC):
 
     @abstractmethod
     def improves(self, new: DevStats, best: DevStats) -> bool:
-        """Return whether an epoch is better than the best before it."""
+        """Return whether the results ``new`` are better than ``best``, the best ones so far."""
 
     @abstractmethod
     def state_dict(self) -> dict[str, Any]:
-        """Return ``decoder``, ``optimizer`` and, with an EMA of the weights, ``average``: fields of TrainingState."""
+        """Return fields of TrainingState: ``decoder``, ``optimizer`` and, with an EMA of the weights, ``average``."""
 
     @abstractmethod
     def load_state_dict(self, state: TrainingState) -> None:
-        """Continue from a state; RuntimeError or ValueError where it is of other parameters."""
+        """Load a state to continue from; raise RuntimeError or ValueError if its parameters do not fit."""
 
     def diverged(self, what: str) -> InputError:
-        """Return the error that ends a training whose values are not finite any more."""
+        """Return the error that ends a training whose values are no longer finite."""
         return InputError(
             f"{what}; the best captioner before it is kept: lower {self.section}.learning_rate = {self.learning_rate}"
         )
@@ -175,16 +180,20 @@ class Objective(ABC):
 def fit(
     training: Training, objective: Objective, checkpoints: Checkpoints | None, before: Sequence[Epoch] = ()
 ) -> Generator[Epoch, None, None]:
-    """Train a captioner; yield each epoch when its checkpoint is on disk.
+    """Train a captioner; yield each epoch after its checkpoint is on disk.
 
-    Where ``checkpoints`` holds the state of an earlier call, the epochs done then are yielded again, from their
-    record, and training goes on after them, or within the next: the caller sees the same sequence either way. All that
-    is random follows from seed, epoch and step, so a stopped and resumed training gives the losses of an undisturbed
-    one, on the CPU bit for bit. On a GPU it does only if both sessions use the same kind of steps: captured steps draw
-    other dropout masks than packed ones.
+    If ``checkpoints`` has a state of an earlier call, the finished epochs of that call are yielded again, from their
+    records. Training continues after them, or within the next epoch. So the caller gets the same sequence of epochs as
+    without the interruption.
 
-    ``before`` are the epochs of an earlier phase, whose best captioner this one begins with; its checkpoints are in a
-    folder of their own. All ranks call this and get the same epochs; rank 0 alone has ``checkpoints``.
+    All random numbers follow from seed, epoch and step. So a training that is stopped and resumed gives the losses of
+    an uninterrupted one, on the CPU bit for bit. On a GPU this needs the same kind of steps in both sessions, because
+    captured steps sample other dropout masks than packed ones.
+
+    ``before`` are the epochs of an earlier phase. This phase starts from the best captioner of those, and has its own
+    folder of checkpoints.
+
+    All ranks call this function and get the same losses, but not the same seconds. Only rank 0 has ``checkpoints``.
     """
     world = training.world
     if training.device.type == "cuda":
@@ -196,7 +205,7 @@ def fit(
             records = [vars(epoch) for epoch in history]
             checkpoints.save_state(TrainingState(**objective.state_dict(), history=records, progress=progress))
 
-    # Go on from the state on disk, or begin.
+    # Resume from the state on disk, or start from scratch.
     state = world.broadcast(lambda: _latest_state(checkpoints))
     if state is None:
         best = objective.baseline()
@@ -213,7 +222,7 @@ def fit(
         start = time.perf_counter() - progress.seconds
         try:
             train = objective.train_epoch(number, progress, save)
-            middle = time.perf_counter()
+            train_end = time.perf_counter()
             dev = objective.evaluate()
         except torch.OutOfMemoryError:
             raise InputError(
@@ -228,7 +237,7 @@ def fit(
             dev_loss=dev.loss,
             learning_rate=train.learning_rate,
             seconds=time.perf_counter() - start,
-            tokens_per_second=train.loss.targets / (middle - start),
+            tokens_per_second=train.loss.targets / (train_end - start),
             improved=best is None or objective.improves(dev, best),
             ended_at=time.time_ns() // 1_000_000,
             reward=train.reward,
@@ -248,6 +257,7 @@ def fit(
 
 
 def _latest_state(checkpoints: Checkpoints | None) -> dict[str, Any] | None:
+    """Return the newest usable state as a dictionary, if there is one, and delete newer files."""
     state = None if checkpoints is None else checkpoints.go_back()
     return None if state is None else asdict(state)
 
@@ -259,25 +269,25 @@ def _resume(
     checkpoints: Checkpoints | None,
     before: Sequence[Epoch],
 ) -> tuple[list[Epoch], EpochProgress, DevStats | None]:
-    """Load a state; return the epochs done, the progress within the next one, and the best statistics so far."""
-    where = "the state" if checkpoints is None else str(checkpoints.folder)
+    """Load a state; return the finished epochs, the progress within the next one, and the best results so far."""
+    place = "the state" if checkpoints is None else str(checkpoints.folder)
     try:
         history = [Epoch(**record) for record in state.history]
         if training.world.is_main and history[: len(before)] != list(before):
             raise InputError(
-                f"{where}: self-critical training began after fewer epochs; delete the folder to do without what it did"
+                f"{place}: self-critical training began after fewer epochs; delete the folder to do without what it did"
             )
         improvements = [epoch for epoch in history[len(before) :] if epoch.improved]
         if improvements:
             best: DevStats | None = DevStats(improvements[-1].dev_loss, improvements[-1].dev_cider)
         else:
-            best = objective.baseline()  # of the captioner that this phase began with
+            best = objective.baseline()  # that of the captioner with which this phase began
         objective.load_state_dict(state)
     except InputError:
         raise
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{where}: the state does not fit the settings ({reason}); restore both, or train anew"
+            f"{place}: the state does not fit the settings ({reason}); restore both, or train anew"
         ) from None
     return history, state.progress, best

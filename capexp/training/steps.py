@@ -1,6 +1,6 @@
 """The steps of teacher forcing: forward, backward and update for one batch after another.
 
-Shapes: N photos, K captions of each, B captions, M targets, T steps of the longest caption, H hidden.
+Shapes: N photos, K captions per photo, B captions, M targets, T steps of the longest caption, H hidden.
 """
 
 import math
@@ -18,24 +18,24 @@ from capexp.data.batches import on_device
 from capexp.settings import SelfCriticalConfig, TrainingConfig
 from capexp.training.loop import Training
 
-_MOST_PADDING = 5
-"""Words of padded batches for each real one, above which captions are packed. Flickr8k's are 2 to 3."""
+_PADDING_LIMIT = 5
+"""Words of padded batches per real word: from this number on captions are packed. Flickr8k has 2 to 3."""
 
 
 @dataclass(frozen=True)
 class Step:
-    """The losses of a step, on the device; to be read before the next step is taken."""
+    """The losses of a step, as tensors on the device. Read them before the next step, which may overwrite them."""
 
     loss: Tensor
-    """Nats a target: the mean over this rank's targets, before the update."""
+    """The mean over this rank's targets before the update, in nats per target."""
     targets: int
-    """Of this rank."""
+    """The number of this rank's targets."""
     mean: Tensor
-    """Nats a target: the mean over the targets of all ranks."""
+    """The mean over the targets of all ranks, in nats per target."""
 
 
 class Steps(ABC):
-    """How a decoder learns from the batches of an epoch."""
+    """The base class of the two kinds of steps, packed and captured."""
 
     def __init__(
         self,
@@ -44,7 +44,11 @@ class Steps(ABC):
         rate: Tensor | None = None,
         capturable: bool = False,
     ) -> None:
-        """``decoder`` is trained; ``rate`` is the learning rate on the device, where the optimizer is to read it."""
+        """``decoder`` is the decoder to train.
+
+        ``rate`` is the learning rate as a tensor, if the optimizer must read it on the device. ``capturable`` is for an
+        optimizer whose steps are captured in a CUDA graph.
+        """
         self.training, self.decoder = training, decoder
         self.optimizer = torch.optim.AdamW(
             [value for value in decoder.parameters() if value.requires_grad],
@@ -57,42 +61,45 @@ class Steps(ABC):
 
     @abstractmethod
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
-        """Yield the steps of an epoch lazily, without the first ``done``; each is taken when it is asked for."""
+        """Yield the steps of an epoch without the first ``done``; each step is computed when it is requested."""
 
     def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Continue with the state of an optimizer of either kind of steps; ValueError where it is of others."""
-        own = [(group["lr"], group["capturable"]) for group in self.optimizer.param_groups]
+        """Load the state of an optimizer of either kind of steps; raise ValueError if its parameters do not fit.
+
+        The learning rate and ``capturable`` of this optimizer are kept.
+        """
+        kept = [(group["lr"], group["capturable"]) for group in self.optimizer.param_groups]
         self.optimizer.load_state_dict(state)
-        for group, (rate, capturable) in zip(self.optimizer.param_groups, own, strict=True):
+        for group, (rate, capturable) in zip(self.optimizer.param_groups, kept, strict=True):
             group["lr"], group["capturable"] = rate, capturable
 
     def rate(self, number: int, step: int) -> float:
-        """Return the learning rate of a step of an epoch, both from 1."""
+        """Return the learning rate of a step of an epoch; both are counted from 1."""
         return learning_rate(self.training.config, number - 1 + (step - 1) / len(self.training.train))
 
 
 class PackedSteps(Steps):
-    """Packed batches without padding, prefetched; each rank takes its shard."""
+    """Steps on packed batches, which have no padding and are prefetched; each rank takes its shard."""
 
     def __init__(self, training: Training, decoder: RecurrentDecoder) -> None:
         super().__init__(training, decoder)
 
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
-        """Take the steps, as :meth:`Steps.of_epoch`."""
+        """Yield the steps, as :meth:`Steps.of_epoch`."""
         training, world, vocabulary = self.training, self.training.world, self.decoder.vocabulary
         config, device, seed = training.config, training.device, training.seed
-        for step, batch in enumerate(training.train.epoch(seed, number, world, done), start=done + 1):
+        for step, host_batch in enumerate(training.train.epoch(seed, number, world, done), start=done + 1):
             seed_step(seed, number, step, world.rank)
             for group in self.optimizer.param_groups:
                 group["lr"] = self.rate(number, step)
-            here = batch.to(device)
+            batch = host_batch.to(device)
             with training.autocast():
-                outputs = self.decoder.outputs(here.features, here.photos, here.words, here.counts)  # (M, H)
-                loss, smoothed = vocabulary.cross_entropy(outputs, here.targets, config.label_smoothing)
+                outputs = self.decoder.outputs(batch.features, batch.photos, batch.words, batch.counts)  # (M, H)
+                loss, smoothed = vocabulary.cross_entropy(outputs, batch.targets, config.label_smoothing)
             self.optimizer.zero_grad()
             torch.autograd.backward(smoothed * batch.share)
             mean = world.sum_gradients(self.decoder, loss * batch.share)
-            # To look at a GPU's loss is to wait for the GPU.
+            # On the CPU, do not update with a loss that is not finite. On a GPU, reading the loss would mean waiting.
             if device.type != "cpu" or math.isfinite(mean.item()):
                 clip(self.decoder, config.clip_norm)
                 self.optimizer.step()
@@ -100,14 +107,16 @@ class PackedSteps(Steps):
 
 
 class CapturedSteps(Steps):
-    """Padded batches on a GPU that holds captions and features; a step is captured once and replayed by one call.
+    """Steps on padded batches, on a GPU that holds all captions and features; steps are replayed as CUDA graphs.
 
-    The processor takes longer to launch the kernels of a step than the GPU to run them. A captured step (CUDA graphs:
-    Ng et al., "Accelerating PyTorch with CUDA graphs", 2021) is of one size: so a batch is padded to as many captions a
-    photo as any photo has, and to the next of few lengths; padding is read and does not count. There is a graph for
-    each length, of which the first step is taken without one.
+    The CPU takes longer to launch the kernels of a step than the GPU to run them. So a step is captured once, and
+    replayed by one call (Ng et al., "Accelerating PyTorch with CUDA graphs", 2021).
 
-    On another device the same is done without graphs.
+    A captured step has fixed shapes. So every photo is padded to the largest number of captions per photo, and the
+    length of the captions is rounded up to one of few. The decoder reads the padding, but the loss does not count it.
+    There is one graph per length. The first step of each length runs without a graph.
+
+    On other devices the same steps run without graphs.
     """
 
     def __init__(self, training: Training, decoder: RecurrentDecoder) -> None:
@@ -116,7 +125,7 @@ class CapturedSteps(Steps):
         self._uses_graphs = device.type == "cuda"
         super().__init__(training, decoder, self._rate, capturable=self._uses_graphs)
         self._batches = batches.padded(device)
-        self._epoch = self._batches.epoch(0, 0)  # overwritten for each epoch, at the address that graphs know
+        self._epoch = self._batches.epoch(0, 0)  # overwritten in place, because graphs read from fixed addresses
         self._rates = torch.empty(len(batches), device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
         self._loss = torch.zeros((), device=device)
@@ -126,7 +135,7 @@ class CapturedSteps(Steps):
             self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
-        """Take the steps, as :meth:`Steps.of_epoch`."""
+        """Yield the steps, as :meth:`Steps.of_epoch`."""
         seed, device = self.training.seed, self.training.device
         epoch = self._batches.epoch(seed, number)
         self._epoch.views.copy_(epoch.views)
@@ -142,6 +151,10 @@ class CapturedSteps(Steps):
             yield Step(self._loss, epoch.targets[step], self._loss)
 
     def _take(self, length: int) -> None:
+        """Take the next step, with a CUDA graph if there is one for this length.
+
+        The first step of a length runs without a graph, and the second one captures it.
+        """
         if not self._uses_graphs:
             self._work(length)
             return
@@ -152,17 +165,18 @@ class CapturedSteps(Steps):
             graph.replay()
             return
         self._graphs[length] = None
-        here = torch.cuda.current_stream(self.training.device)
-        self._stream.wait_stream(here)
+        current = torch.cuda.current_stream(self.training.device)
+        self._stream.wait_stream(current)
         with torch.cuda.stream(self._stream):
             self._work(length)
-        here.wait_stream(self._stream)
+        current.wait_stream(self._stream)
 
     def _capture(self, length: int) -> torch.cuda.CUDAGraph:
+        """Capture a step of this length as a CUDA graph. Capturing does not run the step."""
         graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad()  # gradients are to come from the graph's own memory
+        self.optimizer.zero_grad()  # so that gradients are allocated in the graph's own memory
         torch.cuda.synchronize(self.training.device)
-        torch.cuda.empty_cache()  # what the step took without a graph, which the graph's own memory cannot have
+        torch.cuda.empty_cache()  # the graph's own memory cannot reuse what the step without a graph allocated
         with torch.cuda.stream(self._stream):
             graph.capture_begin(self._pool, capture_error_mode="thread_local")
             try:
@@ -172,7 +186,7 @@ class CapturedSteps(Steps):
         return graph
 
     def _work(self, length: int) -> None:
-        """Take the next step of the epoch, whose captions have at most ``length`` inputs."""
+        """Compute the next step of the epoch, of captions with at most ``length`` inputs."""
         epoch = self._epoch.views, self._epoch.captions, self._rates
         views, captions, rate = (rows.index_select(0, self._next).squeeze(0) for rows in epoch)
         self._rate.copy_(rate)
@@ -192,19 +206,20 @@ class CapturedSteps(Steps):
 
 
 def _rounded(length: int, longest: int) -> int:
-    """Round up to one of few lengths: four between two powers of two."""
+    """Round a length up to one of few: four between two powers of two, and at most ``longest``."""
     unit = max(2, 1 << max(length.bit_length() - 3, 0))
     return min(-(-length // unit) * unit, longest)
 
 
 def choose_steps(training: Training, decoder: RecurrentDecoder) -> Steps:
-    """Return the fastest steps: captured ones on a GPU that holds the features, in a world of one; else packed ones.
+    """Return the fastest steps: captured ones on a GPU that holds the features, with a single rank; else packed ones.
 
-    Packed too where captions or photos are so unlike that padded batches would be padding for the most part.
+    Steps are also packed if padded batches would have five or more words, padding included, per real word. That happens
+    if the lengths of captions, or the numbers of captions per photo, differ a lot.
     """
     batches, device = training.train, training.device
     is_preloaded = device.type == "cuda" and batches.preload(device)
-    if is_preloaded and training.world.size == 1 and batches.padding() < _MOST_PADDING:
+    if is_preloaded and training.world.size == 1 and batches.padding() < _PADDING_LIMIT:
         return CapturedSteps(training, decoder)
     return PackedSteps(training, decoder)
 
@@ -216,15 +231,15 @@ def seed_step(seed: int, number: int, step: int, rank: int) -> None:
 
 
 def clip(decoder: Decoder, most: float) -> None:
-    """Scale gradients down to a norm of ``most``."""
-    learnt = [value for value in decoder.parameters() if value.grad is not None]
-    norm = nn.utils.get_total_norm([value.grad for value in learnt if value.grad is not None])
-    if norm.device.type != "cpu" or norm > most:  # a GPU is not waited for
-        nn.utils.clip_grads_with_norm_(learnt, most, norm)
+    """Scale the gradients down to the norm ``most`` if theirs is larger."""
+    parameters = [value for value in decoder.parameters() if value.grad is not None]
+    norm = nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
+    if norm.device.type != "cpu" or norm > most:  # a GPU's norm is not read: that would mean waiting
+        nn.utils.clip_grads_with_norm_(parameters, most, norm)
 
 
 def learning_rate(config: TrainingConfig | SelfCriticalConfig, epochs_done: float) -> float:
-    """Return the learning rate when so many epochs, and parts of one, are done."""
+    """Return the learning rate after ``epochs_done`` epochs, which need not be a whole number."""
     if config.schedule == "constant":
         return config.learning_rate
     return config.learning_rate * (1 + math.cos(math.pi * min(epochs_done / config.epochs, 1.0))) / 2
