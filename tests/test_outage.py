@@ -156,7 +156,7 @@ def test_a_server_that_is_stopped_and_started_during_training_misses_nothing(awa
     wait_for(lambda: epochs_of(folder) >= there + 3, 200)  # training goes on
     server.start()
     _, said = end(process)
-    for told in ("the run goes on, and what is to be logged waits in ", "MLflow's store answers again"):
+    for told in ("the entries that are not sent yet are kept in ", "MLflow's store answers again"):
         assert 1 <= said.count(told) <= (1 if name == "single" else 2), "by the one that trains and the one above it"
     run = assert_server_equals_journals(folder)
     assert_one_model(folder, run)

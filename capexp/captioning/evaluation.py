@@ -2,8 +2,6 @@
 
 The image-blind baseline is the same captioner with the photos shuffled among the captions. The difference from it shows
 how much the captioner gains from the photo.
-
-Shapes: M targets, H hidden.
 """
 
 import logging
@@ -91,7 +89,7 @@ class CaptionScores:
     """The scores of a captioner's captions of a split."""
 
     photos: PhotoScores
-    """By photo, from which corpus scores, intervals and comparisons are computed."""
+    """The scores of each photo, from which corpus scores, intervals and comparisons are computed."""
     blind: PhotoScores
     """The image-blind baseline: the same captions, each scored against another photo's references."""
     summary: dict[str, float]
@@ -129,7 +127,7 @@ def score_captions(
 
 
 def _shuffled(photos: int, seed: int) -> NDArray[np.int64]:
-    """Return a random order, one cycle through all photos, in which none keeps its position (a single photo must)."""
+    """Return a random permutation of one cycle, so that no photo keeps its position (unless it is the only one)."""
     order = np.random.default_rng(seed).permutation(photos)
     shuffled = np.empty_like(order)
     shuffled[order] = np.roll(order, 1)
@@ -165,16 +163,20 @@ def caption_all(captioner: Captioner, features: Features) -> list[Caption]:
 
 
 def require_trained_on(experiment: Experiment, captioner: Captioner) -> None:
-    """Refuse a captioner that was not trained with the dev split of an experiment that the user has not named."""
+    """Raise InputError if a captioner was not trained with this experiment's dev split.
+
+    It is called where the user has not named the experiment.
+    """
     digest = read_splits(experiment.captions, ("dev",))["dev"].digest()
     if captioner.record is None or captioner.record.dev_digest != digest:
         raise InputError(
-            f"the captioner was not trained on the data of {experiment.name}; name its own with --experiment"
+            f"the captioner was not trained with the dev split of {experiment.name}; name the experiment that it was "
+            "trained with: --experiment NAME"
         )
 
 
 def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, java: bool = False) -> dict[str, object]:
-    """Return a captioner's losses on a split of an experiment's data, the scores of its captions, and its settings.
+    """Return a captioner's losses on a split, and its captions' scores with intervals, decoding settings and speed.
 
     With ``java`` also METEOR and SPICE. Where one of them cannot run, its value is None and the log gives the reason.
     """
@@ -238,8 +240,8 @@ class Comparison:
     scores: tuple[dict[str, float], dict[str, float]]
     differences: dict[str, Difference]
     """For each score, the second captioner's minus the first's, with interval and p-value."""
-    most: tuple[PhotoDifference, ...]
-    """All photos with different captions, sorted by CIDEr: from the second captioner's greatest lead to the first's."""
+    changed: tuple[PhotoDifference, ...]
+    """All photos with different captions, by the difference in CIDEr: the second captioner's greatest lead first."""
 
 
 def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:

@@ -1,9 +1,9 @@
 """Features computed once: a memory-mapped file for each encoder, with a record for each photo.
 
 The file is a header of 4096 bytes (magic, JSON identity, zeros), then the records: SHA-256 of the photo's bytes, CRC-32
-of the features, features in float16. Records are only appended, under a lock. So a killed extraction leaves whole
-records and at most one that is cut short, which the next extraction overwrites. A changed photo has another digest, and
-so gets a record of its own.
+of the features, features in float16. Records are appended under a lock; only ``recompute`` writes a new file. So a
+killed extraction leaves whole records and at most one that is cut short, which the next extraction overwrites. A
+changed photo has another digest, and so gets a record of its own.
 """
 
 import json
@@ -44,7 +44,7 @@ _HEADER = 4096  # bytes
 _COPIED = 256  # records that are copied at a time
 _BEHIND = 4  # batches that are computed and not yet written, at most
 _BLOCK = 2**23  # bytes of records that a thread checks at a time
-_BLOCKS = 8  # that are checked at a time, at most, before their pages are released
+_BLOCKS = 8  # checked in parallel, at most, before their pages are released
 
 _Batch = dict[bytes, NDArray[np.float16]]
 """Features (P, F) by the photo's digest."""
@@ -78,14 +78,14 @@ class FeatureCache:
     def extend(
         self, photos: list[Path], digests: list[bytes], encoder: Encoder, batch_size: int, recompute: bool = False
     ) -> int:
-        """Compute the features of the photos that the cache lacks; return the number of these photos.
+        """Compute the features of the photos that the cache lacks; return the number of distinct photos.
 
         A second process that wants the same features waits for the lock and then finds them. Memory holds a few
-        batches, whatever the number of photos. Photos that cannot be read are refused together, at the end: the
+        batches, whatever the number of photos. Raises InputError at the end if photos cannot be read; the
         features of all others are kept.
 
         ``recompute`` replaces the records of all these photos; those of other photos stay. The old file is kept until
-        the new one is whole.
+        the new one is complete, and also if a photo cannot be read.
         """
         assert encoder.identity.key() == self.identity.key()
         self.path.parent.mkdir(parents=True, exist_ok=True)
@@ -138,7 +138,7 @@ class FeatureCache:
 
     @property
     def _part(self) -> Path:
-        """A new file, until it is whole and takes the place of the cache."""
+        """The temporary file that replaces the cache once it is complete."""
         return self.path.with_suffix(".part")
 
     def _header(self) -> bytes:
@@ -186,7 +186,7 @@ class FeatureCache:
                 release_pages(mapping)
         damaged = sum(row < 0 for row in rows.values())
         if damaged:
-            log.warning("%s: %d damaged records; these photos are computed again", self.path, damaged)
+            log.warning("%s: %d damaged records; their features must be computed again", self.path, damaged)
         return np.array([rows.get(digest, -1) for digest in digests], dtype=np.int64)
 
     def _open_to_append(self) -> FileIO:
@@ -199,7 +199,7 @@ class FeatureCache:
                     self._part.replace(self.path)
             finally:
                 self._part.unlink(missing_ok=True)
-        file = self.path.open("r+b", buffering=0)  # unbuffered: a full disk is noticed at the write that it fails
+        file = self.path.open("r+b", buffering=0)  # unbuffered: a write to a full disk fails at once
         file.truncate(_HEADER + count * self._record.itemsize)
         file.seek(0, 2)
         return file
@@ -233,7 +233,7 @@ class FeatureCache:
                 os.fsync(file.fileno())
 
     def _compute(self, paths: dict[bytes, list[Path]], encoder: Encoder, batch_size: int, file: FileIO) -> None:
-        """Append the features of photos, whose paths are by digest; then refuse those that cannot be read."""
+        """Compute and append the features of photos, by digest; raise InputError at the end if some cannot be read."""
         processes = decoding_processes(len(paths), encoder.identity.size) if encoder.device.type == "cuda" else 0
         photos = (equal_files[0] for equal_files in paths.values())
         errors: dict[bytes, InputError] = {}
@@ -278,8 +278,8 @@ class FeatureCache:
                 rest = rest[file.write(rest) :]
         except OSError as error:
             raise Outage(
-                f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then start again: "
-                "what is there is kept"
+                f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then run the "
+                "same command again: the features in the file are kept"
             ) from None
 
 
@@ -287,10 +287,10 @@ class _BackgroundWriter:
     """Writes batches of features in the background, in order, while the next batches are computed.
 
     The thread of a batch makes its records with their checksums, waits until the batch before is written, and writes.
-    (Threads take batches in order, so that batch has a thread.) After a batch that failed nothing more is written:
-    records behind one that was cut short would not be found.
+    (This cannot deadlock: threads take batches in order, so the earlier batch is already in work.) After a batch that
+    failed nothing more is written: records behind one that was cut short would not be found.
 
-    When the ``with`` block ends, by an interrupt too, all batches are written: the file's lock may be released.
+    When the ``with`` block ends, even by an interrupt, no thread writes any more: the file's lock may be released.
     """
 
     def __init__(self, make_records: Callable[[_Batch], memoryview], write: Callable[[memoryview], None]) -> None:

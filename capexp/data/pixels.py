@@ -86,8 +86,8 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
                     yield pixels if fault is None else fault
     except BrokenProcessPool:
         raise Outage(
-            "a process that decodes photos was killed, mostly for want of memory; make room and start again: "
-            "what is there is kept"
+            "a process that decodes photos was killed, mostly for want of memory; make room, then run the same "
+            "command again: the features in the file are kept"
         ) from None
     finally:
         del slots

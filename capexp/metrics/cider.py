@@ -42,7 +42,7 @@ class CiderReferences:
         ]
 
     def score(self, photo: int, hypothesis: Tokens) -> tuple[float, float]:
-        """Return CIDEr-D and CIDEr, times ten, of a caption of the photo at position ``photo``.
+        """Return CIDEr-D and CIDEr, both from 0 to 10, of a caption of the photo at position ``photo``.
 
         As in the COCO scorer, the term frequency is the count of an n-gram, not its share of the caption: this makes no
         difference to a cosine, but it does to CIDEr-D's clipping. The length penalty compares numbers of bigrams.

@@ -49,7 +49,7 @@ class StudyStorage(ABC):
 
     @abstractmethod
     def heartbeat(self, number: int) -> Any:
-        """Return a context manager that marks a trial as running, as long as this process lives."""
+        """Return a context manager that marks a trial as running until the block ends or this process dies."""
 
     @abstractmethod
     def fail_lost(self, study: Any) -> None:
@@ -57,12 +57,14 @@ class StudyStorage(ABC):
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Turn the errors of libraries and disk into an Outage of one line, without a password."""
+        """Turn errors of the storage's library or disk into an Outage of one line; subclasses do so."""
         yield
 
 
 class JournalStudyStorage(StudyStorage):
-    """A journal file ``NAME.journal``, the study's lock ``NAME.lock``, and a lock per running trial in ``NAME.trials``.
+    """Optuna's journal file ``NAME.journal``, and the study's lock ``NAME.lock``.
+
+    ``NAME.append.lock`` is held while the journal is written, and ``NAME.trials`` has a lock for each running trial.
 
     A trial's lock is its heartbeat: the operating system releases it when the worker dies.
     """
@@ -116,7 +118,7 @@ class JournalStudyStorage(StudyStorage):
             Path(lock.lock_file).unlink(missing_ok=True)
 
     def fail_lost(self, study: Any) -> None:
-        """Set the state of running trials whose file lock is free to FAIL."""
+        """Set running trials to FAIL if their file lock is free."""
         from optuna.trial import TrialState
 
         for trial in study.get_trials(deepcopy=False, states=[TrialState.RUNNING]):
@@ -132,7 +134,7 @@ class JournalStudyStorage(StudyStorage):
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Turn the errors of writing to the disk, mostly a full one, into an Outage."""
+        """Turn errors of writing to the disk, such as a full disk, into an Outage."""
         with writing(self._path):
             yield
 
@@ -233,7 +235,7 @@ class DatabaseStudyStorage(StudyStorage):
             thread.join()
 
     def fail_lost(self, study: Any) -> None:
-        """Set the state of running trials whose last heartbeat is too old to FAIL."""
+        """Set running trials to FAIL if their last heartbeat is too old."""
         import optuna
 
         with warnings.catch_warnings():
@@ -251,7 +253,7 @@ class DatabaseStudyStorage(StudyStorage):
         except (SQLAlchemyError, StorageInternalError) as error:
             cause = error.__cause__ or error  # the database's own message
             reason = without_secrets(str(cause).strip().splitlines()[0], self._url)
-            raise Outage(f"--storage {self.shown}: {reason}; mend it, then give the same command again") from None
+            raise Outage(f"--storage {self.shown}: {reason}; mend it, then run the same command again") from None
 
     def _engine(self) -> Any:
         import sqlalchemy
@@ -287,7 +289,7 @@ def _take_lock(connection: Any, name: str) -> None:
     """Wait for an advisory lock, which is held until the connection's transaction ends."""
     from sqlalchemy import text
 
-    # The server notices within a minute that a machine has left the network, and releases its lock.
+    # The server notices within two minutes that a machine has left the network, and releases its lock.
     for setting, seconds in (("idle", 30), ("interval", 10)):
         connection.execute(text(f"SET LOCAL tcp_keepalives_{setting} = {seconds}"))
     connection.execute(text("SELECT pg_advisory_xact_lock(hashtext(:name))"), {"name": name})

@@ -2,8 +2,8 @@
 
 Each entry (metrics, params, tags, an input, an artifact) is first written to the journal, a file in the run's folder.
 Then the outbox sends it: at once to a local store, from a thread to a server. The thread retries while the server is
-unreachable, so that training does not wait. What a process has not sent when it is killed, a later process reads from
-the journal and sends; MLflow's own asynchronous logging would lose it.
+unreachable, so that training does not wait. If a process is killed, a later process reads
+the unsent entries from the journal and sends them. MLflow's own asynchronous logging would lose them.
 """
 
 import fcntl
@@ -145,8 +145,8 @@ class Journal:
                 self._entries[entry.number] = entry
         except (ValueError, TypeError, KeyError, RecursionError):
             raise InputError(
-                f"{self.path}, line {number}: no line of a run's journal; restore the file, or delete it to give up "
-                "what was not sent yet"
+                f"{self.path}, line {number}: not a line of a run's journal; restore the file, or delete it and "
+                "lose the entries that were not sent yet"
             ) from None
 
 
@@ -174,7 +174,8 @@ class Outbox:
     def log(self, kind: str, content: Any) -> None:
         """Write an entry to the journal and send it: at once to a local store, from the thread to a server.
 
-        Raises MLflow's exception if a local store fails, or if the server has answered that the run does not exist.
+        Raises MLflow's exception if a local store fails or the server has rejected a request for good, mostly because
+        the run was deleted; Outage if the journal or an artifact cannot be written.
         """
         with undisturbed(), self._changed:
             self._queue.append(self._journal.write(kind, content))
@@ -207,7 +208,7 @@ class Outbox:
                 self._raise_if_missing()
                 seconds_left = max(start, self._last_sent_at) + seconds - time.monotonic()
                 if seconds_left <= 0:
-                    return self._failure or TimeoutError(f"nothing was taken for {seconds:.0f} s")
+                    return self._failure or TimeoutError(f"the server accepted nothing for {seconds:.0f} s")
                 self._changed.wait(seconds_left)
         return None
 
@@ -233,7 +234,7 @@ class Outbox:
                         return
                     if self._failure is None:
                         log.warning(
-                            "%s; the run goes on, and what is to be logged waits in %s",
+                            "%s; the entries that are not sent yet are kept in %s",
                             fault_of(error), self._journal.path,
                         )  # fmt: skip
                     self._failure = error
@@ -293,7 +294,7 @@ def send(client: MlflowClient, run_id: str, folder: Path, entries: Sequence[Entr
         # values: (name, value, timestamp, step)
         client.log_batch(run_id, metrics=[Metric(*values) for entry in entries for values in entry.content])
     elif first.kind == PARAMS:
-        # MLflow rejects another value for a param, and ``mlflow run -P`` has logged its own as the user wrote them.
+        # MLflow rejects a second value for a param, and ``mlflow run -P`` has already logged its params as typed.
         existing = client.get_run(run_id).data.params
         missing = [Param(name, value) for name, value in first.content.items() if name not in existing]
         for start in range(0, len(missing), _PARAMS_PER_REQUEST):

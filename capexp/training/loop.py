@@ -87,9 +87,9 @@ class Epoch:
     ended_at: int
     """The time of its end, in milliseconds since 1970."""
     reward: float | None = None
-    """In the self-critical phase: the mean CIDEr-D, times ten, of the sampled captions, with EOS counted as a word."""
+    """In the self-critical phase: the mean CIDEr-D, from 0 to 10, of the sampled captions; EOS counts as a word."""
     dev_cider: float | None = None
-    """In the self-critical phase: the CIDEr-D, times ten, of the dev captions after the epoch."""
+    """In the self-critical phase: the CIDEr-D, from 0 to 10, of the dev captions after the epoch."""
 
 
 @dataclass(frozen=True)
@@ -120,7 +120,7 @@ class DevStats:
     loss: float
     """The dev loss, in nats per token."""
     cider: float | None = None
-    """In the self-critical phase: the CIDEr-D, times ten."""
+    """In the self-critical phase: the CIDEr-D, from 0 to 10."""
 
 
 class Objective(ABC):

@@ -3,7 +3,8 @@
 This is self-critical sequence training (Rennie et al., CVPR 2017) with another baseline: not the reward of a greedy
 caption, but the mean reward of the photo's other samples (Luo, 2020).
 
-Shapes: N photos, K captions per photo, B = N * K, T steps, M targets, V vocabulary.
+Shapes: N photos, K captions per photo, B = N * K, T steps, M targets, V vocabulary,
+P grid positions, F features.
 """
 
 import math
@@ -33,7 +34,7 @@ _END = ""  # a token for the end of a caption, which is rewarded too: otherwise 
 
 
 class Reward:
-    """The reward of a caption: its CIDEr-D, with the end counted as a token. References are counted only once."""
+    """The reward of a caption: its CIDEr-D, with the end as a token. The references' n-grams are counted once."""
 
     def __init__(self, references: Sequence[Sequence[str]]) -> None:
         self._references = CiderReferences(
@@ -41,7 +42,7 @@ class Reward:
         )
 
     def of(self, photo: int, caption: str) -> float:
-        """Return the CIDEr-D, times ten, of a caption of the photo at position ``photo`` of the split."""
+        """Return the CIDEr-D, from 0 to 10, of a caption of the photo at position ``photo`` of the split."""
         return self._references.score(photo, (*tokenize(caption), _END))[0]
 
     def of_samples(self, photos: list[int], samples: Tensor, vocabulary: Vocabulary) -> Tensor:
@@ -113,7 +114,7 @@ class SelfCritical(Objective):
         training, settings, world = self.training, self._settings, self.training.world
         start, steps = time.perf_counter() - progress.seconds, -(-len(training.train.features) // settings.photos)
         is_resumed = progress.steps > 0 and world.is_main
-        # The sums of losses in nats, targets, rewards and captions; rank 0 has those before an interruption.
+        # The sums of losses in nats, targets, rewards and captions; after a resume, rank 0 begins with the saved sums.
         sums = np.array(progress.sums if is_resumed else (0.0, 0.0, 0.0, 0.0))
         with training.fork_rng():
             shards = training.train.photo_batches(settings.photos, training.seed, number, world, progress.steps)
@@ -192,7 +193,7 @@ class SelfCritical(Objective):
 
 
 def dev_cider(captioner: Captioner, split: Split, features: Features) -> float:
-    """Return the CIDEr-D, times ten, of a captioner's captions of a split, decoded with its own settings."""
+    """Return the CIDEr-D, from 0 to 10, of a captioner's captions of a split, decoded with its own settings."""
     texts = [caption.text for caption in caption_all(captioner, features)]
     return score(texts, split.references).corpus()["cider"]
 
