@@ -581,8 +581,11 @@ FILLING = """
 import runpy, sys, threading, time
 from pathlib import Path
 
+leaves, module = sys.argv[1:3]
+del sys.argv[1:3]
+
 def fill():
-    while not list(Path().glob(f"{sys.argv[1]}/ep*")):
+    while not list(Path().glob(f"{leaves}/ep*")):
         time.sleep(0.01)
     with open("fill", "wb", 0) as file:
         try:
@@ -592,8 +595,6 @@ def fill():
             pass
 
 threading.Thread(target=fill, daemon=True).start()
-module = sys.argv[2]
-del sys.argv[1:3]
 runpy.run_module(module, run_name="__main__", alter_sys=True)
 """
 

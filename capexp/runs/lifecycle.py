@@ -178,10 +178,18 @@ class _WithoutSecrets(logging.Formatter):
         return without_credentials(super().format(record))
 
 
+class _LogFile(logging.FileHandler):
+    """A log file that lacks a line if the disk is full, without a traceback: the command reports the full disk."""
+
+    def handleError(self, record: logging.LogRecord) -> None:  # noqa: N802 (logging's name)
+        if not isinstance(sys.exception(), OSError):
+            super().handleError(record)
+
+
 @contextmanager
 def _log_file(path: Path, tracked: TrackedRun) -> Iterator[None]:
     """Copy the project's log to a file in the run's folder; log the file as an artifact, even after an exception."""
-    handler = logging.FileHandler(path, encoding="utf-8", errors="backslashreplace")
+    handler = _LogFile(path, encoding="utf-8", errors="backslashreplace")
     handler.setFormatter(_WithoutSecrets("%(asctime)s %(levelname)s %(name)s: %(message)s"))
     root = logging.getLogger("capexp")
     root.addHandler(handler)
