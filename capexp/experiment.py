@@ -9,7 +9,6 @@ from collections.abc import Iterator, Mapping
 from pathlib import Path
 from typing import Annotated, Any
 
-import tomli_w
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from capexp.errors import InputError
@@ -86,6 +85,8 @@ def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object])
 
 def to_toml(experiment: Experiment) -> str:
     """Return the experiment as TOML text with absolute paths; loading it gives an equal experiment."""
+    import tomli_w  # here, because a served model has no use for it and does not require it
+
     unused = None if experiment.is_ensemble else {"ensemble"}
     settings = experiment.model_dump(mode="json", exclude_none=True, exclude=unused)
     for table, key, _ in _paths(settings):

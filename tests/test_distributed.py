@@ -47,7 +47,8 @@ def test_the_environment_is_set_for_a_block_and_restored(monkeypatch: pytest.Mon
 @pytest.mark.parametrize("count", [2, 3])
 def test_several_processes_come_to_what_one_comes_to(tmp_path: Path, count: int) -> None:
     command = ["-m", "torch.distributed.run", "--nproc-per-node", str(count), str(TOGETHER)]
-    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": str(ROOT)}
+    path = os.pathsep.join(str(ROOT / folder) for folder in ("", "tests", "tests/captioning", "tests/training"))
+    environment = os.environ | {"OMP_NUM_THREADS": "1", "PYTHONPATH": path}
     subprocess.run([sys.executable, *command, str(tmp_path)], check=True, env=environment, timeout=600)
     told: list[dict[str, Any]] = [
         json.loads((tmp_path / f"rank{rank}" / "told.json").read_text()) for rank in range(count)

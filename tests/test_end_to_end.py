@@ -280,14 +280,24 @@ def test_a_version_without_its_card_is_taken_up_or_deleted(tmp_path: Path) -> No
 @pytest.mark.slow
 def test_several_seeds_are_nested_runs_with_mean_and_spread_and_go_on_when_killed(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    settings = ("--seed", "5", "--training.epochs", "2", "--training.precision", "float32", *SMALL)
+    settings = (
+        "--seed",
+        "5",
+        "--training.epochs",
+        "6",
+        "--training.precision",
+        "float32",
+        *SMALL,
+        "--training.patience",
+        "6",
+    )
     process = folder.start(sys.executable, "-m", "capexp.train", "--seeds", "2", *settings)
-    wait_for(lambda: len(list(tmp_path.glob("checkpoints/*/*/ep*"))) > 1)  # the second seed has begun
+    wait_for(lambda: len({path.parent for path in tmp_path.glob("checkpoints/*/*/ep*")}) == 2)  # the second has begun
     process.kill()
     process.communicate()
     parent, first, *_ = folder.runs()
     printed = folder.run("train", "--resume", parent.info.run_id)
-    assert "seed   6   epoch   2" in printed.stdout
+    assert "seed   6   epoch   6" in printed.stdout
     assert f"it is one of several under run {parent.info.run_id}" in (
         folder.run("train", "--resume", first.info.run_id, status=2).stderr
     )

@@ -1,31 +1,33 @@
 """Progress bars: redrawn on a terminal, a line now and then in a file or a pipe."""
 
 import sys
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
-from tqdm import tqdm
+if TYPE_CHECKING:
+    from tqdm import tqdm
 
 _LINE_SECONDS = 30.0  # between two lines in a file or a pipe
 _NEVER = 1e9  # seconds until tqdm's own thread redraws a bar that stands still
 
 
-class _Lines(tqdm):  # type: ignore[type-arg]
-    """A bar that writes lines instead of redrawing itself."""
-
-    def display(self, msg: str | None = None, pos: int | None = None) -> None:
-        """Write the bar as a line."""
-        self.fp.write(f"{msg or self}\n")
-        self.fp.flush()
-
-    def close(self) -> None:
-        """Write the last line."""
-        if not self.disable:
-            self.display()
-            self.disable = True
-
-
 def progress_bar(**options: Any) -> "tqdm[Any]":
     """Return tqdm's bar on stderr, with tqdm's options."""
+    from tqdm import tqdm  # here, because a served model has no use for it and does not require it
+
+    class Lines(tqdm):  # type: ignore[type-arg]
+        """A bar that writes lines instead of redrawing itself."""
+
+        def display(self, msg: str | None = None, pos: int | None = None) -> None:
+            """Write the bar as a line."""
+            self.fp.write(f"{msg or self}\n")
+            self.fp.flush()
+
+        def close(self) -> None:
+            """Write the last line."""
+            if not self.disable:
+                self.display()
+                self.disable = True
+
     if sys.stderr.isatty():
         return tqdm(**options)
-    return _Lines(mininterval=_LINE_SECONDS, maxinterval=_NEVER, ascii=True, **options)
+    return Lines(mininterval=_LINE_SECONDS, maxinterval=_NEVER, ascii=True, **options)
