@@ -297,7 +297,7 @@ def test_several_seeds_are_nested_runs_with_mean_and_spread_and_go_on_when_kille
     process.communicate()
     parent, first, *_ = folder.runs()
     printed = folder.run("train", "--resume", parent.info.run_id)
-    assert "seed   6   epoch   6" in printed.stdout
+    assert "seed 6   epoch   6" in printed.stdout
     assert f"it is one of several under run {parent.info.run_id}" in (
         folder.run("train", "--resume", first.info.run_id, status=2).stderr
     )
