@@ -30,6 +30,7 @@ def assert_all_is_in_it(folder: Folder, experiment: str = "scenes") -> None:
     assert scores["cross_entropy"] == pytest.approx(run.data.metrics["best_dev_loss"], rel=1e-6)
 
 
+@pytest.mark.slow
 def test_a_folder_with_a_difficult_name_holds_all_that_a_run_leaves(tmp_path: Path) -> None:
     folder = Folder(tmp_path / DIFFICULT)
     folder.path.mkdir()

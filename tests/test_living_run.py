@@ -52,8 +52,9 @@ def start() -> Iterator[Start]:
         process.communicate()
 
 
-@pytest.mark.parametrize("started_by", ["a user", pytest.param("mlflow run", marks=SLOW)])
-@pytest.mark.parametrize("kind", ["seeds", pytest.param("single", marks=SLOW), pytest.param("ensemble", marks=SLOW)])
+@SLOW
+@pytest.mark.parametrize("started_by", ["a user", "mlflow run"])
+@pytest.mark.parametrize("kind", KINDS)
 def test_a_second_process_leaves_a_run_that_is_being_trained_untouched(
     tmp_path: Path, start: Start, kind: str, started_by: str
 ) -> None:
