@@ -1,6 +1,6 @@
-"""The kinds of runs, in tiny: how each begins and goes on, where it trains, and what it comes to.
+"""The kinds of runs, with tiny settings: how each is started and resumed, where it trains, and its result.
 
-What holds of one kind holds of all: tests and the soak of kills go through this table.
+The tests and the soak of kills go through this table, so that a law of one kind is tried on all.
 """
 
 import json
@@ -44,25 +44,25 @@ def flags(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 @dataclass(frozen=True)
 class Kind:
-    """A kind of tracked run: one that trains (a leaf), or one with such runs under it."""
+    """A kind of tracked run: one that trains (a leaf), or one with leaves under it."""
 
     command: Callable[[Mapping[str, Any]], tuple[str, ...]]
-    """Begins it with settings: the name of the command, and its words."""
+    """Return the command that starts it with these settings: its name, then its words."""
     leaves: str
-    """Pattern of the folders of the runs that train."""
+    """Pattern of the folders of its leaves."""
     count: int = 1
-    """How many of them there are."""
+    """How many leaves it has."""
     is_resumed: bool = True
-    """Whether it goes on by ``--resume``, and not by the same command."""
+    """Whether ``--resume`` resumes it; otherwise the same command does."""
 
     def begin(self, **changes: Any) -> tuple[str, ...]:
-        """The command that begins it; a setting that is changed has ``__`` for its dot."""
+        """Return the command that starts it; in the names of ``changes``, ``__`` stands for the dot."""
         return self.command({**SETTINGS, **{name.replace("__", "."): value for name, value in changes.items()}})
 
     def go_on(self, place: Place, **changes: Any) -> tuple[str, ...]:
-        """The command that goes on with it, or begins it where a kill came before there was anything to resume.
+        """Return the command that resumes it, or starts it where a kill came before there was anything to resume.
 
-        ``changes`` are those that it was begun with.
+        ``changes`` are those that it was started with.
         """
         if self.is_resumed:
             for run in place.runs():
@@ -72,7 +72,7 @@ class Kind:
         return self.begin(**changes)
 
     def trained(self, place: Place, pattern: str) -> dict[Path, float]:
-        """The files of that name that the runs which train have left, with their times, the newest last."""
+        """Return the files of that name in its leaves' folders, with their times, the newest last."""
         found = {}
         for path in place.path.glob(f"{self.leaves}/{pattern}"):
             with suppress(FileNotFoundError):  # replaced meanwhile
@@ -80,14 +80,14 @@ class Kind:
         return dict(sorted(found.items(), key=lambda item: item[1]))
 
     def has_state_since(self, place: Place, start: float) -> bool:
-        """Whether the last of its runs has saved a state since then, in seconds since 1970."""
+        """Return whether its last leaf has saved a state since ``start``, in seconds since 1970."""
         states = self.trained(place, "last.pt")
         return len(states) == self.count and max(states.values()) > start
 
     def end(self, place: Place) -> dict[str, Any]:
-        """What it comes to: losses of each epoch and results of each finished run, and what is registered.
+        """Return its result: the epochs and final metrics of each finished run, and the registered versions.
 
-        Runs go by what they are, since their ids and a trial's number differ.
+        Runs are named by seed and dropout: ids and the numbers of trials differ from try to try.
         """
         found: dict[str, Any] = {}
         for run in place.runs():
@@ -103,7 +103,7 @@ class Kind:
                     "losses": {
                         name: [(point.step, point.value) for point in history]
                         for name in _LOSSES
-                        if "train_loss" in run.data.metrics  # another's may be logged again, when it concludes again
+                        if "train_loss" in run.data.metrics  # a parent that concludes twice logs twice
                         and (history := place.client.get_metric_history(run.info.run_id, name))
                     },
                 }
@@ -135,15 +135,15 @@ def _ensemble(settings: Mapping[str, Any]) -> tuple[str, ...]:
 
 
 def study(settings: Mapping[str, Any], *words: str) -> tuple[str, ...]:
-    """The command of a study, but for how many trials it has."""
+    """Return the command of a study; ``words`` say how many trials it has."""
     return ("tune", *flags(settings), "--tune.pruner", "none", "--tune.search", json.dumps(SPACE), *words)
 
 
 SINGLE = Kind(lambda settings: ("train", *flags(settings)), "checkpoints/*")
 SEEDS = Kind(lambda settings: ("train", "--seeds", "2", *flags(settings)), "checkpoints/*/*", 2)
 ENSEMBLE = Kind(_ensemble, "checkpoints/*", 2)
-# A trial that is run again gets another number, and the trials after it draw other values: only what is stopped in the
-# last one comes to what the undisturbed study comes to.
+# A trial that is run again gets another number, and the trials after it draw other values: only a study that is stopped
+# in its last trial has the result of an undisturbed one.
 STUDY = Kind(lambda settings: study(settings, "--trials", "2"), "studies/scenes/*", 2, is_resumed=False)
 KINDS = {"single": SINGLE, "seeds": SEEDS, "ensemble": ENSEMBLE, "study": STUDY}
 TORCHRUN = (sys.executable, "-m", "torch.distributed.run", "--nproc-per-node", "2", "-m")

@@ -3,10 +3,10 @@
     python experiments/soak/soak_kills.py                 a hundred kills
     python experiments/soak/soak_kills.py --kills 8       a few
 
-All that a command has started dies with it, and it is given again until it comes to its end. After each kill the store
-must be readable, every bundle whole, every version registered with its files and the champion one of them; the end must
-be what an undisturbed one comes to, to the bit. Moments are uniform over the time that the command takes undisturbed;
-for registration, over that from its last epoch to its end.
+A kill takes the command with all its processes; the command is given again until it ends by itself. After each kill the
+store must be readable, every bundle complete, every version registered with its files, and the champion one of the
+versions. At the end the result must be that of an undisturbed run, bit for bit. The moments are uniform over the time
+that the command takes undisturbed; for registration, over the time from its last epoch to its end.
 """
 
 import random
@@ -61,7 +61,7 @@ def _has_trained(folder: Folder, start: float) -> bool:
 
 
 def _of_kind(kind: Kind, begins: Callable[[Folder, float], bool] = lambda folder, start: True) -> Activity:
-    """Kills a run, or several under one: what is lost may only be runs that had not begun to train."""
+    """Return the activity of a kind of run. Runs that never saved a state may be left behind, others may not."""
 
     def outcome(folder: Folder) -> Any:
         for run in folder.runs():

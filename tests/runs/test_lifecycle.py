@@ -1,4 +1,4 @@
-"""Laws of the one lifecycle, for each kind of run: stopped, killed, failed or refused, it is as it must be."""
+"""Laws of the one lifecycle, tried on each kind of run: interrupts, kills, failures, refusals, second processes."""
 
 import json
 import os
@@ -40,7 +40,7 @@ def start(folder: Folder, command: tuple[str, ...]) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """A folder in which a kind of run has come to its end undisturbed, and that end."""
+    """Returns a folder in which a kind of run has ended undisturbed, and the run's result."""
     made: dict[str, tuple[Folder, dict[str, Any]]] = {}
 
     def undisturbed(kind: str) -> tuple[Folder, dict[str, Any]]:
@@ -54,7 +54,7 @@ def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
 
 
 def tree(folder: Folder) -> tuple[Run, list[Run]]:
-    """The run that was started, and those under it."""
+    """Return the run that was started, and the runs under it."""
     (top,) = [run for run in folder.runs() if PARENT not in run.data.tags]
     under = [run for run in folder.runs() if PARENT in run.data.tags]
     assert all(run.data.tags[PARENT] == top.info.run_id for run in under)
@@ -72,7 +72,7 @@ def assert_nothing_is_half_written(folder: Folder) -> None:
 
 
 def assert_ended(folder: Folder, kind: Kind, status: str, tag: str) -> tuple[Run, list[Run]]:
-    """The run and the last one under it ended so, tagged so; the ones before it are finished."""
+    """The run and the last one under it have this status and tag; the ones before the last are finished."""
     top, under = tree(folder)
     *before, last = under or [top]
     assert [run.info.status for run in before] == ["FINISHED"] * (kind.count - 1)
@@ -127,7 +127,7 @@ def test_interrupted_it_ends_killed_and_goes_on_to_the_undisturbed_end(
 
 
 def moments(folder: Folder, kind: Kind) -> dict[str, Callable[[float], object]]:
-    """When a run is killed; each is told when its process was started."""
+    """When a run is killed. Each condition gets the time at which the process was started."""
 
     def count_finished() -> int:
         return sum(run.info.status == "FINISHED" for run in folder.runs())
