@@ -44,12 +44,8 @@ def compare(argv: list[str] | None = None) -> int:
             f"{name:12}{before:8.3f}{after:8.3f}{difference.value:+9.3f}   "
             f"{difference.low:+.3f} to {difference.high:+.3f}   {difference.p:.4f}"
         )
-    print(f"\n{len(compared.changed):,} photos have other captions; where they differ most in CIDEr:")
-    ends = (
-        compared.changed
-        if len(compared.changed) <= 2 * _SHOWN
-        else compared.changed[:_SHOWN] + compared.changed[-_SHOWN:]
-    )
+    print(f"\n{len(compared.most):,} photos have other captions; where they differ most in CIDEr:")
+    ends = compared.most if len(compared.most) <= 2 * _SHOWN else compared.most[:_SHOWN] + compared.most[-_SHOWN:]
     for photo in ends:
         print(photo.photo)
         for letter, caption, cider in zip("AB", photo.captions, photo.cider, strict=True):

@@ -152,7 +152,8 @@ class World:
             # Ignore the SIGTERM that torchrun sends to all remaining ranks: rank 0 still has to close the run.
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             raise Outage(
-                "another of torchrun's processes has gone; see what it or torchrun told, then go on with --resume"
+                "another of torchrun's processes has gone; see what it or torchrun told, then resume the run with "
+                "--resume"
             ) from error
 
 

@@ -27,7 +27,7 @@ _SHARED = (
     *("vocabulary.cleaning", "vocabulary.minimum_count", "vocabulary.unknown"),
     *("features.layer", "features.pool", "features.size", "features.mirror"),
 )
-# Settings of the ensemble that replace those of its members, as all of captions.* do.
+# Settings of the ensemble that replace its members' own values. All settings of captions.* do so too.
 _IMPOSED = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
 
 
@@ -50,7 +50,7 @@ def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
         settings = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_values(settings)
     except (ValueError, RecursionError) as error:  # TOML syntax, UTF-8, numbers of thousands of digits, depth
-        raise InputError(f"{path}: not TOML ({error}); mend it") from None
+        raise InputError(f"{path}: not TOML ({error}); correct it") from None
     except OSError as error:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     for table, key, name in _paths(settings):
@@ -281,7 +281,7 @@ def _validate(settings: Settings, source: str) -> Experiment:
 
 
 def _explain(error: ValidationError, flag: bool = False) -> str:
-    """Return the first error in one line: the setting, its value, and what is allowed.
+    """Return the first error in one line: the setting, its value and the allowed values.
 
     With ``flag``, the caller puts the setting and its value before the line, so it names only a position inside a
     table or list.

@@ -20,7 +20,7 @@ def writing(path: Path) -> Iterator[None]:
     except (OSError, SafetensorError) as error:
         reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
         raise Outage(
-            f"{path}: cannot be written ({reason}); make room or mend it, then run the same command again"
+            f"{path}: cannot be written ({reason}); free space or fix it, then run the same command again"
         ) from error
 
 

@@ -27,7 +27,7 @@ def sync(argv: list[str] | None = None) -> int:
         print(f"registered  {version.describe()}")
     if state is None:
         resume = f"python -m capexp.train --resume {arguments.run_id} goes on with it"
-        print(f"it was cut short: {folder.resumed_otherwise() or resume}")
+        print(f"it was interrupted: {folder.resumed_otherwise() or resume}")
     else:
         print(f"ended       {state}")
     return 0

@@ -100,7 +100,7 @@ def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: d
             parser.error(f"--seeds {arguments.seeds}: run {arguments.resume} has {seeds} already; give as many or more")
         arguments.seeds = seeds if arguments.seeds is None else arguments.seeds
         if arguments.seeds is None and folder.is_complete(experiment):
-            parser.error(f"--resume {arguments.resume}: the run has finished; go on with --training.epochs N")
+            parser.error(f"--resume {arguments.resume}: the run has finished; to train longer, add --training.epochs N")
     if World.from_environment().size > 1 and (arguments.seeds is not None or experiment.is_ensemble):
         raise InputError(f"experiment {experiment.name}: several runs in one, not under torchrun; start each by itself")
     return experiment

@@ -271,7 +271,7 @@ ROWS = {
     "cache that is a file": Row(("a file; name a folder",), arguments=f"--features.cache {TOKENS}"),
     "resume of no run": Row(("--resume needs the id of a run",), arguments="--resume="),
     "resume without its captioner": Row(
-        ("nothing to go on from", "its captioner (ep001...) is missing"),
+        ("no state to resume from", "its captioner (ep001...) is missing"),
         lambda: gone(str(Path(bundle("manifest.json")).parent))(),
         "--training.epochs 2 --resume {run}",
     ),
@@ -460,7 +460,7 @@ ROWS = {
         ("mlflow.db", "file is not a database"), lambda: replace("mlflow.db", b"junk" * 5000)
     ),
     "states that are junk": Row(
-        ("nothing to go on from", "last.pt: not a whole training state", "train anew"),
+        ("no state to resume from", "last.pt: not a whole training state", "start a new run"),
         lambda: replace(str(next(Path().glob("checkpoints/*/last.pt"))), b"junk"),
         "--training.epochs 2 --resume {run}",
     ),
@@ -541,8 +541,8 @@ def on_a_disk_of(size: str, where: Path, options: str, *arguments: str) -> subpr
 TRAIN = ("-m", "capexp.train", "--training.epochs", "1", "--model.lstm_units", "64", "--model.embedding_size", "64")
 READ_ONLY = 'mount -o remount,ro "$0";'
 DISKS = {
-    "no room in the folder": ("200k", "all", "", ("MiB are free, a run needs about", "make room")),
-    "no room for checkpoints": ("1m", "checkpoints", "", ("checkpoints: 1 MiB are free", "make room")),
+    "no room in the folder": ("200k", "all", "", ("MiB are free, a run needs about", "free space")),
+    "no room for checkpoints": ("1m", "checkpoints", "", ("checkpoints: 1 MiB are free", "free space")),
     "no room for artifacts": ("64k", "mlruns", "", ("mlruns", "No space left on device", "--resume")),
     "folder cannot be written": ("1m", "all", READ_ONLY, ("checkpoints: cannot be written (Read-only file system)",)),
     "checkpoints cannot be written": ("1m", "checkpoints", READ_ONLY, ("checkpoints: cannot be written (Read-only",)),
@@ -573,7 +573,7 @@ def test_features_that_find_no_room_are_told_in_one_line(tmp_path: Path, vgg16: 
     )  # fmt: skip
     assert printed.returncode == 2, printed.stderr
     line = printed.stderr.splitlines()[-1]
-    assert "No space left on device; make room or set features.cache" in line
+    assert "No space left on device; free space or set features.cache" in line
     print(line)
 
 

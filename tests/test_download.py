@@ -217,7 +217,7 @@ def test_a_damaged_archive_is_fetched_anew(small: Path, serving: list[Mirror], t
     mirror, output = serve(serving, small), tmp_path / "out"
     good = (small / PHOTO_ZIP).read_bytes()
     (small / PHOTO_ZIP).write_bytes(good.replace(b"\xff\xd9", b"\xff\xd8", 1))
-    with pytest.raises(InputError, match=r"damaged.*CRC.*; it is deleted, and the same command fetches it anew"):
+    with pytest.raises(InputError, match=r"damaged.*CRC.*; it is deleted, and the same command downloads it again"):
         bring(output, mirror.url, SMALL)
     assert not (output / PHOTO_ZIP).exists() and not (output / PHOTOS).exists()
     with pytest.raises(InputError, match=r"damaged.*put another copy in its place"):

@@ -299,7 +299,7 @@ def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Awa
     for run_id in journals_of(folder):
         told = folder.run("sync", run_id).stdout
         again = kind.is_resumed and run_id == run.info.run_id
-        assert "it was cut short: " in told
+        assert "it was interrupted: " in told
         assert (f"python -m capexp.train --resume {run_id}" in told) == again, "what would be refused is not advised"
     done = sum(len(folder.client.get_metric_history(run_id, "train_loss")) for run_id in journals_of(folder))
     assert done == epochs_of(folder)

@@ -119,8 +119,8 @@ class AttentionDecoder(RecurrentDecoder):
         self.values = nn.Linear(size, units)
         self.keys = nn.Linear(units, config.attention_size, bias=False)
         self.queries = RecurrentLinear(units, config.attention_size, bias=False)
-        # The attention LSTM's gates are a sum of three products: those of the word and the photo are computed for all
-        # steps at once, that of the two LSTMs' outputs step by step.
+        # The attention LSTM's gates are a sum of three products. The products with the words and the photo are
+        # computed for all steps at once, the product with the two LSTMs' outputs at each step.
         self.word_gates = nn.Linear(config.embedding_size, 4 * units)
         self.photo_gates = nn.Linear(units, 4 * units, bias=False)
         self.attention_gates = RecurrentLinear(2 * units, 4 * units, bias=False)

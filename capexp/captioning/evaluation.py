@@ -240,7 +240,7 @@ class Comparison:
     scores: tuple[dict[str, float], dict[str, float]]
     differences: dict[str, Difference]
     """For each score, the second captioner's minus the first's, with interval and p-value."""
-    changed: tuple[PhotoDifference, ...]
+    most: tuple[PhotoDifference, ...]
     """All photos with different captions, by the difference in CIDEr: the second captioner's greatest lead first."""
 
 

@@ -82,7 +82,7 @@ def fetch(url: str, path: Path, timeout: float = 30, pauses: tuple[float, ...] =
             log.info("%s: %s%s; going on in %g s", url, reason, kept, pauses[failures])
             time.sleep(pauses[failures])
         except OSError as error:
-            raise InputError(f"{part}: {error.strerror or error}; make room or choose another folder") from None
+            raise InputError(f"{part}: {error.strerror or error}; free space or choose another folder") from None
 
 
 def _download(url: str, part: Path, timeout: float) -> None:
@@ -102,7 +102,7 @@ def _download(url: str, part: Path, timeout: float) -> None:
         with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             start, remote = _check_answer(url, part, answer.status_code, answer.headers, known)
             if received and not start:
-                log.info("%s: another file than before, or a server without ranges; starting anew", url)
+                log.info("%s: another file than before, or a server without ranges; starting again", url)
             if remote.size is not None:  # twice: compression hardly makes photos smaller
                 _require_room(part.parent, 2 * remote.size - start, "fetch and unpack it")
             _receive(answer.raw, part, start, remote)
@@ -131,7 +131,7 @@ def _check_answer(
         ):  # fmt: skip
             raise InputError(
                 f"{url}: asked for what follows byte {received} of {known and known.size}, the server sends "
-                f"{content_range!r}, {length} bytes; delete {part} to start anew, or take another --source"
+                f"{content_range!r}, {length} bytes; delete {part} to start again, or take another --source"
             )
         return received, replace(known, size=int(span[3]))
     if status != 200:
@@ -170,8 +170,8 @@ def _require_room(folder: Path, size: int, purpose: str) -> None:
     free = shutil.disk_usage(folder).free
     if size > free:
         raise InputError(
-            f"{folder}: {_readable(size)} are needed to {purpose}, and {_readable(free)} are free; make room or choose "
-            "another folder"
+            f"{folder}: {_readable(size)} are needed to {purpose}, and {_readable(free)} are free; free space or "
+            "choose another folder"
         )
 
 
@@ -239,7 +239,7 @@ def unpack(
         staging.rmdir()
     except OSError as error:
         raise InputError(
-            f"{error.filename or folder}: {error.strerror or error}; make room or choose another folder"
+            f"{error.filename or folder}: {error.strerror or error}; free space or choose another folder"
         ) from None
     finally:
         shutil.rmtree(staging, ignore_errors=True)

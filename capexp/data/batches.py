@@ -280,7 +280,7 @@ class PaddedBatches:
         return self.batches.longest - 1
 
     def epoch(self, seed: int, number: int) -> PaddedEpoch:
-        """Return the batches of an epoch, the same as those of :meth:`CaptionBatches.epoch`."""
+        """Return the same batches of an epoch as :meth:`CaptionBatches.epoch`, padded."""
         views, captions, lengths = self.batches.padded_indices(seed, number)
         flat = captions.reshape(len(captions), -1)
         views_here, captions_here = (

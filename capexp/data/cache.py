@@ -2,7 +2,7 @@
 
 The file is a header of 4096 bytes (magic, JSON identity, zeros), then the records: SHA-256 of the photo's bytes, CRC-32
 of the features, features in float16. Records are appended under a lock; only ``recompute`` writes a new file. So a
-killed extraction leaves whole records and at most one that is cut short, which the next extraction overwrites. A
+killed extraction leaves whole records and at most one incomplete record, which the next extraction overwrites. A
 changed photo has another digest, and so gets a record of its own.
 """
 
@@ -155,7 +155,7 @@ class FeatureCache:
         with self.path.open("rb") as file:
             header = file.read(_HEADER)
         if len(header) < _HEADER or not header.startswith(_MAGIC):
-            raise InputError(f"{self.path}: not a feature cache, or its header is cut short; delete it")
+            raise InputError(f"{self.path}: not a feature cache, or its header is incomplete; delete it")
         if header != self._header():
             raise InputError(f"{self.path}: features of another encoder than {self.identity}; delete it")
         count = (self.path.stat().st_size - _HEADER) // self._record.itemsize
@@ -278,7 +278,7 @@ class FeatureCache:
                 rest = rest[file.write(rest) :]
         except OSError as error:
             raise Outage(
-                f"{self.path}: {error.strerror}; make room or set features.cache to another folder, then run the "
+                f"{self.path}: {error.strerror}; free space or set features.cache to another folder, then run the "
                 "same command again: the features in the file are kept"
             ) from None
 
@@ -288,7 +288,7 @@ class _BackgroundWriter:
 
     The thread of a batch makes its records with their checksums, waits until the batch before is written, and writes.
     (This cannot deadlock: threads take batches in order, so the earlier batch is already in work.) After a batch that
-    failed nothing more is written: records behind one that was cut short would not be found.
+    failed nothing more is written: records after an incomplete one would not be found.
 
     When the ``with`` block ends, even by an interrupt, no thread writes any more: the file's lock may be released.
     """

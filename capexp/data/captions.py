@@ -70,7 +70,7 @@ def _read_lines(path: Path) -> dict[str, tuple[str, ...]]:
         photo, sign, index = key.rpartition("#")
         if not (tab and sign and photo and index.strip().isdigit() and caption.strip()):
             raise InputError(
-                f"{path}, line {number}: {line[:60]!r} is not 'photo.jpg#0<TAB>caption'; mend or delete the line"
+                f"{path}, line {number}: {line[:60]!r} is not 'photo.jpg#0<TAB>caption'; correct or delete the line"
             )
         captions.setdefault(_normalized(photo), []).append(caption.strip())
     if not captions:

@@ -32,7 +32,7 @@ class Features:
         self._mirrored = mirrored
 
     def with_mirrored(self, mirrored: "Features") -> "Features":
-        """Return these features together with those of the mirror images."""
+        """Return these features with the mirror images' features added."""
         assert len(mirrored) == len(self) and mirrored.shape == self.shape
         return Features(self._records, self._rows, self._mapping, mirrored)
 

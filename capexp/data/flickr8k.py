@@ -70,7 +70,7 @@ def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool
                     if not _is_url(source):
                         raise InputError(f"{error}; put another copy in its place") from None
                     archive.unlink()
-                    raise InputError(f"{error}; it is deleted, and the same command fetches it anew") from None
+                    raise InputError(f"{error}; it is deleted, and the same command downloads it again") from None
             say(check(output, contents))
             if missing and not keep and _is_url(source):
                 for name in archives:

@@ -86,7 +86,7 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
                     yield pixels if fault is None else fault
     except BrokenProcessPool:
         raise Outage(
-            "a process that decodes photos was killed, mostly for want of memory; make room, then run the same "
+            "a process that decodes photos was killed, probably because memory ran out; free memory, then run the same "
             "command again: the features in the file are kept"
         ) from None
     finally:

@@ -1,4 +1,4 @@
-"""VGG16's layers and published weights: where a file of weights is found, and what it must hold."""
+"""VGG16's layers and published weights: where their files are searched, and how a file is checked."""
 
 import hashlib
 import io

@@ -23,7 +23,7 @@ class Unavailable:
     """A score that cannot be computed on this machine."""
 
     reason: str
-    """What is missing and how to install it, in one line."""
+    """One line that names the missing part and tells how to install it."""
 
 
 def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | Unavailable:
@@ -143,7 +143,7 @@ def _program(jar: str) -> Path | Unavailable:
 
 
 def _java(program: str, options: list[str], folder: Path, lines: str = "") -> str | Unavailable:
-    """Run a Java program to its end and return what it prints. It is killed if this process is interrupted."""
+    """Run a Java program to its end and return what it prints. Kill the program if this process is interrupted."""
     try:
         java = subprocess.run(
             ["java", *options], cwd=folder, input=lines, capture_output=True, encoding="utf-8", check=False

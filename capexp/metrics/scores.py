@@ -2,7 +2,7 @@
 
 The n-grams of each photo are counted once, into ``PhotoScores``. Corpus scores, their bootstrap intervals and paired
 comparisons are computed from weighted sums of these counts. ``bleu_1`` to ``bleu_4``, ``rouge_l`` and ``cider`` equal
-those of the COCO scorer (pycocoevalcap) on the same tokens, including its conventions; a comment names each of these.
+the COCO scorer's values (pycocoevalcap) on the same tokens. Its conventions are followed; a comment names each one.
 
 Shapes: N photos, S resamples.
 """

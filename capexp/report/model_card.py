@@ -72,7 +72,7 @@ Settings; the whole of them is `experiment.toml` among the run's artifacts:
 
 
 def describe_run(experiment: Experiment, data: Dataset, lines: Sequence[str] = ()) -> str:
-    """Return the description of a run that MLflow shows, in Markdown: what it is, then a line for each result."""
+    """Return a run's description in MLflow, as Markdown: one line on the kind of run, then one per result."""
     return "\n\n".join([f"{_headline(experiment, data)} Seed {experiment.seed}.", *lines])
 
 

@@ -56,7 +56,7 @@ def draw_scores(scores: CaptionScores, seed: int, title: str, path: Path) -> Pat
 
 
 def _points(axes: "Axes", scores: CaptionScores, seed: int, keys: list[str]) -> None:
-    """Draw one column per score: the captioner's value, and to its right that of the image-blind baseline."""
+    """Draw two bars per score: the captioner's value, then the image-blind baseline's."""
     columns = np.arange(len(keys))
     series = (("the captioner", scores.photos, _OURS, -0.12), ("photos shuffled", scores.blind, _BLIND, 0.12))
     for label, photos, color, offset in series:
@@ -78,7 +78,7 @@ def _points(axes: "Axes", scores: CaptionScores, seed: int, keys: list[str]) -> 
 
 
 def draw_histogram(scores: CaptionScores, title: str, path: Path) -> Path:
-    """Plot a histogram of the photos' CIDEr, beside that of the image-blind baseline, as a PNG; return ``path``."""
+    """Plot a histogram of the photos' CIDEr, beside the image-blind baseline's, as a PNG; return ``path``."""
     figure = _figure()
     axes = figure.add_subplot()
     ours, blind = scores.photos.cider, scores.blind.cider

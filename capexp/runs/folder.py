@@ -55,7 +55,7 @@ class RunFolder:
         if not (folder.path / SETTINGS).is_file():
             raise InputError(
                 f"--resume {run_id}: the run is {status}, but {folder.path / SETTINGS} is missing; resume where it was "
-                "started, or train anew"
+                "started, or start a new run"
             )
         return folder
 
@@ -77,7 +77,7 @@ class RunFolder:
         """Return why ``--resume`` does not accept the run, and what to resume instead; None if it accepts the run."""
         tags = run_tags(self.run_id)
         if PARENT in tags:
-            return f"it is one of several under run {tags[PARENT]}; go on with what started that one"
+            return f"it is one of several under run {tags[PARENT]}; resume that run instead"
         if STUDY in tags:
             return f"it is the run of study {tags[STUDY]}; give the capexp.tune command again"
         return None

@@ -253,7 +253,7 @@ class DatabaseStudyStorage(StudyStorage):
         except (SQLAlchemyError, StorageInternalError) as error:
             cause = error.__cause__ or error  # the database's own message
             reason = without_secrets(str(cause).strip().splitlines()[0], self._url)
-            raise Outage(f"--storage {self.shown}: {reason}; mend it, then run the same command again") from None
+            raise Outage(f"--storage {self.shown}: {reason}; fix it, then run the same command again") from None
 
     def _engine(self) -> Any:
         import sqlalchemy

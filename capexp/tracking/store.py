@@ -162,7 +162,7 @@ def check_store() -> None:
         if not artifacts.is_dir():
             raise InputError(f"{artifacts}: MLflow's artifacts go into a folder of that name; move the file away")
         if not os.access(artifacts, os.W_OK):
-            raise InputError(f"{artifacts}: MLflow's artifacts cannot be written; mend its permissions")
+            raise InputError(f"{artifacts}: MLflow's artifacts cannot be written; fix its permissions")
     _refuse_unreachable()
     if store_exists():
         with environment(**{name: os.environ.get(name, value) for name, value in _FAIL_FAST.items()}):
@@ -304,7 +304,7 @@ def artifact_faults(run_id: str) -> Iterator[None]:
     except OSError as error:
         location = error.filename or mlflow.get_artifact_uri()
         raise Outage(
-            f"{location}: MLflow's artifacts cannot be written ({error.strerror or error}); make room or mend it, then "
+            f"{location}: MLflow's artifacts cannot be written ({error.strerror or error}); free space or fix it, then "
             f"python -m capexp.train --resume {run_id}"
         ) from error
 
@@ -315,7 +315,7 @@ def store_faults() -> Iterator[None]:
     try:
         yield
     except (MlflowException, SQLAlchemyError) as error:
-        raise Outage(f"{fault_of(error)}; mend it, or name another with MLFLOW_TRACKING_URI") from None
+        raise Outage(f"{fault_of(error)}; fix it, or name another with MLFLOW_TRACKING_URI") from None
 
 
 def fault_of(error: Exception) -> str:

@@ -181,7 +181,9 @@ class Checkpoints:
         if not paths and bundles.keys() - {self.begins_with}:
             problems.append(f"{_LAST} is missing")
         if problems:
-            raise InputError(f"{self.folder}: nothing to go on from ({'; '.join(problems)}); restore it, or train anew")
+            raise InputError(
+                f"{self.folder}: no state to resume from ({'; '.join(problems)}); restore it, or start a new run"
+            )
         return None, []
 
     def _numbered(self) -> list[tuple[int, Path]]:
@@ -207,7 +209,7 @@ def check_disk_space(folder: Path, parameters: int, config: TrainingConfig, runs
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(
-            f"{folder.absolute()}: {free / 2**20:,.0f} MiB are free, a run needs about {need / 2**20:,.0f}; make room"
+            f"{folder.absolute()}: {free / 2**20:,.0f} MiB are free, a run needs about {need / 2**20:,.0f}; free space"
         )
 
 

@@ -288,6 +288,6 @@ def _resume(
     except (RuntimeError, TypeError, ValueError, KeyError) as error:
         reason = str(error).splitlines()[0]
         raise InputError(
-            f"{place}: the state does not fit the settings ({reason}); restore both, or train anew"
+            f"{place}: the state does not fit the settings ({reason}); restore both, or start a new run"
         ) from None
     return history, state.progress, best

@@ -3,7 +3,8 @@
     python experiments/benchmarks/bench_search.py
 
 Every trial trains the embedded scenes for as many epochs, in a folder of its own. Each contestant's time holds all that
-its commands do, from their start to the registered model; a process that shares starts once, runs start anew each time.
+its commands do, from their start to the registered model. Trials in one process share its start; separate runs start
+again each time.
 """
 
 import os

@@ -1,6 +1,6 @@
 """Five captions for a scene, as five different people would write them.
 
-Templates hold slots; each slot is filled anew for each caption from the tables of words below. `a` is the
+Templates hold slots; each slot is filled again for each caption from the tables of words below. `a` is the
 group a caption speaks of first and `b` the other one.
 """
 

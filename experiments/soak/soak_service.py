@@ -6,7 +6,7 @@
 A captioner is trained on the embedded scenes, registered, and served by `mlflow models serve`. Clients ask for captions
 one after another; where an answer does not come they ask again, as clients do, and each caption must be what the bundle
 says. Meanwhile others send what no service should be sent, break off, drip or stay silent; the server is stopped for
-seconds again and again, and killed and started anew after a sixth of the time. Memory is that of the last two thirds.
+seconds again and again, and killed and started again after a sixth of the time. Memory is that of the last two thirds.
 """
 
 import base64

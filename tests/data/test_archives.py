@@ -307,7 +307,7 @@ except ValueError as error:
 """
     environment = os.environ | {"PYTHONPATH": str(ROOT)}
     done = subprocess.run([sys.executable, "-c", code], cwd=tmp_path, env=environment, capture_output=True, text=True)
-    assert done.stdout.startswith("x.zip.part: File too large; make room"), done.stderr
+    assert done.stdout.startswith("x.zip.part: File too large; free space"), done.stderr
     get(mirror, tmp_path / "x.zip")
     assert (tmp_path / "x.zip").read_bytes() == CONTENT
     assert mirror.sent[-1] == (1_500_000, len(CONTENT))

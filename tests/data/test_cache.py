@@ -236,7 +236,7 @@ def test_recomputed_features_replace_the_old_and_those_of_other_photos_stay(
     cache: FeatureCache, photos: list[Path], encoder: Encoder
 ) -> None:
     before = all_of(cache.open(digest_photos(photos)))
-    with cache.path.open("r+b") as file:  # another value with its right checksum: only computing mends it
+    with cache.path.open("r+b") as file:  # another value with its right checksum: only computing it again corrects it
         file.seek(HEADER + 2 * RECORD)
         record = file.read(RECORD)
         file.seek(HEADER + 1 * RECORD + 32)
@@ -379,7 +379,7 @@ def test_a_disk_that_is_full_leaves_a_cache_that_goes_on(
         input="\n", capture_output=True, text=True,
     )  # fmt: skip
     line = ended.stderr.splitlines()[-1]
-    assert f"Outage: {cache.path}: " in line and "make room" in line
+    assert f"Outage: {cache.path}: " in line and "free space" in line
     assert [path for path in cache.path.parent.iterdir() if path.suffix == ".part"] == []
     assert cache.path.exists() == (kept is not None)
     assert len(missing(cache, photos)) == 4 - (kept or 0)

@@ -206,7 +206,7 @@ def test_a_folder_that_takes_no_state_fails_run_and_child_in_one_line_and_mended
     (obstacle / "in the way").mkdir(parents=True)
     out, err = process.communicate(timeout=120)
     assert process.returncode == 2, err
-    assert "last.pt: cannot be written (Is a directory); make room or mend it" in err.splitlines()[-1]
+    assert "last.pt: cannot be written (Is a directory); free space or fix it" in err.splitlines()[-1]
     assert "Traceback" not in out + err
     top, under = assert_ended(folder, kind, "FAILED", "error")
     for run in (top, *under[-1:]):
@@ -258,9 +258,7 @@ def test_what_is_not_resumed_so_is_refused_with_what_to_do(
     for run in under:
         with pytest.raises(InputError) as refused:
             train(["--resume", run.info.run_id])
-        assert f"it is one of several under run {top.info.run_id}; go on with what started that one" in str(
-            refused.value
-        )
+        assert f"it is one of several under run {top.info.run_id}; resume that run instead" in str(refused.value)
     if not KINDS[name].is_resumed:
         with pytest.raises(InputError) as refused:
             train(["--resume", top.info.run_id])

@@ -58,7 +58,7 @@ def data(name: SplitName, photos: int, seed: int, pool: Pool = "mean") -> tuple[
 
 
 def small(decoder: Kind = "merge", order: Order = "captions", dropout: float = 0.2, batch_size: int = 16) -> Training:
-    """A training by ``CONFIG`` that has not begun; made anew for each."""
+    """A training by ``CONFIG`` that has not begun; a new one at each call."""
     pool: Pool = "mean" if decoder == "merge" else "max2"
     train, train_features = data("train", 80, 1, pool)
     dev, dev_features = data("dev", 20, 2, pool)

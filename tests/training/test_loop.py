@@ -25,7 +25,7 @@ kinds = pytest.mark.parametrize(("decoder", "order"), [("merge", "captions"), ("
 
 
 class Task:
-    """A training, made anew, and its folder."""
+    """A new training and its folder."""
 
     def __init__(self, folder: Path, keep: int = 1, decoder: Kind = "merge", order: Order = "captions") -> None:
         self.training = small(decoder, order)
@@ -251,7 +251,7 @@ def test_states_that_are_junk_are_one_fault_and_stay_as_they_are(tmp_path: Path)
     for name, content in junk.items():
         (tmp_path / name).write_bytes(content)
     before = sorted(tmp_path.iterdir())
-    with pytest.raises(InputError, match=r"nothing to go on from.*last\.pt.*previous\.pt.*train anew"):
+    with pytest.raises(InputError, match=r"no state to resume from.*last\.pt.*previous\.pt.*start a new run"):
         Task(tmp_path).epochs()
     assert sorted(tmp_path.iterdir()) == before
     assert {name: (tmp_path / name).read_bytes() for name in junk} == junk
