@@ -1,4 +1,4 @@
-"""Download Flickr8k (photos and captions) into a folder, and check that it is complete."""
+"""Download Flickr8k (photos, captions and lists) into a folder, and check that it is complete."""
 
 import shlex
 from functools import partial
@@ -23,12 +23,22 @@ def download(argv: list[str] | None = None) -> int:
         "--source", metavar="URL|FOLDER", default=RELEASE, help="where the two archives are (default: %(default)s)"
     )
     parser.add_argument(
+        "--only",
+        choices=("text", "photos"),
+        help="one of the two archives: captions and lists (2 MB, for a copy that lacks the lists), or photos",
+    )
+    parser.add_argument(
         "--keep-archives", action="store_true", help="do not delete the downloaded archives after unpacking"
     )
     arguments, _ = parser.parse(argv)
     from capexp.data.flickr8k import bring
 
-    bring(arguments.output, arguments.source, keep=arguments.keep_archives, say=partial(print, flush=True))
+    bring(
+        arguments.output, arguments.source, only=arguments.only, keep=arguments.keep_archives,
+        say=partial(print, flush=True),
+    )  # fmt: skip
+    if arguments.only is not None:
+        return 0
     elsewhere = arguments.output.resolve() != OUTPUT.resolve()
     root = f" --captions.root {shlex.quote(str(arguments.output))}" if elsewhere else ""
     print(f"next: python -m capexp.train --experiment flickr8k-merge-conv{root}")

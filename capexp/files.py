@@ -1,13 +1,14 @@
 """Write files atomically, and report disk errors in one line."""
 
 import os
+import tempfile
 from collections.abc import Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
 
 from safetensors import SafetensorError
 
-from capexp.errors import Outage
+from capexp.errors import Outage, listed
 
 _STREAMS = ("fd", "stdout", "stderr")  # names under /dev
 
@@ -57,3 +58,15 @@ def sync(path: Path) -> None:
         os.fsync(handle)
     finally:
         os.close(handle)
+
+
+def listed_or_filed(names: list[str], shown: int = 3) -> str:
+    """Return the first names for an error message; write more than ``shown`` to a file, which the text names."""
+    text = listed(names, shown)
+    if len(names) <= shown:
+        return text
+    with tempfile.NamedTemporaryFile(
+        "w", prefix="capexp-names-", suffix=".txt", delete=False, encoding="utf-8", errors="backslashreplace"
+    ) as file:
+        file.writelines(f"{name}\n" for name in names)
+    return f"{text} (all of them are in {file.name})"

@@ -13,6 +13,7 @@ from typing import Annotated, Any, Final, Literal
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_validator, model_validator
 
 SplitName = Literal["train", "dev", "test"]
+CaptionsFormat = Literal["auto", "flickr8k", "descriptions", "csv", "json", "coco", "karpathy"]
 Cleaning = Literal["tutorial", "standard"]
 Unknown = Literal["drop", "token"]
 Layer = Literal["fc2", "conv5_3"]
@@ -83,23 +84,63 @@ class CaptionsConfig(Section):
     photos: Path = Path("Flicker8k_Dataset")
     """Folder of the photos."""
     captions: Path = Path("Flickr8k.token.txt")
-    """Captions file, in Flickr8k's format, or as JSON in COCO's or Karpathy's format."""
-    splits: Literal["lists", "karpathy"] = "lists"
+    """Captions file."""
+    format: CaptionsFormat = "auto"
+    """Form of the captions file. ``auto`` recognises it: ``flickr8k`` (lines ``photo.jpg#0<TAB>caption``),
+    ``descriptions`` (lines ``photo caption``), ``csv`` (a table with a header; comma, semicolon, tab or bar between the
+    columns), ``json`` (JSON lines, or a list of records), ``coco``, ``karpathy``."""
+    splits: Literal["lists", "karpathy", "random", "files"] = "lists"
     """``lists``: the files ``train``, ``dev`` and ``test`` list the photos of each split; ``karpathy``: the field
-    ``split`` in the captions file gives each photo's split (train and restval are train, val is dev, test is test)."""
+    ``split`` in the captions file gives each photo's split (train and restval are train, val is dev, test is test);
+    ``random``: photos are drawn at random; ``files``: ``train``, ``dev`` and ``test`` are a captions file each."""
     train: Path = Path("Flickr_8k.trainImages.txt")
-    """List of the train photos, one file name per line."""
+    """List of the train photos, one file name per line; with ``splits = "files"`` the captions file of train."""
     dev: Path = Path("Flickr_8k.devImages.txt")
-    """List of the dev photos."""
+    """List of the dev photos, or captions file of dev."""
     test: Path = Path("Flickr_8k.testImages.txt")
-    """List of the test photos."""
+    """List of the test photos, or captions file of test."""
+    train_photos: Path = Path()
+    """Folder of the train photos, with ``splits = "files"``; ``.`` is the folder that the captions file is in."""
+    dev_photos: Path = Path()
+    """Folder of the dev photos, with ``splits = "files"``."""
+    test_photos: Path = Path()
+    """Folder of the test photos, with ``splits = "files"``."""
+    dev_fraction: float = Field(default=0.1, gt=0, lt=1)
+    """Share of the photos that become dev photos, with ``splits = "random"``; at least one photo."""
+    test_fraction: float = Field(default=0.1, ge=0, lt=1)
+    """Share of the photos that become test photos, with ``splits = "random"``."""
+    split_seed: int = Field(default=1, ge=0, lt=2**31)
+    """Seed of the random splits. Runs with another ``seed`` have the same splits."""
 
     def list_of(self, split: SplitName) -> Path:
-        """Return the file that lists a split's photos."""
-        if self.splits == "karpathy":
+        """Return the file that assigns photos to a split."""
+        if self.splits in ("karpathy", "random"):
             return self.root / self.captions
-        lists = {"train": self.train, "dev": self.dev, "test": self.test}
-        return self.root / lists[split]
+        return self.root / {"train": self.train, "dev": self.dev, "test": self.test}[split]
+
+    def captions_of(self, split: SplitName) -> Path:
+        """Return the captions file of a split."""
+        return self.list_of(split) if self.splits == "files" else self.root / self.captions
+
+    def photos_of(self, split: SplitName) -> Path:
+        """Return the folder of a split's photos."""
+        if self.splits != "files":
+            return self.root / self.photos
+        folder = {"train": self.train_photos, "dev": self.dev_photos, "test": self.test_photos}[split]
+        return self.list_of(split).parent if folder == Path() else self.root / folder
+
+    def fractions(self) -> dict[SplitName, float]:
+        """Return the shares of dev and test photos in random splits."""
+        return {"dev": self.dev_fraction, "test": self.test_fraction}
+
+    @model_validator(mode="after")
+    def _fractions_fit(self) -> "CaptionsConfig":
+        if self.dev_fraction + self.test_fraction >= 1:
+            raise ValueError(
+                f"captions.dev_fraction = {self.dev_fraction} and captions.test_fraction = {self.test_fraction} leave "
+                "no train photos; lower one"
+            )
+        return self
 
 
 class VocabularyConfig(Section):

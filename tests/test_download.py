@@ -213,7 +213,24 @@ def test_a_folder_serves_as_source_and_keeps_its_archives(small: Path, tmp_path:
     assert unpacked(small) == unpacked(tmp_path / "out") | {PHOTO_ZIP, TEXT_ZIP}
 
 
-def test_a_damaged_archive_is_fetched_anew(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+def test_one_archive_alone_is_fetched_and_checked(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
+    mirror, said = serve(serving, small), list[str]()
+    bring(tmp_path / "text", mirror.url, SMALL, only="text", say=said.append)
+    assert {name for name, _, _ in mirror.sent} == {TEXT_ZIP}
+    lists = " + ".join(
+        f"{getattr(SMALL, split)} {split}" for split in ("train", "dev", "test") if getattr(SMALL, split)
+    )
+    assert said[-1] == f"{tmp_path / 'text'}: {SMALL.captions:,} captions, lists of {lists} photos"
+    assert not (tmp_path / "text" / PHOTOS).exists()
+    bring(tmp_path / "photos", str(small), SMALL, only="photos", say=said.append)
+    assert said[-1] == f"{tmp_path / 'photos'}: {SMALL.photos} photos"
+    assert {path.name for path in (tmp_path / "photos").iterdir()} == {PHOTOS, "download.lock"}
+    (tmp_path / "text" / CAPTIONS).write_text("a.jpg#0\tA dog .\n")
+    with pytest.raises(InputError, match=rf"{CAPTIONS}: 1 captions, not {SMALL.captions}"):
+        bring(tmp_path / "text", mirror.url, SMALL, only="text")
+
+
+def test_a_damaged_archive_is_downloaded_again(small: Path, serving: list[Mirror], tmp_path: Path) -> None:
     mirror, output = serve(serving, small), tmp_path / "out"
     good = (small / PHOTO_ZIP).read_bytes()
     (small / PHOTO_ZIP).write_bytes(good.replace(b"\xff\xd9", b"\xff\xd8", 1))

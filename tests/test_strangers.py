@@ -31,7 +31,8 @@ from user_folder import ROOT
 
 from capexp.captioning.captioner import Captioner
 from capexp.data.cache import FeatureCache
-from capexp.data.captions import read_captions, read_list, read_splits
+from capexp.data.caption_files import read_captions, read_list
+from capexp.data.captions import read_splits
 from capexp.data.photos import read_photo
 from capexp.data.vgg16 import load_encoder
 from capexp.errors import InputError

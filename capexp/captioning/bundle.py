@@ -24,6 +24,7 @@ from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
 from safetensors import SafetensorError
 from safetensors.torch import load_file, save_file
 
+from capexp.data.captions import PhotosBySplit
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vgg16_weights import State
 from capexp.data.vocabulary import Vocabulary
@@ -65,6 +66,8 @@ class Settings(BaseModel):
     decoding: DecodingConfig
     encoder: EncoderIdentity
     training: TrainingRecord | None
+    splits: PhotosBySplit | None = None
+    """The photos of each split, if they were drawn at random; left out of the file otherwise."""
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:
@@ -109,7 +112,9 @@ def write_bundle(
 
 def _write(folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: State, encoder: State | None) -> None:
     folder.mkdir(parents=True)
-    (folder / _SETTINGS).write_text(settings.model_dump_json(indent=2) + "\n", encoding="utf-8")
+    # Earlier versions of the project know no splits here.
+    text = settings.model_dump_json(indent=2, exclude={"splits"} if settings.splits is None else None)
+    (folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")
     (folder / _VOCABULARY).write_text(vocabulary.to_json() + "\n", encoding="utf-8")
     save_file(_contiguous(decoder), folder / _DECODER)
     if encoder is not None:

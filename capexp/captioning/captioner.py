@@ -16,6 +16,7 @@ from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.decoding import check_beam_width, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
+from capexp.data.captions import PhotosBySplit
 from capexp.data.dataset import Dataset
 from capexp.data.photos import read_photo, squash
 from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
@@ -58,6 +59,8 @@ class Captioner:
         self.encoder_identity = encoder
         self.decoding = decoding
         self.record = record
+        self.splits: PhotosBySplit | None = None
+        """The photos of the splits that it was trained with, if they were drawn at random."""
         self._encoder: Encoder | None = None
         self._bundled_encoder: Path | None = None
 
@@ -206,6 +209,7 @@ class Captioner:
             decoding=self.decoding,
             encoder=self.encoder_identity,
             training=self.record,
+            splits=self.splits,
         )
         write_bundle(folder, settings, self.vocabulary, self.decoder.state_dict(), encoder)
         return folder
@@ -226,6 +230,7 @@ class Captioner:
         captioner = cls(
             settings.models, decoder, bundle.vocabulary, settings.encoder, settings.decoding, settings.training
         )
+        captioner.splits = settings.splits
         captioner._bundled_encoder = bundle.encoder_path
         return captioner
 

@@ -167,7 +167,7 @@ def require_trained_on(experiment: Experiment, captioner: Captioner) -> None:
 
     It is called where the user has not named the experiment.
     """
-    digest = read_splits(experiment.captions, ("dev",))["dev"].digest()
+    digest = read_splits(experiment.captions, ("dev",), captioner.splits)["dev"].digest()
     if captioner.record is None or captioner.record.dev_digest != digest:
         raise InputError(
             f"the captioner was not trained with the dev split of {experiment.name}; name the experiment that it was "
@@ -180,7 +180,7 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
 
     With ``java`` also METEOR and SPICE. Where one of them cannot run, its value is None and the log gives the reason.
     """
-    data = Dataset.read(experiment, (split,), captioner.vocabulary)
+    data = Dataset.read(experiment, (split,), captioner.vocabulary, captioner.splits)
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
@@ -192,7 +192,8 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
     start = time.perf_counter()
     captions = caption_all(captioner, batches.features)
     seconds = time.perf_counter() - start
-    scores = score_captions(captions, batches.split, experiment.seed, read_texts(experiment.captions, "train"))
+    train = read_texts(experiment.captions, "train", captioner.splits)
+    scores = score_captions(captions, batches.split, experiment.seed, train)
     return {
         "experiment": experiment.name,
         "captions": str(experiment.captions.root.absolute()),
@@ -250,12 +251,14 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     Each captioner has its own decoding settings, and the features of its own layer, pool and size.
     """
     # Each captioner's captions of all photos.
+    if captioners[0].splits != captioners[1].splits:
+        raise InputError("the captioners were trained with other random splits; compare captioners of the same splits")
     hypotheses = []
     for captioner in captioners:
         encoder = captioner.encoder_identity
         own_features = {"features.layer": encoder.layer, "features.pool": encoder.pool, "features.size": encoder.size}
         own = replace_settings(experiment, own_features)
-        data = Dataset.read(own, (split,), captioner.vocabulary)
+        data = Dataset.read(own, (split,), captioner.vocabulary, captioner.splits)
         if data.encoder.key() != encoder.key():
             raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.weights")
         hypotheses.append(caption_all(captioner, data.with_features(own).features[split]))

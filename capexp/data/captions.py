@@ -1,28 +1,27 @@
-"""Photos with captions, in predefined splits, from files in Flickr8k's or COCO's format.
+"""Photos with captions, in splits.
 
-On disk there are a folder of photos, one captions file, and a list of file names for each split. The captions file is
-
-* Flickr8k's (Hodosh, Young and Hockenmaier, JAIR 2013): lines ``name.jpg#2<TAB>A dog runs .``;
-* or, ending in ``.json``, COCO's (Lin et al., ECCV 2014; Chen et al., 2015): ``images`` with ``id`` and ``file_name``,
-  ``annotations`` with ``image_id`` and ``caption``; or Karpathy's form of it (Karpathy and Fei-Fei, CVPR 2015):
-  ``images`` with ``filename``, ``sentences`` and ``split``, which can replace the lists.
+On disk there are a captions file and a folder of photos for all splits, or one of each for every split. The splits come
+from lists of photo names, from the captions file itself, or are drawn at random.
 """
 
-import codecs
 import hashlib
 import json
-from collections.abc import Iterable
+import unicodedata
+from collections.abc import Iterable, Mapping
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
-from pydantic import BaseModel, ValidationError
-
+from capexp.data.caption_files import CaptionsFile, read_captions, read_list
 from capexp.errors import InputError, listed
+from capexp.files import listed_or_filed
 from capexp.settings import CaptionsConfig, SplitName
 
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
 
-_KARPATHY: dict[str, SplitName] = {"train": "train", "restval": "train", "val": "dev", "test": "test"}
+PhotosBySplit = Mapping[SplitName, tuple[str, ...]]
+"""The names of the photos of each split."""
+
+_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif"})
 
 
 @dataclass(frozen=True)
@@ -33,10 +32,12 @@ class Split:
     folder: Path
     photos: tuple[str, ...]
     references: tuple[tuple[str, ...], ...]
+    files: tuple[str, ...] | None = None
+    """The names on disk, if they are spelled in another Unicode form than ``photos``."""
 
     def paths(self) -> list[Path]:
         """Return the photo files."""
-        return [self.folder / photo for photo in self.photos]
+        return [self.folder / name for name in self.files or self.photos]
 
     def digest(self) -> str:
         """Return the hexadecimal SHA-256 over photo names and captions, in order."""
@@ -44,235 +45,223 @@ class Split:
         return hashlib.sha256(record.encode()).hexdigest()
 
 
-@dataclass(frozen=True)
-class CaptionsFile:
-    """The content of a captions file."""
-
-    captions: dict[str, tuple[str, ...]]
-    """By photo name, in the order of the file."""
-    splits: dict[SplitName, tuple[str, ...]]
-    """The photo names of each split, if the file assigns photos to splits."""
-
-
-def read_captions(path: Path) -> CaptionsFile:
-    """Read all captions of a file: COCO's or Karpathy's format if its name ends in ``.json``, else Flickr8k's.
-
-    In Flickr8k's, the photo's name is everything before the last ``#`` of the key, taken literally: the odd key
-    ``2258277193_586949ec62.jpg.1#0`` names a photo that is in no list.
-    """
-    return _read_json(path) if path.suffix.lower() == ".json" else CaptionsFile(_read_lines(path), {})
-
-
-def _read_lines(path: Path) -> dict[str, tuple[str, ...]]:
-    captions: dict[str, list[str]] = {}
-    for number, line in _lines(path, "captions file"):
-        key, tab, caption = line.partition("\t")
-        photo, sign, index = key.rpartition("#")
-        if not (tab and sign and photo and index.strip().isdigit() and caption.strip()):
-            raise InputError(
-                f"{path}, line {number}: {line[:60]!r} is not 'photo.jpg#0<TAB>caption'; correct or delete the line"
-            )
-        captions.setdefault(_normalized(photo), []).append(caption.strip())
-    if not captions:
-        raise InputError(f"{path}: no captions in it; give lines like 'photo.jpg#0<TAB>caption'")
-    return {photo: tuple(texts) for photo, texts in captions.items()}
-
-
-class _Sentence(BaseModel):
-    raw: str
-
-
-class _Image(BaseModel):
-    id: int | str | None = None
-    file_name: str | None = None  # COCO
-    filename: str | None = None  # Karpathy
-    filepath: str = ""
-    split: str | None = None
-    sentences: list[_Sentence] = []
-
-    @property
-    def name(self) -> str:
-        return self.file_name or f"{self.filepath}/{self.filename or ''}".lstrip("/")
-
-
-class _Annotation(BaseModel):
-    image_id: int | str
-    caption: str
-
-
-class _Coco(BaseModel):
-    images: list[_Image]
-    annotations: list[_Annotation] = []
-
-
-def _read_json(path: Path) -> CaptionsFile:
-    try:
-        coco = _Coco.model_validate_json(_read_bytes(path, "captions file").removeprefix(codecs.BOM_UTF8))
-    except ValidationError as error:
-        first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"]) or "the file"
-        raise InputError(
-            f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}; captions in JSON are COCO's (images, "
-            "annotations) or Karpathy's (images with sentences)"
-        ) from None
-    captions: dict[str, list[str]] = {}
-    splits: dict[SplitName, list[str]] = {}
-    by_id: dict[int | str, str] = {}
-    for number, image in enumerate(coco.images):
-        where = f"{path}, images.{number}"
-        if not (image.file_name or image.filename):
-            raise InputError(f"{where}: has no file_name (COCO) nor filename (Karpathy); add it")
-        name = _checked(image.name, where)
-        if name in captions:
-            raise InputError(f"{where}: {name!r} stands there already; delete one")
-        captions[name] = [sentence.raw for sentence in image.sentences]
-        if image.id is not None:
-            if image.id in by_id:
-                raise InputError(f"{where}: id {image.id!r} is that of {by_id[image.id]} already; give each its own")
-            by_id[image.id] = name
-        if image.split is not None:
-            if image.split not in _KARPATHY:
-                raise InputError(f"{where}: split = {image.split!r} of {name} is none of {', '.join(_KARPATHY)}")
-            splits.setdefault(_KARPATHY[image.split], []).append(name)
-    for number, annotation in enumerate(coco.annotations):
-        if annotation.image_id not in by_id:
-            raise InputError(f"{path}, annotations.{number}: image_id {annotation.image_id!r} is none of the images'")
-        captions[by_id[annotation.image_id]].append(annotation.caption)
-    for name, texts in captions.items():
-        if not all(text.strip() for text in texts):
-            raise InputError(f"{path}: {name} has an empty caption; delete it")
-    if not any(captions.values()):
-        raise InputError(f"{path}: no captions in it; give annotations, or images with sentences")
-    if splits and sum(map(len, splits.values())) < len(captions):
-        assigned = {name for names in splits.values() for name in names}
-        rest = [name for name in captions if name not in assigned]
-        raise InputError(f"{path}: {len(rest)} images have no split while others have: {listed(rest)}")
-    return CaptionsFile(
-        {name: tuple(" ".join(text.split()) for text in texts) for name, texts in captions.items() if texts},
-        {split: tuple(names) for split, names in splits.items()},
-    )
-
-
-def read_list(path: Path) -> tuple[str, ...]:
-    """Read the photo names in a split's list, one a line."""
-    names: dict[str, int] = {}
-    for number, line in _lines(path, "list of photos"):
-        name = _checked(line.strip(), f"{path}, line {number}")
-        if name in names:
-            raise InputError(f"{path}, line {number}: {name!r} stands on line {names[name]} already; delete one")
-        names[name] = number
-    if not names:
-        raise InputError(f"{path}: the list is empty; name one photo a line")
-    return tuple(names)
-
-
-def read_splits(config: CaptionsConfig, wanted: Iterable[SplitName] | None = None) -> dict[SplitName, Split]:
+def read_splits(
+    config: CaptionsConfig,
+    wanted: Iterable[SplitName] | None = None,
+    drawn: PhotosBySplit | None = None,
+) -> dict[SplitName, Split]:
     """Read the splits in ``wanted``, by default all there are.
 
-    Of other splits only the lists are read: a photo in two splits is refused. All listed photos without captions or
-    without a file are refused together.
+    Of other splits only the photos' names are read: a photo in two splits is refused. All photos without captions or
+    without a file are refused together. Random splits are ``drawn``, by default drawn now.
     """
     if not config.root.is_dir():
         raise InputError(f"{config.root}: no such folder; set captions.root to the folder that holds the data")
-    folder = config.root / config.photos
-    if not folder.is_dir():
-        raise InputError(f"{folder}: no such folder of photos; set captions.root or captions.photos")
-    file = read_captions(config.root / config.captions)
-    lists = _split_photos(config, file, wanted)
-    _refuse_overlap(config, lists)
-    chosen = list(lists if wanted is None else wanted)
-    faults = []
+    sources = _sources(config, wanted, drawn)
+    _refuse_overlap(sources)
+    chosen = list(sources if wanted is None else wanted)
     for name in chosen:
-        uncaptioned = [photo for photo in lists[name] if photo not in file.captions]
-        missing = [photo for photo in lists[name] if not (folder / photo).is_file()]
-        where = f"{config.list_of(name)}: {{}} of its {name} photos"
+        if not sources[name].folder.is_dir():
+            setting = f"captions.{name}_photos" if config.splits == "files" else "captions.photos"
+            raise InputError(f"{sources[name].folder}: no such folder of photos; set captions.root or {setting}")
+    splits, faults = {}, []
+    for name in chosen:
+        source = sources[name]
+        files = _Files(source.folder)
+        found = [files.find(file_name, source.origin) for file_name in source.names]
+        uncaptioned = [photo for photo in source.photos if photo not in source.captions]
+        missing = [file_name for file_name, file in zip(source.names, found, strict=True) if file is None]
+        where = f"{source.origin}: {{}} of its {name} photos"
         if uncaptioned:
-            text = f"have no captions in {config.root / config.captions}: {listed(uncaptioned)}"
+            text = f"have no captions in {config.captions_of(name)}: {listed_or_filed(uncaptioned)}"
             faults.append(f"{where.format(len(uncaptioned))} {text}")
         if missing:
-            faults.append(f"{where.format(len(missing))} are not in {folder}: {listed(missing)}")
+            text = f"are not in {source.folder}: {listed_or_filed(missing)}"
+            faults.append(f"{where.format(len(missing))} {text}")
+        if not (uncaptioned or missing):
+            splits[name] = _as_split(name, source, [file for file in found if file is not None])
     if faults:
         raise InputError(f"{'; '.join(faults)}; bring what is missing, or take the photos out of the list")
+    return splits
+
+
+def read_texts(config: CaptionsConfig, split: SplitName, drawn: PhotosBySplit | None = None) -> list[str] | None:
+    """Read all captions of a split without looking for its photos; return None if there is no such split."""
+    if config.splits in ("lists", "files") and not config.list_of(split).is_file():
+        return None
+    source = _sources(config, (split,), drawn, others=False).get(split)
+    return None if source is None else [text for photo in source.photos for text in source.captions.get(photo, ())]
+
+
+@dataclass(frozen=True)
+class _Source:
+    """The photos of a split, and where they and their captions are."""
+
+    origin: Path
+    """The file that assigns the photos to the split."""
+    folder: Path
+    captions: Mapping[str, tuple[str, ...]]
+    photos: tuple[str, ...]
+    """As ``captions`` spells them, as far as they are in there."""
+    names: tuple[str, ...]
+    """As they are looked for in ``folder``: with their ending, if the list or the captions file has it."""
+
+
+def _sources(
+    config: CaptionsConfig,
+    wanted: Iterable[SplitName] | None,
+    drawn: PhotosBySplit | None,
+    others: bool = True,
+) -> dict[SplitName, _Source]:
+    """Return all splits that exist, or without ``others`` only those in ``wanted``, which must exist."""
+    required = () if wanted is None else tuple(wanted)
+    if config.splits in ("lists", "files"):
+        names = [name for name in SPLITS if name in required or (others and config.list_of(name).is_file())]
+        if not names:
+            raise InputError(f"{config.list_of('train')}: no such file, nor one for dev or test; make them")
+    if config.splits == "files":
+        files = {name: read_captions(config.list_of(name), config.format).captions for name in names}
+        return {
+            name: _Source(config.list_of(name), config.photos_of(name), captions, tuple(captions), tuple(captions))
+            for name, captions in files.items()
+        }
+    path = config.root / config.captions
+    file = read_captions(path, config.format)
+    if config.splits == "lists":
+        return {name: _listed_source(config, name, file) for name in names}
+    if config.splits == "random":
+        splits = drawn if drawn is not None else _draw(config, file.captions)
+    else:
+        splits = file.splits
+    missing = [name for name in required if not splits.get(name)]
+    if missing:
+        remedy = (
+            f"set captions.{missing[0]}_fraction"
+            if config.splits == "random"
+            else "give its images a split (train, val, test), or set captions.splits = 'lists' or 'random'"
+        )
+        raise InputError(f"{path}: no photo of it has the split {missing[0]}; {remedy}")
     return {
-        name: Split(name, folder, lists[name], tuple(file.captions[photo] for photo in lists[name])) for name in chosen
+        name: _Source(path, config.photos_of(name), file.captions, photos, photos)
+        for name, photos in splits.items()
+        if photos
     }
 
 
-def read_texts(config: CaptionsConfig, split: SplitName) -> list[str] | None:
-    """Read all captions of a split without looking for its photos; return None if there is no list of its photos."""
-    file = read_captions(config.root / config.captions)
-    if config.splits == "karpathy":
-        photos = file.splits.get(split)
-    else:
-        photos = read_list(config.list_of(split)) if config.list_of(split).is_file() else None
-    return None if photos is None else [text for photo in photos for text in file.captions.get(photo, ())]
+def _listed_source(config: CaptionsConfig, name: SplitName, file: CaptionsFile) -> _Source:
+    """Return the split of a list. Either the list or the captions file may leave out the endings of names."""
+    path = config.list_of(name)
+    captioned = _Names(file.captions)
+    listed_as: dict[str, str] = {}
+    for listed_name in read_list(path):
+        photo = captioned.find(listed_name, path) or listed_name
+        if photo in listed_as:
+            raise InputError(f"{path}: {listed_name!r} and {listed_as[photo]!r} are the same photo; delete one")
+        listed_as[photo] = listed_name
+    names = (photo if _stem(name) == name else name for photo, name in listed_as.items())
+    return _Source(path, config.photos_of(name), file.captions, tuple(listed_as), tuple(names))
 
 
-def _split_photos(
-    config: CaptionsConfig, file: CaptionsFile, wanted: Iterable[SplitName] | None
-) -> dict[SplitName, tuple[str, ...]]:
-    """Return the photo names of all splits that exist; those in ``wanted`` must."""
-    required = () if wanted is None else tuple(wanted)
-    if config.splits == "lists":
-        names = [name for name in SPLITS if name in required or config.list_of(name).is_file()]
-        if not names:
-            raise InputError(f"{config.list_of('train')}: no such list of photos, nor one for dev or test; make them")
-        return {name: read_list(config.list_of(name)) for name in names}
-    missing = [name for name in required if name not in file.splits]
-    if missing:
+def draw_splits(config: CaptionsConfig) -> PhotosBySplit:
+    """Draw the photos of all splits at random from those in the captions file.
+
+    The photos are sorted by a SHA-256 of ``captions.split_seed`` and name, so that the draw is the same on every
+    machine and for any order of the file.
+    """
+    return _draw(config, read_captions(config.root / config.captions, config.format).captions)
+
+
+def _draw(config: CaptionsConfig, photos: Iterable[str]) -> PhotosBySplit:
+    def rank(photo: str) -> bytes:
+        return hashlib.sha256(f"{config.split_seed}/{photo}".encode(errors="surrogatepass")).digest()
+
+    order = sorted(photos, key=rank)
+    sizes = {name: _size(len(order), fraction) for name, fraction in config.fractions().items()}
+    train = len(order) - sum(sizes.values())
+    if train < 1:
         raise InputError(
-            f"{config.root / config.captions}: no photo of it has the split {missing[0]}; give its images a split "
-            "(train, val, test), or set captions.splits = 'lists' and name lists"
+            f"{config.root / config.captions}: {len(order)} photos are too few to draw dev and test photos from; give "
+            "more, or set captions.test_fraction = 0"
         )
-    return file.splits
+    dev = train + sizes["dev"]
+    return {"train": tuple(order[:train]), "dev": tuple(order[train:dev]), "test": tuple(order[dev:])}
 
 
-def _refuse_overlap(config: CaptionsConfig, lists: dict[SplitName, tuple[str, ...]]) -> None:
-    names = list(lists)
+def _size(photos: int, fraction: float) -> int:
+    return max(1, round(photos * fraction)) if fraction else 0
+
+
+def _refuse_overlap(sources: Mapping[SplitName, _Source]) -> None:
+    names = list(sources)
     for i, first in enumerate(names):
         for second in names[i + 1 :]:
-            both = sorted(set(lists[first]) & set(lists[second]))
+            one, other = sources[first], sources[second]
+            if one.folder != other.folder:
+                continue
+            both = sorted(set(one.photos) & set(other.photos))
             if both:
                 raise InputError(
-                    f"{config.list_of(first)} and {config.list_of(second)} share {len(both)} photos: "
-                    f"{listed(both)}; a photo belongs to one split"
+                    f"{one.origin} and {other.origin} share {len(both)} photos: {listed(both)}; a photo belongs to one "
+                    "split"
                 )
 
 
-def _checked(name: str, where: str) -> str:
-    """Return a photo's name, normalized; refuse one that leaves the photo folder."""
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\\" in name or "\0" in name:
-        raise InputError(f"{where}: {name!r} leaves the photo folder; name a file inside it")
-    return _normalized(name)
+class _Names:
+    """Names of photos, found with or without their ending."""
+
+    def __init__(self, names: Iterable[str]) -> None:
+        self._names = set(names)
+        self._endings: dict[str, list[str]] = {}
+        for name in self._names:
+            if _stem(name) != name:
+                self._endings.setdefault(_stem(name), []).append(name)
+
+    def find(self, name: str, where: object) -> str | None:
+        """Return ``name`` as it is spelled here; a name that may be two photos is refused."""
+        if name in self._names:
+            return name
+        if _stem(name) in self._names:
+            return _stem(name)
+        matches = sorted(self._endings.get(name, ()))
+        if len(matches) > 1:
+            raise InputError(f"{where}: {name!r} may be {' or '.join(matches[:3])}; write the ending")
+        return matches[0] if matches else None
 
 
-def _normalized(name: str) -> str:
-    """Return ``a.jpg`` for ``./a.jpg``."""
-    return str(PurePosixPath(name)) if "/" in name else name
+def _stem(name: str) -> str:
+    """Return the name without the ending of a picture's file, if it has one."""
+    path = PurePosixPath(name)
+    return str(path.with_suffix("")) if path.suffix.lower() in _ENDINGS and path.stem else name
 
 
-def _read_bytes(path: Path, what: str) -> bytes:
-    if path.exists() and not path.is_file():  # reading a pipe would wait for ever
-        raise InputError(f"{path}: the {what} is no file; check captions.root and the paths beside it")
-    try:
-        return path.read_bytes()
-    except FileNotFoundError:
-        raise InputError(f"{path}: no such {what}; check captions.root and the paths beside it") from None
-    except OSError as error:
-        raise InputError(f"{path}: the {what} cannot be read ({error.strerror})") from None
+class _Files:
+    """The files of a photo folder, which is listed only if a name is not found as it is spelled."""
+
+    def __init__(self, folder: Path) -> None:
+        self._folder = folder
+        self._listings: dict[str, tuple[_Names, dict[str, str]]] = {}
+
+    def find(self, photo: str, where: object) -> tuple[str, str] | None:
+        """Return the photo's name with its ending in NFC, and the file's name on disk; None if there is no file."""
+        if (self._folder / photo).is_file():
+            return photo, photo
+        parent = str(PurePosixPath(photo).parent)
+        if parent not in self._listings:
+            self._listings[parent] = self._list(parent)
+        names, on_disk = self._listings[parent]
+        name = names.find(photo, where)
+        return None if name is None else (name, on_disk[name])
+
+    def _list(self, parent: str) -> tuple[_Names, dict[str, str]]:
+        folder = self._folder / parent
+        prefix = "" if parent == "." else f"{parent}/"
+        files = [f"{prefix}{path.name}" for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
+        on_disk = {unicodedata.normalize("NFC", name): name for name in files}
+        return _Names(on_disk), on_disk
 
 
-def _lines(path: Path, what: str) -> list[tuple[int, str]]:
-    """Return the non-empty lines of a UTF-8 file, numbered from 1."""
-    lines = []
-    for number, line in enumerate(_read_bytes(path, what).splitlines(), start=1):
-        try:
-            text = line.decode("utf-8-sig" if number == 1 else "utf-8")
-        except UnicodeDecodeError as error:
-            raise InputError(
-                f"{path}, line {number}: byte {error.object[error.start]:#04x} is not UTF-8; save the file as UTF-8"
-            ) from None
-        if text.strip():
-            lines.append((number, text))
-    return lines
+def _as_split(name: SplitName, source: _Source, found: list[tuple[str, str]]) -> Split:
+    photos = tuple(photo for photo, _ in found)
+    files = tuple(file for _, file in found)
+    references = tuple(source.captions[photo] for photo in source.photos)
+    return Split(name, source.folder, photos, references, None if files == photos else files)

@@ -10,7 +10,7 @@ import torch
 
 from capexp.data.batches import CaptionBatches
 from capexp.data.cache import FeatureCache, cache_features
-from capexp.data.captions import Split, read_splits
+from capexp.data.captions import PhotosBySplit, Split, draw_splits, read_splits
 from capexp.data.features import Features
 from capexp.data.photos import digest_photos
 from capexp.data.vgg16 import Encoder, EncoderIdentity, identify, load_encoder
@@ -35,11 +35,14 @@ class Dataset:
         vocabulary: Vocabulary,
         config: FeaturesConfig,
         features: dict[SplitName, Features] | None = None,
+        drawn: PhotosBySplit | None = None,
     ) -> None:
         self.splits = splits
         self.vocabulary = vocabulary
         self.config = config
         self.features = features or {}
+        self.drawn = drawn
+        """The photos of all splits, if they were drawn at random."""
         self._batches: dict[SplitName, tuple[tuple[int, Order], CaptionBatches]] = {}
 
     @classmethod
@@ -48,14 +51,24 @@ class Dataset:
         experiment: Experiment,
         names: Sequence[SplitName] = ("train", "dev"),
         vocabulary: Vocabulary | None = None,
+        drawn: PhotosBySplit | None = None,
     ) -> "Dataset":
-        """Read and check splits; the vocabulary is built from the train captions unless it is given."""
-        splits = read_splits(experiment.captions, names)
+        """Read and check splits. The vocabulary is built from the train captions unless it is given.
+
+        ``drawn`` are random splits that an earlier run has drawn; without them they are drawn now.
+        """
+        if experiment.captions.splits != "random":
+            drawn = None
+        elif drawn is None:
+            drawn = draw_splits(experiment.captions)
+            sizes = ", ".join(f"{len(photos):,} {name}" for name, photos in drawn.items())
+            log.info("photos drawn at random by captions.split_seed = %d: %s", experiment.captions.split_seed, sizes)
+        splits = read_splits(experiment.captions, names, drawn)
         if vocabulary is None:
             captions = (caption for captions in splits["train"].references for caption in captions)
             vocabulary = build_vocabulary(captions, experiment.vocabulary)
         choose_device(experiment.training.device)  # refuses a device that does not exist
-        return cls(splits, vocabulary, experiment.features)
+        return cls(splits, vocabulary, experiment.features, drawn=drawn)
 
     @cached_property
     def encoder(self) -> EncoderIdentity:
@@ -65,7 +78,7 @@ class Dataset:
     def with_features(self, experiment: Experiment, world: World = ALONE) -> "Dataset":
         """Return the dataset with features, cached or computed now; each rank computes a shard."""
         features = compute_split_features(experiment, list(self.splits.values()), self.encoder, world=world)
-        dataset = Dataset(self.splits, self.vocabulary, self.config, features)
+        dataset = Dataset(self.splits, self.vocabulary, self.config, features, self.drawn)
         dataset.encoder = self.encoder  # lest weights be read and hashed again
         return dataset
 

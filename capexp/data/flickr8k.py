@@ -4,6 +4,7 @@ import os
 from collections.abc import Callable
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Literal
 
 from filelock import FileLock, Timeout
 
@@ -19,6 +20,8 @@ pass them on. Whoever publishes results with it cites M. Hodosh, P. Young, J. Ho
 as a Ranking Task: Data, Models and Evaluation Metrics", Journal of Artificial Intelligence Research 47, 2013."""
 
 
+Part = Literal["text", "photos"]
+"""One of the two archives: captions and lists, or photos."""
 Say = Callable[[str], None]
 """Print a line of progress."""
 
@@ -42,19 +45,29 @@ class Contents:
         counts = {"train": self.train, "dev": self.dev, "test": self.test}
         return {f"Flickr_8k.{split}Images.txt": count for split, count in counts.items() if count}
 
-    def archives(self) -> dict[str, tuple[str, ...]]:
-        """Return what each archive must contain at its top level, by the archive's file name."""
-        return {"Flickr8k_text.zip": (CAPTIONS, *self.lists()), "Flickr8k_Dataset.zip": (PHOTOS,)}
+    def archives(self, only: Part | None = None) -> dict[str, tuple[str, ...]]:
+        """Return what each archive (or that of ``only``) must contain at its top level, by the archive's name."""
+        text = {"Flickr8k_text.zip": (CAPTIONS, *self.lists())}
+        photos: dict[str, tuple[str, ...]] = {"Flickr8k_Dataset.zip": (PHOTOS,)}
+        return text | photos if only is None else {"text": text, "photos": photos}[only]
 
 
-def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool = False, say: Say = _silent) -> None:
+def bring(
+    output: Path,
+    source: str,
+    contents: Contents = Contents(),
+    only: Part | None = None,
+    keep: bool = False,
+    say: Say = _silent,
+) -> None:
     """Download and unpack the archives that ``output`` lacks, and check that the data is complete.
 
-    ``source`` is the folder or the URL that has the archives. Downloaded archives are deleted unless ``keep``.
+    ``source`` is the folder or the URL that has the archives. Downloaded archives are deleted unless ``keep``. With
+    ``only`` the other archive is neither fetched nor checked.
     """
     if "://" in source and not _is_url(source):
         raise InputError(f"--source {source}: neither a folder nor an http or https URL")
-    archives = contents.archives()
+    archives = contents.archives(only)
     try:
         output.mkdir(parents=True, exist_ok=True)
         with FileLock(output / "download.lock", timeout=0):
@@ -71,7 +84,7 @@ def bring(output: Path, source: str, contents: Contents = Contents(), keep: bool
                         raise InputError(f"{error}; put another copy in its place") from None
                     archive.unlink()
                     raise InputError(f"{error}; it is deleted, and the same command downloads it again") from None
-            say(check(output, contents))
+            say(check(output, contents, only))
             if missing and not keep and _is_url(source):
                 for name in archives:
                     (output / name).unlink(missing_ok=True)
@@ -96,25 +109,30 @@ def _find(name: str, source: str, output: Path) -> Path:
     return archive
 
 
-def check(folder: Path, contents: Contents = Contents()) -> str:
+def check(folder: Path, contents: Contents = Contents(), only: Part | None = None) -> str:
     """Check that a folder holds all of ``contents``, and that listed photos have a file and captions.
 
-    Returns a line with the counts.
+    Returns a line with the counts. With ``only`` no more than that part is checked.
     """
     remedy = f"delete what is in {folder}, then give the same command again, or with another --source"
     photos = {path.name for path in (folder / PHOTOS).glob("*.jpg")}
+    counted = [] if only == "text" else [(PHOTOS, "photos", len(photos), contents.photos)]
+    if only == "photos":
+        _refuse_other_counts(folder, counted, remedy)
+        return f"{folder}: {len(photos):,} photos"
     texts = (folder / CAPTIONS).read_text(encoding="utf-8", errors="replace")
     lines = [line for line in texts.split("\n") if line.strip()]
-    counted = [(PHOTOS, "photos", len(photos), contents.photos), (CAPTIONS, "captions", len(lines), contents.captions)]
+    counted.append((CAPTIONS, "captions", len(lines), contents.captions))
     listed_photos: set[str] = set()
     for name, count in contents.lists().items():
         names = (folder / name).read_text(encoding="utf-8", errors="replace").split()
         listed_photos.update(names)
         counted.append((name, "photos", len(names), count))
-    for name, what, count, expected in counted:
-        if count != expected:
-            raise InputError(f"{folder / name}: {count:,} {what}, not {expected:,}; {remedy}")
+    _refuse_other_counts(folder, counted, remedy)
     wanted = tuple(split for split in SPLITS if getattr(contents, split))
+    lists = " + ".join(f"{count:,} {split}" for split, count in zip(wanted, contents.lists().values(), strict=True))
+    if only == "text":
+        return f"{folder}: {len(lines):,} captions, lists of {lists} photos"
     try:
         read_splits(CaptionsConfig(root=folder), wanted)
     except InputError as error:
@@ -122,9 +140,15 @@ def check(folder: Path, contents: Contents = Contents()) -> str:
     # Flickr8k has captions of two photos that it lacks, one by the odd key 2258277193_586949ec62.jpg.1#0.
     absent = {line.partition("\t")[0].rpartition("#")[0] for line in lines} - photos
     assert not absent & listed_photos
-    lists = " + ".join(f"{count:,} {split}" for split, count in zip(wanted, contents.lists().values(), strict=True))
     summary = f"{folder}: {len(photos):,} photos, {len(lines):,} captions, lists of {lists} photos"
     if absent:
         summary += f"; captions of {len(absent)} photos that are not there and in no list are left out: "
         summary += listed(sorted(absent))
     return summary
+
+
+def _refuse_other_counts(folder: Path, counted: list[tuple[str, str, int, int]], remedy: str) -> None:
+    """Refuse a wrong count; each entry is a file's name, what is counted, the count and the expected count."""
+    for name, what, count, expected in counted:
+        if count != expected:
+            raise InputError(f"{folder / name}: {count:,} {what}, not {expected:,}; {remedy}")

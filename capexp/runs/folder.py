@@ -6,6 +6,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
+from capexp.data.captions import PhotosBySplit
 from capexp.errors import InputError, Outage
 from capexp.experiment import load_experiment, to_toml
 from capexp.files import write_whole, writing
@@ -116,6 +117,16 @@ class RunFolder:
     def write_experiment(self, experiment: Experiment) -> Path:
         """Write the settings file, from which the run can be resumed."""
         return write_whole(self.path / SETTINGS, to_toml(experiment))
+
+    def write_splits(self, splits: PhotosBySplit) -> list[Path]:
+        """Write a list of photos for each split, in the form that ``captions.train`` names; return the files."""
+        files = []
+        for name, photos in splits.items():
+            path = self.path / "splits" / f"{name}.txt"
+            with writing(path):
+                path.parent.mkdir(exist_ok=True)
+            files.append(write_whole(path, "".join(f"{photo}\n" for photo in photos)))
+        return files
 
     def checkpoints(self, experiment: Experiment) -> Checkpoints:
         """Return the checkpoints of the first phase: training with cross-entropy."""

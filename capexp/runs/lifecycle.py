@@ -123,6 +123,8 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
             ]
         )
         tracked.log_artifact(settings)
+        for path in folder.write_splits(plan.data.drawn or {}):
+            tracked.log_artifact(path)
         tracked.describe(describe_run(experiment, plan.data, ["Not finished yet."]))
         if resume is not None:
             # Params cannot change in MLflow: settings that a resumed run may change are logged again, as tags.

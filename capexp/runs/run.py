@@ -159,6 +159,7 @@ def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: W
     """
     experiment, data = plan.experiment, plan.data
     captioner = Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, experiment.seed)
+    captioner.splits = data.drawn
     config = experiment.training
     training = Training(
         captioner, data.batches("train", config), data.batches("dev", config), config, experiment.seed, device, world

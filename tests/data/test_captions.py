@@ -1,14 +1,17 @@
 """Captions in Flickr8k's format: what is read, and what is refused in one line that says where to look."""
 
 import json
+import re
 import shutil
+import unicodedata
 from pathlib import Path
 
 import numpy as np
 import pytest
 
 from capexp.data.batches import CaptionBatches
-from capexp.data.captions import Split, read_captions, read_list, read_splits
+from capexp.data.caption_files import read_captions, read_list
+from capexp.data.captions import Split, read_splits, read_texts
 from capexp.data.features import Features
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
 from capexp.errors import InputError
@@ -85,7 +88,7 @@ def test_digest_depends_on_photos_captions_and_order(data: CaptionsConfig) -> No
         (TOKENS, "", (f"{TOKENS}: no captions",)),
         (TOKENS, "one.jpg#0\tA dog .\n\none.jpg A dog .\n", (f"{TOKENS}, line 3:", "'one.jpg A dog .'")),
         (TOKENS, "one.jpg#0 A dog .\n", (f"{TOKENS}, line 1:", "'one.jpg#0 A dog .'")),
-        (TOKENS, "one.jpg\tA dog .\n", (f"{TOKENS}, line 1:",)),
+        (TOKENS, "one.jpg\tA dog .\none.jpg#1\tA dog .\n", (f"{TOKENS}, line 1:", "photo.jpg#0<TAB>caption")),
         (TOKENS, "one.jpg#\tA dog .\n", (f"{TOKENS}, line 1:",)),
         (TOKENS, "one.jpg#x\tA dog .\n", (f"{TOKENS}, line 1:",)),
         (TOKENS, "#0\tA dog .\n", (f"{TOKENS}, line 1:",)),
@@ -98,7 +101,7 @@ def test_digest_depends_on_photos_captions_and_order(data: CaptionsConfig) -> No
         (TRAIN, "one.jpg\n../x.jpg\n", (f"{TRAIN}, line 2:", "'../x.jpg' leaves")),
         (TRAIN, "a/../../x.jpg\n", (f"{TRAIN}, line 1:", "'a/../../x.jpg' leaves")),
         (TRAIN, "/x.jpg\n", (f"{TRAIN}, line 1:", "'/x.jpg' leaves")),
-        (TRAIN, "..\\x.jpg\n", (f"{TRAIN}, line 1:", "x.jpg' leaves")),
+        (TRAIN, "photos\\x.jpg\n", (f"{TRAIN}, line 1:", "is a Windows path; write 'photos/x.jpg'")),
         (TRAIN, "x\0.jpg\n", (f"{TRAIN}, line 1:", "x\\x00.jpg' leaves")),
         (DEV, "three.jpg\none.jpg\n", (TRAIN, DEV, "share 1 photos", "one.jpg")),
         (TEST, "one.jpg\ntwo.jpg\n", (TRAIN, TEST, "share 2 photos", "one.jpg, two.jpg")),
@@ -144,8 +147,13 @@ def test_missing_photos_are_counted_and_the_first_few_named(data: CaptionsConfig
     with (data.root / TOKENS).open("a") as file:
         file.writelines(f"{name}#0\tA dog .\n" for name in names)
     (data.root / DEV).write_text("\n".join(names))
-    with pytest.raises(InputError, match=r"10 of its dev photos are not in .*: 0\.jpg, 1\.jpg, 2\.jpg and 7 more;"):
+    with pytest.raises(
+        InputError, match=r"10 of its dev photos are not in .*: 0\.jpg, 1\.jpg, 2\.jpg and 7 more"
+    ) as caught:
         read_splits(data, ("dev",))
+    named = re.search(r"\(all of them are in (\S+)\)", str(caught.value))
+    assert named is not None
+    assert Path(named[1]).read_text().splitlines() == names
 
 
 COCO = {
@@ -201,12 +209,12 @@ def image(**changes: object) -> dict[str, object]:
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ([], ("the file: ", "Karpathy")),
+        ([], ("no captions in it", "Karpathy")),
         ({"images": [{"filename": "one.jpg", "sentences": [{}]}]}, ("images.0.sentences.0.raw: field required",)),
         ({"images": [image(), image(filename="../x.jpg")]}, ("images.1: '../x.jpg' leaves",)),
         ({"images": [image(filename=None)]}, ("images.0: has no file_name",)),
         ({"images": [image(), image()]}, ("images.1: 'one.jpg' stands there already",)),
-        ({"images": [image(split="dev")]}, ("images.0: split = 'dev' of one.jpg", "train, restval, val, test")),
+        ({"images": [image(split="held")]}, ("images.0: split = 'held' of one.jpg", "train, restval, val, dev")),
         ({"images": [image(), image(filename="two.jpg", split=None)]}, ("1 images have no split", "two.jpg")),
         ({"images": [image(sentences=[{"raw": " "}])]}, ("one.jpg has an empty caption",)),
         ({"images": [image(sentences=[])]}, ("no captions in it",)),
@@ -231,6 +239,115 @@ def test_json_that_is_cut_short_is_refused(data: CaptionsConfig) -> None:
     (data.root / "captions.json").write_bytes(content[: len(content) // 2])
     with pytest.raises(InputError, match=r"captions\.json: the file: invalid JSON: EOF"):
         read_splits(config, ("train",))
+
+
+def changed(config: CaptionsConfig, **settings: object) -> CaptionsConfig:
+    return CaptionsConfig.model_validate(config.model_dump() | settings)
+
+
+def test_lists_may_lack_the_endings_of_the_photos(data: CaptionsConfig) -> None:
+    with_endings = read_splits(data)
+    (data.root / TRAIN).write_text("two\none\n")
+    assert read_splits(data) == with_endings
+    (data.root / TOKENS).write_text((data.root / TOKENS).read_text().replace(".jpg", ""))
+    assert read_splits(data) == with_endings
+    (data.root / TRAIN).write_text("two.jpg\none.jpg\n")
+    assert read_splits(data) == with_endings
+    (data.root / TRAIN).write_text("two.png\none.jpg\n")
+    with pytest.raises(InputError, match=r"1 of its train photos are not in .*: two\.png;"):
+        read_splits(data)
+
+
+@pytest.mark.parametrize(
+    ("train", "dev", "told"),
+    [
+        ("one\none.jpg\n", "three.jpg\n", "'one.jpg' and 'one' are the same photo; delete one"),
+        ("one\n", "one.jpg\n", "share 1 photos: one.jpg"),
+        ("two\n", "three.jpg\n", "'two' may be two.jpg or two.png; write the ending"),
+    ],
+)
+def test_names_without_endings_hide_no_double(data: CaptionsConfig, train: str, dev: str, told: str) -> None:
+    (data.root / PHOTOS / "two.png").touch()
+    with (data.root / TOKENS).open("a") as file:
+        file.write("two.png#0\tA cat .\n")
+    (data.root / TRAIN).write_text(train)
+    (data.root / DEV).write_text(dev)
+    with pytest.raises(InputError, match=re.escape(told)):
+        read_splits(data)
+
+
+def test_a_photo_is_found_in_whichever_unicode_form_its_name_is_on_disk(data: CaptionsConfig) -> None:
+    names = ("Übung strand.jpg", "mon café.jpg", "below/Đà Nẵng.jpg")
+    (data.root / PHOTOS / "below").mkdir()
+    for name in names:
+        (data.root / PHOTOS / unicodedata.normalize("NFD", name)).touch()
+    (data.root / TOKENS).write_text("".join(f"{name}#0\tA dog .\n" for name in names))
+    (data.root / TRAIN).write_text("\n".join(name.removesuffix(".jpg") for name in names[:2]))
+    (data.root / DEV).write_text(unicodedata.normalize("NFD", names[2]))
+    splits = read_splits(data)
+    assert splits["train"].photos + splits["dev"].photos == names
+    assert all(path.is_file() for split in splits.values() for path in split.paths())
+
+
+def random_splits(root: Path, photos: int, reverse: bool = False, **settings: object) -> dict[str, tuple[str, ...]]:
+    names = [f"{number}.jpg" for number in range(photos)]
+    (root / PHOTOS).mkdir(parents=True, exist_ok=True)
+    for name in names:
+        (root / PHOTOS / name).touch()
+    (root / TOKENS).write_text("".join(f"{name}#0\tA dog .\n" for name in (names[::-1] if reverse else names)))
+    config = changed(CaptionsConfig(root=root), splits="random", **settings)
+    return {name: split.photos for name, split in read_splits(config).items()}
+
+
+def test_random_splits_hold_each_photo_once_and_depend_on_seed_and_names_alone(tmp_path: Path) -> None:
+    drawn = random_splits(tmp_path / "one", 40)
+    assert {name: len(photos) for name, photos in drawn.items()} == {"train": 32, "dev": 4, "test": 4}
+    assert sorted(photo for photos in drawn.values() for photo in photos) == sorted(f"{i}.jpg" for i in range(40))
+    assert random_splits(tmp_path / "two", 40, reverse=True) == drawn
+    assert drawn["dev"] == ("22.jpg", "35.jpg", "27.jpg", "3.jpg"), "the same on every machine"
+    assert random_splits(tmp_path / "one", 40, split_seed=2) != drawn
+    few = random_splits(tmp_path / "few", 3, test_fraction=0.0)
+    assert {name: len(photos) for name, photos in few.items()} == {"train": 2, "dev": 1}
+    with pytest.raises(InputError, match="2 photos are too few"):
+        random_splits(tmp_path / "none", 2)
+
+
+def test_recorded_photos_replace_a_new_draw(tmp_path: Path) -> None:
+    drawn = random_splits(tmp_path, 40)
+    random_splits(tmp_path, 50)  # ten photos more
+    config = changed(CaptionsConfig(root=tmp_path), splits="random")
+    assert read_splits(config)["dev"].photos != drawn["dev"]
+    recorded = {name: split.photos for name, split in read_splits(config, None, drawn).items()}  # type: ignore[arg-type]
+    assert recorded == drawn
+    assert read_texts(config, "dev", drawn) == ["A dog ."] * 4  # type: ignore[arg-type]
+
+
+def test_fractions_must_leave_train_photos(tmp_path: Path) -> None:
+    with pytest.raises(
+        ValueError, match=r"dev_fraction = 0\.5 and captions\.test_fraction = 0\.5 leave no train photos"
+    ):
+        CaptionsConfig(root=tmp_path, dev_fraction=0.5, test_fraction=0.5)
+
+
+def test_each_split_may_have_its_own_captions_file_and_photo_folder(data: CaptionsConfig) -> None:
+    """The same names in two folders are two photos."""
+    for folder in ("train2017", "val2017"):
+        (data.root / folder).mkdir()
+        (data.root / folder / "1.jpg").touch()
+        (data.root / folder / "metadata.jsonl").write_text(json.dumps({"file_name": "1.jpg", "text": f"of {folder}"}))
+    (data.root / "notes").mkdir()
+    (data.root / "notes" / "train.json").write_text((data.root / "train2017" / "metadata.jsonl").read_text())
+    own = changed(data, splits="files", train="train2017/metadata.jsonl", dev="val2017/metadata.jsonl")
+    for config in (own, changed(own, train="notes/train.json", train_photos="train2017")):
+        splits = read_splits(config)
+        assert list(splits) == ["train", "dev"]
+        assert splits["train"].references == (("of train2017",),)
+        assert splits["dev"].paths() == [data.root / "val2017" / "1.jpg"]
+        assert read_texts(config, "train") == ["of train2017"] and read_texts(config, "test") is None
+    with pytest.raises(InputError, match=r"share 1 photos: 1\.jpg"):
+        read_splits(changed(own, dev="notes/train.json", dev_photos="train2017"))
+    with pytest.raises(InputError, match=r"no such folder of photos; set captions\.root or captions\.dev_photos"):
+        read_splits(changed(own, dev_photos="nowhere"))
 
 
 def train_and_dev(root: Path) -> tuple[Split, Split]:
