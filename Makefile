@@ -43,14 +43,14 @@ demo: .venv/installed
 	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
-# Several tests at a time, a core each.
-PYTEST = OMP_NUM_THREADS=1 python -m pytest --numprocesses logical --maxprocesses 4 --dist worksteal
+# Several tests at a time, a core each; of all tests more, since those of servers and kills mostly wait.
+PYTEST = OMP_NUM_THREADS=1 python -m pytest --dist worksteal
 
 test: .venv/installed-test
-	$(PYTEST) -m "not slow"
+	$(PYTEST) --numprocesses logical --maxprocesses 4 -m "not slow"
 
 test-all: .venv/installed-test
-	$(PYTEST) -m ""
+	$(PYTEST) --numprocesses 3 -m ""
 
 check: .venv/installed-test
 	ruff format --check .

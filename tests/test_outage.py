@@ -33,7 +33,7 @@ def away(tmp_path: Path) -> Iterator[Away]:
         (tmp_path / "user").mkdir()
         folder = Folder(tmp_path / "user")
         address = proxy.address.replace("http://", f"http://someone:{PASSWORD}@")
-        folder.environment |= {"MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1"}
+        folder.environment |= {"MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1", "CAPEXP_PATIENCE": "20"}
         yield folder, server, proxy
         for path in (path for path in tmp_path.rglob("*") if path.is_file()):
             with suppress(FileNotFoundError):  # the server is still up, and its database's journal comes and goes

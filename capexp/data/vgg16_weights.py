@@ -22,8 +22,10 @@ _DENSE = 4096 * 25088  # weights of the first fully connected layer
 
 @dataclass(frozen=True)
 class Net:
-    """A published set of weights: its preprocessing, in units of 0..255, and its digests as far as they are known."""
+    """A published set of weights: file, preprocessing in units of 0..255, and digests as far as they are known."""
 
+    file: str
+    """The name of the file that torchvision downloads. Importing torchvision only to ask takes a second and a half."""
     mean: tuple[float, float, float]
     std: tuple[float, float, float]
     digests: dict[Layer, str]
@@ -31,9 +33,10 @@ class Net:
 
 NETS: dict[str, Net] = {
     # Trained by torchvision, fully connected layers included.
-    "IMAGENET1K_V1": Net((123.675, 116.28, 103.53), (58.395, 57.12, 57.375), {}),
+    "IMAGENET1K_V1": Net("vgg16-397923af.pth", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), {}),
     # The authors' own Caffe net, which Keras ships too; torchvision has its convolutions only.
     "IMAGENET1K_FEATURES": Net(
+        "vgg16_features-amdegroot-88682ab5.pth",
         (123.68, 116.779, 103.939),
         (1.0, 1.0, 1.0),
         {"conv5_3": "34bcef3d5876c0930c1bd23665d7ba092cd50e92cf9a11d75605bbfeb618ff8f"},
@@ -112,19 +115,17 @@ def digest_weights(state: State) -> str:
 
 def hub_file(name: str) -> Path:
     """Return the path to which torchvision downloads the weights of this name."""
-    from torchvision.models import VGG16_Weights
-
-    return Path(torch.hub.get_dir()) / "checkpoints" / Path(VGG16_Weights[name].url).name
+    return Path(torch.hub.get_dir()) / "checkpoints" / NETS[name].file
 
 
 def _fetch(name: str) -> Path:
-    from torchvision.models import VGG16_Weights
-
     path = hub_file(name)
     if path.is_file():
         return path
     if os.environ.get("CAPEXP_OFFLINE"):
         raise InputError(f"features.weights = '{name}': not in {path.parent}, and CAPEXP_OFFLINE forbids fetching")
+    from torchvision.models import VGG16_Weights
+
     path.parent.mkdir(parents=True, exist_ok=True)
     try:
         torch.hub.download_url_to_file(

@@ -20,8 +20,8 @@ from capexp.settings import WEIGHTS, Experiment
 from capexp.tracking import registry
 from capexp.tracking.known_runs import git_commit
 from capexp.tracking.registry import Score, Version
-from capexp.tracking.run import PATIENCE, SHORT_PATIENCE, TrackedRun
-from capexp.tracking.store import undisturbed
+from capexp.tracking.run import TrackedRun
+from capexp.tracking.store import patience, short_patience, undisturbed
 
 log = logging.getLogger(__name__)
 
@@ -62,7 +62,7 @@ def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder
     card = model_card(experiment, data, captioner, evaluation)
     tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
     registration = Registration(experiment.registry.model, card, tags, asdict(score), run.plan.promote)
-    version = _deliver(run.tracked, captioner, encoder, registration, PATIENCE)
+    version = _deliver(run.tracked, captioner, encoder, registration, patience())
     assert version is not None
     log.debug("registered %s", version.describe())
     return version
@@ -80,18 +80,18 @@ def register_bundle(run: OpenRun, bundle: Path) -> Version:
 def log_interrupted(tracked: TrackedRun, captioner: Captioner, encoder: State | None) -> None:
     """Log the best captioner of an interrupted run without registering it; if the server is unreachable, later."""
     with suppress(Unsent):  # the end of the run reports it
-        _deliver(tracked, captioner, encoder, Registration(None), SHORT_PATIENCE)
+        _deliver(tracked, captioner, encoder, Registration(None), short_patience())
 
 
 def _deliver(
-    tracked: TrackedRun, captioner: Captioner, encoder: State | None, registration: Registration, patience: float
+    tracked: TrackedRun, captioner: Captioner, encoder: State | None, registration: Registration, seconds: float
 ) -> Version | None:
     """Save the bundle in the run's folder, carry out the registration, and delete the bundle.
 
-    Raises :class:`Unsent` if the server is unreachable for ``patience`` seconds; the bundle is then kept.
+    Raises :class:`Unsent` if the server is unreachable for so many ``seconds``; the bundle is then kept.
     """
     captioner.save(tracked.folder / _BUNDLE, encoder)
-    version = tracked.run_when_sent(asdict(registration), lambda: carry_out(tracked, registration), patience)
+    version = tracked.run_when_sent(asdict(registration), lambda: carry_out(tracked, registration), seconds)
     delete_bundle(tracked.folder)
     return version
 

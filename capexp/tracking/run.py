@@ -28,16 +28,15 @@ from capexp.tracking.store import (
     is_missing,
     local_write,
     no_retries,
+    patience,
+    short_patience,
     store_faults,
     without_credentials,
 )
 
 log = logging.getLogger(__name__)
 
-PATIENCE = 60.0
-"""Seconds that the end of a finished run waits while a server accepts nothing."""
-SHORT_PATIENCE = 10.0
-"""The same for the end of a run that was interrupted or has failed."""
+_LONGEST_PAUSE = 4.0  # seconds between two tries of an action
 _PARAM_LENGTH = 6000  # MLflow's limit
 ACTION, ENDED = "claim", "ended"
 """The kinds of journal entries that must wait until all others are sent: a pending action (a model to register), and
@@ -103,14 +102,14 @@ class TrackedRun:
         """Copy a file of the run's folder to its artifacts. The file's content is read when it is sent."""
         self._outbox.log(ARTIFACT, str(path.resolve().relative_to(self.folder.resolve())))
 
-    def run_when_sent(self, content: dict[str, Any], action: Callable[[], T], patience: float = PATIENCE) -> T:
+    def run_when_sent(self, content: dict[str, Any], action: Callable[[], T], seconds: float) -> T:
         """Run an action once all earlier entries of the journal are sent; return its result.
 
         It is for actions that need the complete run in the store, such as the registration of its model. The journal
         keeps ``content``, which describes the action, until the action is done: a later process can then do it in
-        :meth:`send_rest`. Raises :class:`Unsent` if a server accepts nothing for ``patience`` seconds.
+        :meth:`send_rest`. Raises :class:`Unsent` if a server accepts nothing for so many ``seconds``.
         """
-        return self._deliver(self._journal.write(ACTION, content), action, patience)
+        return self._deliver(self._journal.write(ACTION, content), action, seconds)
 
     def send_rest(self, action: Callable[[Any], T]) -> tuple[int, T | None, str | None]:
         """Send what an earlier process could not send, do its pending action, and end the run in its status.
@@ -122,7 +121,7 @@ class TrackedRun:
         * the status in which the earlier process ended the run. It is None if that process was killed before the end;
           then the run is not ended here.
 
-        Raises :class:`Unsent` if a server accepts nothing for a minute.
+        Raises :class:`Unsent` if a server accepts nothing for :func:`patience` seconds.
         """
         waiting, status = self._journal.waiting, self._last_status()
         actions = [entry for entry in waiting if entry.kind == ACTION]
@@ -130,12 +129,12 @@ class TrackedRun:
         self._journal.mark_sent([*actions[:-1], *ends[:-1]])  # only the last of each kind counts
         result = None
         if actions:
-            result = self._deliver(actions[-1], lambda: action(actions[-1].content), PATIENCE)
-        failure = self._outbox.drain(PATIENCE)
+            result = self._deliver(actions[-1], lambda: action(actions[-1].content), patience())
+        failure = self._outbox.drain(patience())
         if failure is not None:
             raise Unsent(self.run_id, fault_of(failure))
         if ends:
-            self._deliver(ends[-1], lambda: self._terminate(ends[-1].content), PATIENCE)
+            self._deliver(ends[-1], lambda: self._terminate(ends[-1].content), patience())
         self._outbox.close()
         return len(waiting), result, status
 
@@ -152,15 +151,15 @@ class TrackedRun:
         """
         self._journal.mark_sent(entry for entry in self._journal.waiting if entry.kind in (ACTION, ENDED))
 
-    def end(self, status: str, patience: float) -> None:
+    def end(self, status: str, seconds: float) -> None:
         """End the run once all is sent.
 
-        Raises :class:`Unsent` if a server accepts nothing for ``patience`` seconds; the journal keeps the status.
+        Raises :class:`Unsent` if a server accepts nothing for so many ``seconds``; the journal keeps the status.
         """
         content = {"status": status, "ended_at": time.time_ns() // 1_000_000}
         try:
             entry = self._journal.write(ENDED, content)
-            self._deliver(entry, lambda: self._terminate(content), patience)
+            self._deliver(entry, lambda: self._terminate(content), seconds)
         finally:
             self._outbox.close()
 
@@ -172,14 +171,14 @@ class TrackedRun:
                 client.delete_tag(self.run_id, stale)  # set by another process that considered this one dead
         client.set_terminated(self.run_id, content["status"], content["ended_at"])
 
-    def _deliver(self, entry: Entry, action: Callable[[], T], patience: float) -> T:
+    def _deliver(self, entry: Entry, action: Callable[[], T], seconds: float) -> T:
         """Run the action of an entry once the outbox is empty, and mark the entry as sent; return the action's result.
 
-        If a server fails, the action is retried for ``patience`` seconds; then :class:`Unsent` is raised. Errors of a
+        If a server fails, the action is retried for so many ``seconds``; then :class:`Unsent` is raised. Errors of a
         local store are raised as they are, and so are those that say that the run does not exist.
         """
-        failure = self._outbox.drain(patience)
-        deadline, pause = time.monotonic() + (patience if failure is None else 0), 1.0
+        failure = self._outbox.drain(seconds)
+        deadline, pause = time.monotonic() + (seconds if failure is None else 0), 1.0
         while failure is None or time.monotonic() < deadline:
             try:
                 result = action()
@@ -189,7 +188,7 @@ class TrackedRun:
                 log.debug("%s: %s", entry.kind, fault_of(error))
                 failure = error
                 time.sleep(min(pause, max(0.0, deadline - time.monotonic())))
-                pause *= 2
+                pause = min(2 * pause, _LONGEST_PAUSE)
             else:
                 self._journal.mark_sent([entry])
                 return result
@@ -232,7 +231,7 @@ def tracked_run(
         if existing_id is not None:
             stack.enter_context(lock(existing_id))
         outer_run, tracked = mlflow.active_run(), None
-        status, patience = RunStatus.to_string(RunStatus.FAILED), SHORT_PATIENCE
+        status, seconds = RunStatus.to_string(RunStatus.FAILED), short_patience()
         try:
             run_id = _start(name, experiment, resume, parent, tags or {})
             if existing_id is None:
@@ -245,7 +244,7 @@ def tracked_run(
                 raised: BaseException | None = None
                 try:
                     yield tracked
-                    status, patience = RunStatus.to_string(RunStatus.FINISHED), PATIENCE
+                    status, seconds = RunStatus.to_string(RunStatus.FINISHED), patience()
                 except (KeyboardInterrupt, GeneratorExit) as interrupt:
                     raised = interrupt
                     status = RunStatus.to_string(RunStatus.KILLED)
@@ -261,7 +260,7 @@ def tracked_run(
                 finally:
                     sampler.finish()
                     try:
-                        tracked.end(status, patience)
+                        tracked.end(status, seconds)
                     except Unsent as unsent:
                         if raised is None:
                             raise

@@ -4,6 +4,7 @@ The store is a local SQLite database, another database, or a tracking server. A 
 and only one may be created at a time. ``store_faults`` and ``artifact_faults`` turn errors of the store into Outage.
 """
 
+import math
 import os
 import re
 import signal
@@ -32,7 +33,7 @@ _REMOTE_DATABASES = ("postgresql", "mysql", "mssql")  # that MLflow can use dire
 _CONNECT_SECONDS = 10
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _FAIL_FAST = {_RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # for the check before any work is done
-_PATIENCE = 240.0  # seconds; about as long as MLflow retries by default, which `no_retries` turns off
+_PATIENCE = "CAPEXP_PATIENCE"
 
 
 def database_path(uri: str) -> Path | None:
@@ -157,6 +158,7 @@ def _make_local(path: Path) -> None:
 def check_store() -> None:
     """Check that the store can be used, before any work is done. A missing store is not created."""
     _refuse_folder()
+    patience()
     artifacts = Path("mlruns").absolute()
     if is_local() and artifacts.exists():
         if not artifacts.is_dir():
@@ -169,12 +171,29 @@ def check_store() -> None:
             prepare_store()
 
 
+def patience() -> float:
+    """Return the seconds that the end of a finished run waits while a server accepts nothing: 60 by default."""
+    value = os.environ.get(_PATIENCE, "60")
+    try:
+        seconds = float(value)
+    except ValueError:
+        seconds = math.nan
+    if not 0 <= seconds <= 10**6:
+        raise InputError(f"{_PATIENCE} = {value!r}: give seconds, from 0 to 1000000")
+    return seconds
+
+
+def short_patience() -> float:
+    """Return the same seconds for the end of a run that was interrupted or has failed: 10 at most."""
+    return min(10.0, patience())
+
+
 def await_store() -> None:
-    """Wait for an unreachable server, up to four minutes; then raise Outage.
+    """Wait for an unreachable server, four times as long as :func:`patience`; then raise Outage.
 
     It is called between the runs of a group or study, when a delay loses no work.
     """
-    end, pause = time.monotonic() + _PATIENCE, 1.0
+    end, pause = time.monotonic() + 4 * patience(), 1.0
     while not is_local():
         try:
             MlflowClient().search_experiments(max_results=1)

@@ -64,6 +64,11 @@ def encoded(
     return load_encoder(config).prepare(CPU, precision).encode(photos)
 
 
+def test_published_weights_have_the_file_names_that_torchvision_gives_them() -> None:
+    for name, net in NETS.items():
+        assert net.file == Path(torchvision.models.VGG16_Weights[name].url).name
+
+
 @pytest.mark.parametrize(
     ("pool", "size", "positions"),
     [("mean", 224, 1), ("max2", 224, 49), ("none", 224, 196), ("max3", 336, 49), ("mean", 336, 1), ("none", 96, 36)],

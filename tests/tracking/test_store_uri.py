@@ -100,3 +100,17 @@ def test_with_a_server_the_folder_may_have_any_name(tmp_path: Path, monkeypatch:
         (tmp_path / name).mkdir()
         monkeypatch.chdir(tmp_path / name)
         store._refuse_folder()
+
+
+@pytest.mark.parametrize("value", ["soon", "-1", "nan", "inf", ""])
+def test_a_patience_that_is_no_number_of_seconds_is_refused(value: str, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setenv("CAPEXP_PATIENCE", value)
+    with pytest.raises(InputError, match="CAPEXP_PATIENCE = "):
+        store.check_store()
+
+
+def test_the_end_of_a_run_waits_as_long_as_the_user_says(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.delenv("CAPEXP_PATIENCE", raising=False)
+    assert (store.patience(), store.short_patience()) == (60, 10)
+    monkeypatch.setenv("CAPEXP_PATIENCE", "2.5")
+    assert (store.patience(), store.short_patience()) == (2.5, 2.5)
