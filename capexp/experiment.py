@@ -24,9 +24,11 @@ _DEPTH = 20  # maximum depth of nested tables and lists in a file
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 # Settings that must be equal in an ensemble and all its members.
 _SHARED = (
-    *("vocabulary.cleaning", "vocabulary.minimum_count", "vocabulary.unknown"),
+    *("vocabulary.cleaning", "vocabulary.tokens", "vocabulary.minimum_count", "vocabulary.unknown"),
     *("features.layer", "features.pool", "features.size", "features.mirror"),
 )
+# What experiments recorded before these settings existed have, where it is not today's default.
+_BEFORE = {"vocabulary.tokens": "whitespace"}
 # Settings of the ensemble that replace its members' own values. All settings of captions.* do so too.
 _IMPOSED = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
 
@@ -46,8 +48,27 @@ def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
     Paths in the file are relative to the file's folder, paths in the overrides to the working directory. An override
     is a value, or text from the command line.
     """
+    settings = _read(path)
+    for name, value in overrides.items():
+        _set(settings, name, value)
+    return _validate(settings, str(path))
+
+
+def load_recorded(path: Path) -> Experiment:
+    """Read the settings that a run has written, maybe before some of today's settings existed."""
+    settings = _read(path)
+    for name, value in _BEFORE.items():
+        section, key = name.split(".")
+        table = settings.setdefault(section, {})
+        if isinstance(table, dict):
+            table.setdefault(key, value)
+    return _validate(settings, str(path))
+
+
+def _read(path: Path) -> Settings:
+    """Read an experiment file; paths in it become relative to the working directory."""
     try:
-        settings = tomllib.loads(path.read_text(encoding="utf-8"))
+        settings: Settings = tomllib.loads(path.read_text(encoding="utf-8"))
         _check_values(settings)
     except (ValueError, RecursionError) as error:  # TOML syntax, UTF-8, numbers of thousands of digits, depth
         raise InputError(f"{path}: not TOML ({error}); correct it") from None
@@ -58,9 +79,7 @@ def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
             table[key] = str(path.parent / Path(table[key]).expanduser())
         except RuntimeError:
             raise InputError(f"{name} = {table[key]!r}: there is no such user; write the path out") from None
-    for name, value in overrides.items():
-        _set(settings, name, value)
-    return _validate(settings, str(path))
+    return settings
 
 
 def replace_settings(experiment: Experiment, overrides: Mapping[str, object]) -> Experiment:
@@ -103,6 +122,8 @@ def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
     """
     settings = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
     imposed = {name: value for name, value in settings.items() if name.startswith("captions.") or name in _IMPOSED}
+    if experiment.vocabulary.tokens == _BEFORE["vocabulary.tokens"]:  # an ensemble from before: its members are too
+        imposed |= _BEFORE
     members: list[Experiment] = []
     for config in experiment.ensemble.members:
         for seed in config.seeds:
@@ -183,8 +204,13 @@ def setting_type(name: str) -> Any:
     return Annotated[field.annotation, *field.metadata] if field.metadata else field.annotation
 
 
-def default_text(name: str) -> str | None:
-    """Return the default of a setting as :meth:`Experiment.flat` writes it; None if it has none or is unknown."""
+def text_before(name: str) -> str | None:
+    """Return the value, as :meth:`Experiment.flat` writes it, that experiments from before a setting existed have.
+
+    It is the default, with few exceptions. None if the setting has no default or is unknown.
+    """
+    if name in _BEFORE:
+        return _BEFORE[name]
     model: Any = Experiment
     *sections, last = name.split(".")
     for section in sections:

@@ -15,6 +15,7 @@ from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, field_val
 SplitName = Literal["train", "dev", "test"]
 CaptionsFormat = Literal["auto", "flickr8k", "descriptions", "csv", "json", "coco", "karpathy"]
 Cleaning = Literal["tutorial", "standard"]
+TokenRule = Literal["words", "characters", "whitespace"]
 Unknown = Literal["drop", "token"]
 Layer = Literal["fc2", "conv5_3"]
 Pool = Literal["none", "max2", "max3", "mean"]
@@ -147,12 +148,22 @@ class VocabularyConfig(Section):
     """How captions are split into tokens, and which tokens get an entry in the vocabulary."""
 
     cleaning: Cleaning = "standard"
-    """``standard``: lower-case, split at whitespace, drop tokens without a letter or digit; ``tutorial``: lower-case,
+    """``standard``: lower-case, split by ``tokens``, drop tokens without a letter or digit; ``tutorial``: lower-case,
     split at whitespace, remove punctuation, keep only words of two or more letters and nothing else."""
+    tokens: TokenRule = "words"
+    """What captions are split into, for the vocabulary and for BLEU, ROUGE-L and CIDEr. ``words``: the tokens of COCO's
+    scorer, which splits off punctuation and endings such as 's; ``characters``: for languages without blanks between
+    words; ``whitespace``: words as they are written (the rule of runs from before there was a choice)."""
     minimum_count: int = Field(default=5, ge=1)
     """Words that occur less often than this in the train captions have no entry."""
     unknown: Unknown = "token"
     """Words without an entry are replaced by UNK (``token``) or left out (``drop``)."""
+
+    @model_validator(mode="after")
+    def _tokens_fit(self) -> "VocabularyConfig":
+        if self.cleaning == "tutorial" and self.tokens == "characters":
+            raise ValueError("vocabulary.tokens = 'characters': tutorial cleaning drops them; use cleaning 'standard'")
+        return self
 
 
 def grid_shape(layer: Layer, pool: Pool, size: int) -> tuple[int, int]:

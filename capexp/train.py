@@ -25,7 +25,10 @@ def train(argv: list[str] | None = None) -> int:
         "--promote", action="store_true", help="make the captioner champion even if the current one is better"
     )
     parser.add_argument("--dry-run", action="store_true", help="check settings and data, then stop without training")
+    parser.add_argument("--decode", action="store_true", help="with --dry-run: open every photo too")
     arguments, settings = parser.parse(argv)
+    if arguments.decode and not arguments.dry_run:
+        parser.error("--decode goes with --dry-run: a training opens every photo anyway")
     if arguments.resume == "":
         parser.error("--resume needs the id of a run")
     if arguments.resume and arguments.experiment is not None:
@@ -45,10 +48,13 @@ def train(argv: list[str] | None = None) -> int:
 
     from capexp.captioning.captioner import check_fits
     from capexp.data.dataset import Dataset
+    from capexp.data.photos import require_readable
 
     data = Dataset.read(experiment)
     parameters = check_fits(experiment, data)
     if arguments.dry_run:
+        if arguments.decode:
+            require_readable([path for split in data.splits.values() for path in split.paths()])
         _print_dry_run(experiment, data)
         return 0
     from capexp.runs import group, run

@@ -12,9 +12,11 @@ from capexp.experiment import (
     FOLDER,
     find_experiment,
     load_experiment,
+    load_recorded,
     replace_settings,
     setting_names,
     setting_type,
+    text_before,
     to_toml,
 )
 from capexp.settings import Choices, Experiment, flatten
@@ -264,3 +266,15 @@ def test_experiment_is_frozen(tmp_path: Path) -> None:
     experiment = load_experiment(write(tmp_path), {})
     with pytest.raises(ValueError, match="frozen"):
         experiment.training.epochs = 3
+
+
+def test_settings_recorded_before_a_setting_existed_are_read_as_they_were_meant(tmp_path: Path) -> None:
+    path = write(tmp_path)
+    recorded = load_experiment(path, {})
+    (tmp_path / "now.toml").write_text(to_toml(recorded))
+    assert load_recorded(tmp_path / "now.toml") == recorded and recorded.vocabulary.tokens == "words"
+    before = to_toml(recorded).replace('tokens = "words"\n', "")
+    assert before != to_toml(recorded)
+    (tmp_path / "before.toml").write_text(before)
+    assert load_recorded(tmp_path / "before.toml").vocabulary.tokens == "whitespace"
+    assert text_before("vocabulary.tokens") == "whitespace" and text_before("training.average") == "0.0"

@@ -53,7 +53,7 @@ def test_no_scene_of_dev_or_test_stands_in_train() -> None:
 def test_dev_and_test_use_only_words_of_train() -> None:
     words: dict[str, set[str]] = {name: set() for name in SPLITS}
     for example in EXAMPLES:
-        words[example.split] |= {word for text in example.captions for word in tokenize(text, "standard")}
+        words[example.split] |= {word for text in example.captions for word in tokenize(text, "standard", "words")}
     assert words["dev"] | words["test"] <= words["train"]
     assert 120 <= len(words["train"]) <= 220
 

@@ -24,7 +24,7 @@ from capexp.errors import InputError
 from capexp.experiment import replace_settings
 from capexp.metrics.java import Unavailable, meteor, spice
 from capexp.metrics.scores import Difference, PhotoScores, paired_difference, score, tokenize, tutorial_bleu
-from capexp.settings import Experiment, SplitName
+from capexp.settings import Experiment, SplitName, TokenRule
 
 log = logging.getLogger(__name__)
 
@@ -97,9 +97,15 @@ class CaptionScores:
 
 
 def score_captions(
-    captions: list[Caption], split: Split, seed: int, train: Iterable[str] | None = None
+    captions: list[Caption],
+    split: Split,
+    seed: int,
+    train: Iterable[str] | None = None,
+    rule: TokenRule = "words",
 ) -> CaptionScores:
     """Score captions of a split's photos against its references, whose words are not limited to any vocabulary.
+
+    ``rule`` splits both into tokens; it should be that of the captioner's vocabulary.
 
     The summary holds BLEU, ROUGE-L and CIDEr, and
 
@@ -111,17 +117,17 @@ def score_captions(
     * ``tutorial_bleu_1`` to ``4``: the tutorial's own protocol, comparable with the tutorial only.
     """
     texts = [caption.text for caption in captions]
-    scores = score(texts, split.references)
-    tokens = [tokenize(text) for text in texts]
+    scores = score(texts, split.references, rule)
+    tokens = [tokenize(text, rule) for text in texts]
     order = _shuffled(len(texts), seed)
     summary = scores.corpus()
-    blind = score([texts[other] for other in order], split.references)
+    blind = score([texts[other] for other in order], split.references, rule)
     summary["cider_blind"] = blind.corpus()["cider"]
     summary["distinct_captions"] = len(set(tokens)) / len(tokens)
     summary["words_used"] = len({token for caption in tokens for token in caption})
     summary["mean_length"] = sum(map(len, tokens)) / len(tokens)
     if train is not None:
-        known = {tokenize(caption) for caption in train}
+        known = {tokenize(caption, rule) for caption in train}
         summary["copied_from_train"] = sum(caption in known for caption in tokens) / len(tokens)
     return CaptionScores(scores, blind, summary | tutorial_bleu(texts, split.references))
 
@@ -154,7 +160,9 @@ def evaluate_dev(captioner: Captioner, batches: CaptionBatches, train: Iterable[
     """Evaluate a captioner on dev ``batches``; ``train`` are the train captions, for the share that is copied."""
     blind = blind_cross_entropy(captioner.decoder, batches, seed)
     captions = caption_all(captioner, batches.features)
-    return Evaluation(blind, captions, score_captions(captions, batches.split, seed, train))
+    return Evaluation(
+        blind, captions, score_captions(captions, batches.split, seed, train, captioner.vocabulary.tokens)
+    )
 
 
 def caption_all(captioner: Captioner, features: Features) -> list[Caption]:
@@ -193,31 +201,32 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
     captions = caption_all(captioner, batches.features)
     seconds = time.perf_counter() - start
     train = read_texts(experiment.captions, "train", captioner.splits)
-    scores = score_captions(captions, batches.split, experiment.seed, train)
+    scores = score_captions(captions, batches.split, experiment.seed, train, captioner.vocabulary.tokens)
     return {
         "experiment": experiment.name,
         "captions": str(experiment.captions.root.absolute()),
         "split": split,
         "split_digest": batches.split.digest(),
         "vocabulary_digest": captioner.vocabulary.digest(),
+        "tokens": captioner.vocabulary.tokens,
         "photos": len(captions),
         "targets": loss.targets,
         "cross_entropy": loss.per_token,
         "perplexity": loss.perplexity,
         "cross_entropy_blind": blind.per_token,
         **scores.summary,
-        **(_java_scores(captions, batches.split) if java else {}),
+        **(_java_scores(captions, batches.split, captioner.vocabulary.tokens) if java else {}),
         "intervals": scores.photos.intervals(seed=experiment.seed),
         "decoding": captioner.decoding.model_dump(),
         "captions_per_second": len(captions) / seconds,
     }
 
 
-def _java_scores(captions: list[Caption], split: Split) -> dict[str, float | None]:
+def _java_scores(captions: list[Caption], split: Split, rule: TokenRule) -> dict[str, float | None]:
     texts = [caption.text for caption in captions]
     scores: dict[str, float | None] = {}
     for name, metric in (("meteor", meteor), ("spice", spice)):
-        value = metric(texts, split.references)
+        value = metric(texts, split.references, rule)
         if isinstance(value, Unavailable):
             log.warning("%s: left out: %s", name, value.reason)
         scores[name] = None if isinstance(value, Unavailable) else value
@@ -251,7 +260,8 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     Each captioner has its own decoding settings, and the features of its own layer, pool and size.
     """
     # Each captioner's captions of all photos.
-    if captioners[0].splits != captioners[1].splits:
+    rule = _common_rule(captioners)
+    if experiment.captions.splits == "random" and captioners[0].splits != captioners[1].splits:
         raise InputError("the captioners were trained with other random splits; compare captioners of the same splits")
     hypotheses = []
     for captioner in captioners:
@@ -264,7 +274,7 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
         hypotheses.append(caption_all(captioner, data.with_features(own).features[split]))
     # Their scores, and the photos by the difference in CIDEr.
     photos, references = data.splits[split].photos, data.splits[split].references
-    first, second = (score([caption.text for caption in captions], references) for captions in hypotheses)
+    first, second = (score([caption.text for caption in captions], references, rule) for captions in hypotheses)
     order = np.argsort(first.cider - second.cider, kind="stable")
     most = tuple(
         PhotoDifference(
@@ -277,3 +287,17 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     )
     differences = paired_difference(second, first, seed=experiment.seed)
     return Comparison(len(photos), (first.corpus(), second.corpus()), differences, most)
+
+
+def _common_rule(captioners: tuple[Captioner, Captioner]) -> TokenRule:
+    """Return the rule by which the captions of both captioners are split for their scores."""
+    first, second = (captioner.vocabulary.tokens for captioner in captioners)
+    if first == second:
+        return first
+    if "characters" in (first, second):
+        raise InputError(
+            f"the captioners' captions are split into {first} and into {second}; compare captioners with the same "
+            "vocabulary.tokens"
+        )
+    log.warning("one vocabulary was split at whitespace; both captioners' captions are scored on COCO's tokens")
+    return "words"

@@ -34,8 +34,8 @@ from capexp.data.pixels import decoding_processes
 from capexp.data.prefetch import prefetch
 from capexp.data.progress import progress_bar
 from capexp.data.vgg16 import Encoder, EncoderIdentity
-from capexp.errors import InputError, Outage, listed
-from capexp.files import writing
+from capexp.errors import InputError, Outage
+from capexp.files import listed_or_filed, writing
 
 log = logging.getLogger(__name__)
 
@@ -257,7 +257,7 @@ class FeatureCache:
                 raise next(iter(errors.values()))
             if unreadable:
                 raise InputError(
-                    f"{len(unreadable)} photos cannot be read as pictures: {listed(unreadable)}; replace them"
+                    f"{len(unreadable)} photos cannot be read as pictures: {listed_or_filed(unreadable)}; replace them"
                 )
 
     def _writer(self, file: FileIO) -> "_BackgroundWriter":

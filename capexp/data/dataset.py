@@ -14,7 +14,7 @@ from capexp.data.captions import PhotosBySplit, Split, draw_splits, read_splits
 from capexp.data.features import Features
 from capexp.data.photos import digest_photos
 from capexp.data.vgg16 import Encoder, EncoderIdentity, identify, load_encoder
-from capexp.data.vocabulary import Vocabulary, build_vocabulary
+from capexp.data.vocabulary import Vocabulary, build_vocabulary, tokenize
 from capexp.distributed import ALONE, World, choose_device
 from capexp.errors import InputError
 from capexp.settings import Experiment, FeaturesConfig, Order, SplitName, TrainingConfig
@@ -67,6 +67,7 @@ class Dataset:
         if vocabulary is None:
             captions = (caption for captions in splits["train"].references for caption in captions)
             vocabulary = build_vocabulary(captions, experiment.vocabulary)
+            _warn_of_long_tokens(splits["train"], vocabulary)
         choose_device(experiment.training.device)  # refuses a device that does not exist
         return cls(splits, vocabulary, experiment.features, drawn=drawn)
 
@@ -102,6 +103,18 @@ class Dataset:
     def digest(self) -> str:
         """Return the hexadecimal SHA-256 over photo names and captions of all splits."""
         return hashlib.sha256("".join(split.digest() for split in self.splits.values()).encode()).hexdigest()
+
+
+def _warn_of_long_tokens(split: Split, vocabulary: Vocabulary) -> None:
+    """Log a warning if captions have one or two tokens each, as in languages without blanks between words."""
+    rule = vocabulary.cleaning, vocabulary.tokens
+    lengths = [len(tokenize(caption, *rule)) for captions in split.references[:1000] for caption in captions]
+    tokens = sum(lengths) / len(lengths)
+    if tokens <= 2 and vocabulary.tokens != "characters":
+        log.warning(
+            "captions have %.1f tokens each; if their words are not separated by blanks, set "
+            "vocabulary.tokens = 'characters'", tokens,
+        )  # fmt: skip
 
 
 def encoder_passes(

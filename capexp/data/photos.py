@@ -2,22 +2,31 @@
 
 import glob
 import hashlib
+import importlib.util
 import io
+import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from functools import cache
 from pathlib import Path
 
 import numpy as np
 from numpy.typing import NDArray
 from PIL import Image, ImageOps, UnidentifiedImageError
 
+from capexp.data.progress import progress_bar
 from capexp.errors import InputError, listed
+from capexp.files import listed_or_filed
+
+log = logging.getLogger(__name__)
 
 MAXIMUM_PIXELS = 100_000_000  # a 100-megapixel photo; more is a decompression bomb, or no photo
 MAXIMUM_UPLOAD = 20 * 2**20  # bytes of a photo that a stranger sends
 _BLOCK = 2**20  # bytes of a file that are read at a time
 _FILES_PER_TASK = 64  # at most: to hand a file to a thread takes as long as to read it
 _TASKS = 256  # at least, if there are so many files, so that every thread has some
+_HEIF = frozenset({".heic", ".heif", ".hif"})
+_HEIF_REMEDY = "pip install pillow-heif, which reads HEIC"
 
 
 def read_photo(source: Path | bytes) -> Image.Image:
@@ -25,6 +34,7 @@ def read_photo(source: Path | bytes) -> Image.Image:
 
     What cannot be decoded as a picture is refused, and so is a picture of more than 100 megapixels.
     """
+    _with_heif()
     name = str(source) if isinstance(source, Path) else "the photo"
     if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for ever
         raise InputError(f"{name}: no such file")
@@ -45,6 +55,8 @@ def read_photo(source: Path | bytes) -> Image.Image:
         reason = str(error) or type(error).__name__
         if isinstance(error, UnidentifiedImageError):
             reason = "not a picture in a format that Pillow knows"
+            if isinstance(source, Path) and source.suffix.lower() in _HEIF and not _with_heif():
+                raise InputError(f"{name}: HEIC, which Pillow alone cannot read; {_HEIF_REMEDY}") from None
         raise InputError(f"{name}: cannot be read as a picture ({reason}); replace it") from None
 
 
@@ -61,18 +73,35 @@ def _rgb(image: Image.Image) -> Image.Image:
     return image.convert("RGB")
 
 
+@cache
+def _with_heif() -> bool:
+    """Let Pillow read HEIC if pillow-heif is installed; return whether it is."""
+    if importlib.util.find_spec("pillow_heif") is None:
+        return False
+    import pillow_heif
+
+    pillow_heif.register_heif_opener()
+    return True
+
+
+def _readable_endings() -> set[str]:
+    """Return the endings, in lower case, of the formats that can be read here."""
+    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
+    return endings if _with_heif() else endings - _HEIF
+
+
 def find_photos(names: list[str]) -> list[Path]:
     """Return photo files by path, by pattern (``holiday/*.jpg``), or all pictures in a folder and below, in order.
 
-    All names without a photo are refused together.
+    In folders, hidden files and folders are skipped, and files of other formats are left out with a warning. All names
+    without a photo are refused together.
     """
     found: list[Path] = []
     missing: list[str] = []
     for name in names:
         path = Path(name)
         if name and path.is_dir():
-            known = Image.registered_extensions()
-            photos = [file for file in sorted(path.rglob("*")) if file.suffix.lower() in known and file.is_file()]
+            photos = _photos_in(path)
         elif path.is_file():
             photos = [path]
         else:
@@ -86,6 +115,44 @@ def find_photos(names: list[str]) -> list[Path]:
     if missing:
         raise InputError(f"{listed(missing)}: no such photo; give photos, folders or patterns that are there")
     return found
+
+
+def _photos_in(folder: Path) -> list[Path]:
+    """Return all pictures in a folder and below; warn of files that are left out."""
+    readable = _readable_endings()
+    files = [
+        file
+        for file in sorted(folder.rglob("*"))
+        if file.is_file() and not any(part.startswith(".") for part in file.relative_to(folder).parts)
+    ]
+    others = [file for file in files if file.suffix.lower() not in readable]
+    heif = [file.name for file in others if file.suffix.lower() in _HEIF]
+    if heif:
+        log.warning("%s: %d photos left out: %s; %s", folder, len(heif), listed(heif), _HEIF_REMEDY)
+    rest = [file.name for file in others if file.suffix.lower() not in _HEIF]
+    if rest:
+        log.warning("%s: %d files left out that are no pictures: %s", folder, len(rest), listed(rest))
+    return [file for file in files if file.suffix.lower() in readable]
+
+
+def require_readable(paths: list[Path]) -> None:
+    """Open and decode each photo; refuse all that cannot be read together."""
+    unread: list[str] = []
+    with ThreadPoolExecutor() as pool, progress_bar(total=len(paths), unit="photo", desc="decoding") as progress:
+        for path, is_read in zip(paths, pool.map(_is_readable, paths), strict=True):
+            if not is_read:
+                unread.append(str(path))
+            progress.update()
+    if unread:
+        raise InputError(f"{len(unread)} photos cannot be read as pictures: {listed_or_filed(unread)}; replace them")
+
+
+def _is_readable(path: Path) -> bool:
+    try:
+        read_photo(path)
+    except InputError:
+        return False
+    return True
 
 
 def squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
@@ -123,5 +190,5 @@ def digest_photos(paths: list[Path]) -> list[bytes]:
         digests = [value for part in pool.map(digest_part, range(0, len(paths), size)) for value in part]
     unread = [str(path) for path, value in zip(paths, digests, strict=True) if value is None]
     if unread:
-        raise InputError(f"{len(unread)} photos cannot be read: {listed(unread)}")
+        raise InputError(f"{len(unread)} photos cannot be read: {listed_or_filed(unread)}")
     return [value for value in digests if value is not None]

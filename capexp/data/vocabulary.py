@@ -12,25 +12,29 @@ from collections.abc import Iterable
 from dataclasses import dataclass
 from functools import cached_property
 
+from capexp.data.tokenizer import BRACKETS, lower, split_characters, split_words
 from capexp.errors import InputError
-from capexp.settings import Cleaning, Unknown, VocabularyConfig
+from capexp.settings import Cleaning, TokenRule, Unknown, VocabularyConfig
 
 PAD, BOS, EOS, UNK = 0, 1, 2, 3
 
 _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 
 
-def tokenize(caption: str, cleaning: Cleaning) -> list[str]:
+def tokenize(caption: str, cleaning: Cleaning, rule: TokenRule) -> list[str]:
     """Return the tokens of a caption.
 
-    Both cleanings lower the case and split at blanks. ``tutorial`` then removes punctuation and drops tokens that hold
-    anything but letters, or fewer than two. ``standard`` drops tokens without a letter or digit; "a" and numbers stay.
+    Cleaning ``standard`` splits by ``rule`` and drops tokens without a letter or digit, and brackets. ``tutorial``
+    splits at blanks, removes punctuation, and drops tokens that hold anything but letters, or fewer than two.
     """
-    tokens = caption.lower().split()
-    if cleaning == "standard":
-        return [token for token in tokens if any(character.isalnum() for character in token)]
-    bare = (token.translate(_NO_PUNCTUATION) for token in tokens)
-    return [token for token in bare if len(token) > 1 and token.isalpha()]
+    if rule == "characters":
+        return split_characters(caption)
+    in_lower_case = caption.lower() if rule == "whitespace" else lower(caption)
+    if cleaning == "tutorial":
+        bare = (token.translate(_NO_PUNCTUATION) for token in in_lower_case.split())
+        return [token for token in bare if len(token) > 1 and token.isalpha()]
+    tokens = split_words(caption) if rule == "words" else in_lower_case.split()
+    return [token for token in tokens if any(map(str.isalnum, token)) and not (rule == "words" and token in BRACKETS)]
 
 
 @dataclass(frozen=True)
@@ -40,6 +44,8 @@ class Vocabulary:
     words: tuple[str, ...]
     cleaning: Cleaning
     unknown: Unknown
+    tokens: TokenRule = "whitespace"
+    """How captions are split; vocabularies of earlier versions of the project do not say so, and mean whitespace."""
 
     def __len__(self) -> int:
         """Return the number of entries V: the words, PAD, BOS, EOS and, if there is one, UNK."""
@@ -62,7 +68,7 @@ class Vocabulary:
 
     def encode(self, caption: str) -> list[int]:
         """Return the entries of a caption's tokens, without BOS and EOS; unknown words become UNK or are dropped."""
-        tokens = tokenize(caption, self.cleaning)
+        tokens = tokenize(caption, self.cleaning, self.tokens)
         if self.unknown == "token":
             return [self.entries.get(token, UNK) for token in tokens]
         return [self.entries[token] for token in tokens if token in self.entries]
@@ -75,21 +81,27 @@ class Vocabulary:
                 break
             if entry >= self.first_word:
                 words.append(self.words[entry - self.first_word])
-        return " ".join(words)
+        return ("" if self.tokens == "characters" else " ").join(words)
 
     def digest(self) -> str:
-        """Return the hexadecimal SHA-256 of cleaning, unknown and words; only if it is equal can losses be compared."""
-        return hashlib.sha256(self.to_json().encode()).hexdigest()
+        """Return the hexadecimal SHA-256 of all that decides entries; losses can be compared only if it is equal."""
+        record = self._record()
+        if self.cleaning == "tutorial":
+            record.pop("tokens", None)  # it splits at blanks, whatever the rule for scores is
+        return hashlib.sha256(json.dumps(record, ensure_ascii=False).encode()).hexdigest()
 
     def to_json(self) -> str:
         """Return the vocabulary as JSON."""
-        record = {"cleaning": self.cleaning, "unknown": self.unknown, "words": self.words}
-        return json.dumps(record, ensure_ascii=False)
+        return json.dumps(self._record(), ensure_ascii=False)
+
+    def _record(self) -> dict[str, object]:
+        record: dict[str, object] = {"cleaning": self.cleaning, "unknown": self.unknown, "words": self.words}
+        return record if self.tokens == "whitespace" else record | {"tokens": self.tokens}
 
 
 def build_vocabulary(captions: Iterable[str], config: VocabularyConfig) -> Vocabulary:
     """Count the words of the train captions and keep those that occur ``minimum_count`` times or more."""
-    counts = Counter(token for caption in captions for token in tokenize(caption, config.cleaning))
+    counts = Counter(token for caption in captions for token in tokenize(caption, config.cleaning, config.tokens))
     kept = sorted(
         (word for word, count in counts.items() if count >= config.minimum_count),
         key=lambda word: (-counts[word], word),
@@ -99,4 +111,4 @@ def build_vocabulary(captions: Iterable[str], config: VocabularyConfig) -> Vocab
             f"vocabulary: no word of the train captions is seen vocabulary.minimum_count = "
             f"{config.minimum_count} times or more with cleaning {config.cleaning!r}; lower the count"
         )
-    return Vocabulary(tuple(kept), config.cleaning, config.unknown)
+    return Vocabulary(tuple(kept), config.cleaning, config.unknown, config.tokens)

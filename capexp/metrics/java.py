@@ -16,6 +16,7 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from capexp.metrics.scores import tokenized
+from capexp.settings import TokenRule
 
 
 @dataclass(frozen=True)
@@ -26,14 +27,16 @@ class Unavailable:
     """One line that names the missing part and tells how to install it."""
 
 
-def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | Unavailable:
+def meteor(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], rule: TokenRule = "words"
+) -> float | Unavailable:
     """Return the corpus score of METEOR 1.5 (Denkowski and Lavie, 2014), English, on the tokens of ``tokenize``.
 
     The program takes some seconds to start and up to 2 GB of memory.
     """
     requests = [
         " ||| ".join(["SCORE", *(_words(reference) for reference in captions), _words(hypothesis)])
-        for hypothesis, captions in tokenized(hypotheses, references)
+        for hypothesis, captions in tokenized(hypotheses, references, rule)
     ]
     jar = _program("meteor/meteor-1.5.jar")
     if isinstance(jar, Unavailable):
@@ -70,7 +73,9 @@ def meteor(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> fl
             return Unavailable(_failure("METEOR", errors.read().decode(errors="replace") or f"{answer}\n{error}"))
 
 
-def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> float | Unavailable:
+def spice(
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], rule: TokenRule = "words"
+) -> float | Unavailable:
     """Return SPICE 1.0 (Anderson et al., ECCV 2016): the mean over photos of the F-measure of scene graphs.
 
     SPICE parses with Stanford CoreNLP 3.6.0, whose models (half a gigabyte) pycocoevalcap does not contain. They are
@@ -79,7 +84,7 @@ def spice(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> flo
     """
     photos = [
         {"image_id": position, "test": " ".join(hypothesis), "refs": [" ".join(reference) for reference in captions]}
-        for position, (hypothesis, captions) in enumerate(tokenized(hypotheses, references))
+        for position, (hypothesis, captions) in enumerate(tokenized(hypotheses, references, rule))
     ]
     jar = _program("spice/spice-1.0.jar")
     if isinstance(jar, Unavailable):

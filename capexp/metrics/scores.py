@@ -11,14 +11,16 @@ import math
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
+from typing import Literal
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capexp.data import vocabulary
+from capexp.data.tokenizer import split_words
 from capexp.errors import InputError
 from capexp.metrics.cider import ORDERS, CiderReferences, Tokens, ngrams
-from capexp.settings import Cleaning
+from capexp.settings import TokenRule
 
 Scores = dict[str, NDArray[np.float64]]
 
@@ -27,15 +29,25 @@ _TUTORIAL_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0), (0.3, 0.3, 0.3,
 _BLOCK = 2**20  # photos drawn at a time for resamples: bounds the memory, 8 MB per array
 
 
-def tokenize(caption: str) -> Tokens:
-    """Return the tokens of a caption for scoring: cleaning ``standard``, not limited to a captioner's vocabulary."""
-    return tuple(vocabulary.tokenize(caption, "standard"))
+def tokenize(caption: str, rule: TokenRule = "words") -> Tokens:
+    """Return the tokens of a caption for scoring, not limited to a captioner's vocabulary.
+
+    Rule ``words`` gives exactly the tokens of COCO's scorer, brackets and signs included.
+    """
+    return tuple(split_words(caption) if rule == "words" else vocabulary.tokenize(caption, "standard", rule))
 
 
 def tokenized(
-    hypotheses: Sequence[str], references: Sequence[Sequence[str]], cleaning: Cleaning = "standard"
+    hypotheses: Sequence[str], references: Sequence[Sequence[str]], rule: TokenRule | Literal["tutorial"] = "words"
 ) -> list[tuple[Tokens, list[Tokens]]]:
-    """Return each photo's hypothesis and references as tokens; every photo must have a reference."""
+    """Return each photo's hypothesis and references as tokens; every photo must have a reference.
+
+    Rule ``tutorial`` cleans them as the tutorial does.
+    """
+
+    def split(caption: str) -> Tokens:
+        return tuple(vocabulary.tokenize(caption, rule, "words")) if rule == "tutorial" else tokenize(caption, rule)
+
     assert len(hypotheses) == len(references), (len(hypotheses), len(references))
     if not hypotheses:
         raise InputError("scores: there are 0 photos to score; give at least one")
@@ -46,10 +58,7 @@ def tokenized(
                 "give it one or leave it out"
             )
     return [
-        (
-            tuple(vocabulary.tokenize(hypothesis, cleaning)),
-            [tuple(vocabulary.tokenize(reference, cleaning)) for reference in captions],
-        )
+        (split(hypothesis), [split(reference) for reference in captions])
         for hypothesis, captions in zip(hypotheses, references, strict=True)
     ]
 
@@ -117,7 +126,7 @@ class PhotoScores:
         return scores
 
 
-def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> PhotoScores:
+def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], rule: TokenRule = "words") -> PhotoScores:
     """Count the n-grams that each photo's caption shares with its references, and score each photo.
 
     * BLEU: Papineni et al., ACL 2002, at corpus level, with the closest reference length.
@@ -130,7 +139,7 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]]) -> Pho
     occurs in the references of every photo counts nothing in CIDEr. Where the COCO scorer crashes, because no reference
     has a token, CIDEr is 0.
     """
-    photos = tokenized(hypotheses, references)
+    photos = tokenized(hypotheses, references, rule)
     bleu = [_bleu_counts(*photo) for photo in photos]
     cider_references = CiderReferences([captions for _, captions in photos])
     cider = np.array(
@@ -193,7 +202,7 @@ def tutorial_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]
     """
     framed = [
         (("startseq", *hypothesis, "endseq"), [("startseq", *reference, "endseq") for reference in captions])
-        for hypothesis, captions in tokenized(hypotheses, references, cleaning="tutorial")
+        for hypothesis, captions in tokenized(hypotheses, references, "tutorial")
     ]
     counts = [_bleu_counts(*photo) for photo in framed]
     length, closest = sum(len(hypothesis) for hypothesis, _ in framed), sum(closest for *_, closest in counts)

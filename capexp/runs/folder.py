@@ -8,7 +8,7 @@ from pathlib import Path
 
 from capexp.data.captions import PhotosBySplit
 from capexp.errors import InputError, Outage
-from capexp.experiment import load_experiment, to_toml
+from capexp.experiment import load_recorded, to_toml
 from capexp.files import write_whole, writing
 from capexp.settings import Experiment
 from capexp.tracking.known_runs import PARENT, run_status, run_tags
@@ -112,7 +112,7 @@ class RunFolder:
 
     def experiment(self) -> Experiment:
         """Return the settings that the run was started or last resumed with."""
-        return load_experiment(self.path / SETTINGS, {})
+        return load_recorded(self.path / SETTINGS)
 
     def write_experiment(self, experiment: Experiment) -> Path:
         """Write the settings file, from which the run can be resumed."""

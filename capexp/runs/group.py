@@ -12,7 +12,7 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import cross_entropy, perplexity
 from capexp.data.dataset import Dataset
 from capexp.errors import InputError
-from capexp.experiment import load_experiment, member_name, members_of, replace_settings, to_toml
+from capexp.experiment import load_recorded, member_name, members_of, replace_settings, to_toml
 from capexp.files import write_whole, writing
 from capexp.report.model_card import describe_run, describe_use
 from capexp.runs.conclusion import conclude
@@ -251,7 +251,7 @@ def _has_settings(run_id: str, member: Experiment) -> bool:
     if path is None:
         return False
     try:
-        run_settings, member_settings = load_experiment(path, {}).flat(), member.flat()
+        run_settings, member_settings = load_recorded(path).flat(), member.flat()
     except InputError:  # written by another version of the project
         return False
     return all(run_settings.get(name) == value for name, value in member_settings.items() if name not in _FREE)

@@ -58,6 +58,7 @@ def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder
         {"dev_loss": captioner.record.dev_loss, "dev_cider": evaluation.scores.summary["cider"]},
         data.splits["dev"].digest(),
         data.vocabulary.digest(),
+        data.vocabulary.tokens,
     )
     card = model_card(experiment, data, captioner, evaluation)
     tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}

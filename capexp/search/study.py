@@ -16,7 +16,7 @@ import numpy as np
 import torch
 
 from capexp.errors import InputError, Outage
-from capexp.experiment import default_text
+from capexp.experiment import text_before
 from capexp.search.storage import StudyStorage
 from capexp.search.trial import FinishedTrial, PendingTrial, Pruned, StudyProgress, describe_values
 from capexp.settings import Choices, Space, TuneConfig, Value
@@ -339,7 +339,7 @@ def _check_comparable(study: Any, name: str, comparable: dict[str, str]) -> None
         raise InputError(f"--study {name}: is not a study of this program, or of an older one; give another name")
     for setting in dict.fromkeys([*comparable, *before]):
         # A setting that was added since had its default before.
-        default = default_text(setting) or "not set"
+        default = text_before(setting) or "not set"
         old, new = before.get(setting, default), comparable.get(setting, default)
         if old != new:
             raise InputError(

@@ -20,7 +20,7 @@ from PIL import Image
 from capexp.captioning.captioner import Captioner
 from capexp.distributed import environment
 from capexp.errors import InputError
-from capexp.settings import Metric
+from capexp.settings import Metric, TokenRule
 from capexp.tracking.models import find_bundle
 from capexp.tracking.store import artifact_faults, is_missing, store_lock
 
@@ -57,22 +57,32 @@ class Score:
     """The digest of the dev split on which the metrics were measured."""
     vocabulary_digest: str
     """The digest of the captioner's vocabulary."""
+    tokens: TokenRule = "whitespace"
+    """How captions were split for CIDEr; scores of earlier versions of the project do not say so."""
 
     def tags(self) -> dict[str, str]:
         """Return the score as tags of a registered version."""
         values = {name: repr(self.values[name]) for name in get_args(Metric)}
-        return values | {"dev_digest": self.dev_digest, "vocabulary_digest": self.vocabulary_digest}
+        return values | {
+            "dev_digest": self.dev_digest,
+            "vocabulary_digest": self.vocabulary_digest,
+            "tokens": self.tokens,
+        }
 
     def beats(self, champion: Mapping[str, str], number: str) -> tuple[bool, str]:
         """Return whether this score is better than that of the champion, and the reason.
 
         ``champion`` holds the tags of the champion, ``number`` is its version. Losses can be compared only if the
-        vocabulary is the same. CIDEr can be compared between vocabularies, because the references are the same.
+        vocabulary is the same. CIDEr can be compared between vocabularies, because the references are the same, but
+        only if captions were split into tokens by the same rule.
         """
         if champion.get("dev_digest") != self.dev_digest:
             return False, f"version {number} was measured on another dev split"
         if self.metric == "dev_loss" and champion.get("vocabulary_digest") != self.vocabulary_digest:
             return False, f"version {number} has another vocabulary, so losses do not compare"
+        rule = champion.get("tokens", "whitespace")
+        if self.metric == "dev_cider" and rule != self.tokens:
+            return False, f"version {number} was scored on captions split by the rule {rule}, this one by {self.tokens}"
         try:
             old = float(champion[self.metric])
         except (KeyError, ValueError):

@@ -26,6 +26,7 @@ from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.metrics.cider import CiderReferences
 from capexp.metrics.scores import score, tokenize
+from capexp.settings import TokenRule
 from capexp.training.checkpoints import EpochProgress, TrainingState
 from capexp.training.loop import DevStats, Epoch, Objective, Save, Training, TrainStats
 from capexp.training.steps import clip, learning_rate, seed_step
@@ -36,14 +37,15 @@ _END = ""  # a token for the end of a caption, which is rewarded too: otherwise 
 class Reward:
     """The reward of a caption: its CIDEr-D, with the end as a token. The references' n-grams are counted once."""
 
-    def __init__(self, references: Sequence[Sequence[str]]) -> None:
+    def __init__(self, references: Sequence[Sequence[str]], rule: TokenRule = "words") -> None:
+        self._rule = rule
         self._references = CiderReferences(
-            [[(*tokenize(caption), _END) for caption in captions] for captions in references]
+            [[(*tokenize(caption, rule), _END) for caption in captions] for captions in references]
         )
 
     def of(self, photo: int, caption: str) -> float:
         """Return the CIDEr-D, from 0 to 10, of a caption of the photo at position ``photo`` of the split."""
-        return self._references.score(photo, (*tokenize(caption), _END))[0]
+        return self._references.score(photo, (*tokenize(caption, self._rule), _END))[0]
 
     def of_samples(self, photos: list[int], samples: Tensor, vocabulary: Vocabulary) -> Tensor:
         """Return the rewards ``(B,)`` of sampled captions ``(B, T)``, the same number per photo."""
@@ -73,7 +75,7 @@ class SelfCritical(Objective):
             lr=self._settings.learning_rate,
             fused=True,
         )
-        self._reward = Reward(training.train.split.references)
+        self._reward = Reward(training.train.split.references, training.captioner.vocabulary.tokens)
 
     @property
     def learning_rate(self) -> float:
@@ -195,7 +197,7 @@ class SelfCritical(Objective):
 def dev_cider(captioner: Captioner, split: Split, features: Features) -> float:
     """Return the CIDEr-D, from 0 to 10, of a captioner's captions of a split, decoded with its own settings."""
     texts = [caption.text for caption in caption_all(captioner, features)]
-    return score(texts, split.references).corpus()["cider"]
+    return score(texts, split.references, captioner.vocabulary.tokens).corpus()["cider"]
 
 
 def advantages(rewards: Tensor, samples: int) -> Tensor:

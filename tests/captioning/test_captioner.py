@@ -5,6 +5,7 @@ import hashlib
 import io
 import json
 import shutil
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -263,3 +264,18 @@ def test_every_format_has_its_golden_bundle() -> None:
         golden = Path(__file__).with_name(f"golden-{version}")
         assert (golden / "captions.json").is_file()
         assert json.loads((golden / "bundle" / "manifest.json").read_text())["format_version"] == version
+
+
+def test_a_vocabulary_of_before_keeps_its_words_as_they_were_written() -> None:
+    """Written when captions were split at blanks alone: "snow." is a word of its own there."""
+    captioner = Captioner.load(Path(__file__).with_name("golden-1-whitespace") / "bundle")
+    vocabulary = captioner.vocabulary
+    assert vocabulary.tokens == "whitespace"
+    entries = vocabulary.entries
+    assert vocabulary.encode("A dog in the Snow. snow") == [
+        entries[word] for word in ["a", "dog", "in", "the", "snow.", "snow"]
+    ]
+    stop, plain = (vocabulary.decode([entries[word]]) for word in ("snow.", "snow"))
+    assert (stop, plain) == ("snow.", "snow")
+    # A new vocabulary of the same words is another one, whose losses do not compare.
+    assert replace(vocabulary, tokens="words").digest() != vocabulary.digest()

@@ -13,7 +13,8 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 
-from capexp.data.photos import digest_photos, read_photo, squash
+from capexp.data import photos
+from capexp.data.photos import digest_photos, find_photos, read_photo, require_readable, squash
 from capexp.errors import InputError
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -197,5 +198,55 @@ def test_digest_is_sha256_of_the_file(tmp_path: Path) -> None:
 
 def test_files_that_cannot_be_digested_are_counted(tmp_path: Path) -> None:
     (tmp_path / "there").touch()
-    with pytest.raises(InputError, match=r"^4 photos cannot be read: .*/a, .*/b, .*/c and 1 more$"):
+    with pytest.raises(InputError, match=r"^4 photos cannot be read: .*/a, .*/b, .*/c and 1 more \(all of them are in .*\)$"):
         digest_photos([tmp_path / name for name in ("a", "there", "b", "c", "d")])
+
+
+def picture(path: Path, kind: str | None = None) -> Path:
+    path.parent.mkdir(parents=True, exist_ok=True)
+    Image.new("RGB", (16, 16), (200, 30, 30)).save(path, kind)
+    return path
+
+
+def test_a_folder_gives_its_pictures_and_tells_what_is_left_out(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, caplog: pytest.LogCaptureFixture
+) -> None:
+    monkeypatch.setattr(photos, "_with_heif", lambda: False)
+    found = [picture(tmp_path / name) for name in ("a.JPG", "below/b.png", "below/deep/c.webp")]
+    for name in (".hidden.jpg", ".thumbnails/d.jpg", "below/._b.png"):
+        picture(tmp_path / name)
+    for name in ("captions.txt", "plan.pdf", "phone.HEIC", "tablet.heif"):
+        (tmp_path / name).write_bytes(b"x")
+    assert find_photos([str(tmp_path)]) == sorted(found)
+    heif, rest = caplog.messages
+    assert heif == f"{tmp_path}: 2 photos left out: phone.HEIC, tablet.heif; pip install pillow-heif, which reads HEIC"
+    assert rest == f"{tmp_path}: 2 files left out that are no pictures: captions.txt, plan.pdf"
+    with pytest.raises(InputError, match=r"phone\.HEIC: HEIC, which Pillow alone cannot read; pip install pillow-heif"):
+        read_photo(tmp_path / "phone.HEIC")
+
+
+def test_a_named_hidden_file_is_a_photo(tmp_path: Path) -> None:
+    hidden = picture(tmp_path / ".hidden.jpg")
+    assert find_photos([str(hidden)]) == [hidden]
+
+
+def test_heic_is_read_where_pillow_heif_is_installed(tmp_path: Path) -> None:
+    pytest.importorskip("pillow_heif", reason="pillow-heif is not installed")
+    assert photos._with_heif()
+    photo = picture(tmp_path / "phone.heic", "HEIF")
+    assert find_photos([str(tmp_path)]) == [photo]
+    assert np.abs(np.asarray(read_photo(photo)).astype(int) - (200, 30, 30)).max() < 12
+
+
+def test_all_photos_that_cannot_be_decoded_are_named_in_a_file(tmp_path: Path) -> None:
+    good = picture(tmp_path / "good.jpg")
+    broken = [tmp_path / f"{number}.jpg" for number in range(5)]
+    for path in broken:
+        path.write_bytes(good.read_bytes()[:300])
+    require_readable([good])
+    with pytest.raises(
+        InputError, match=r"^5 photos cannot be read as pictures: .*0\.jpg, .* and 2 more \(all"
+    ) as caught:
+        require_readable([*broken, good])
+    file = Path(str(caught.value).partition("(all of them are in ")[2].partition(")")[0])
+    assert file.read_text().splitlines() == [str(path) for path in broken]

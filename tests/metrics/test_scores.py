@@ -246,7 +246,7 @@ def test_the_tutorials_bleu_equals_nltk_on_real_captions(flickr8k: Path) -> None
 
 def assert_tutorial_bleu_equals_nltk(hypotheses: list[str], references: Sequence[Sequence[str]]) -> None:
     def framed(caption: str) -> list[str]:
-        return ["startseq", *vocabulary.tokenize(caption, "tutorial"), "endseq"]
+        return ["startseq", *vocabulary.tokenize(caption, "tutorial", "words"), "endseq"]
 
     weights = [(1.0, 0, 0, 0), (0.5, 0.5, 0, 0), (0.3, 0.3, 0.3, 0), (0.25, 0.25, 0.25, 0.25)]
     with warnings.catch_warnings():

@@ -2,12 +2,19 @@
 
 import pytest
 
-from capexp.settings import Metric
+from capexp.settings import Metric, TokenRule
 from capexp.tracking.registry import Score
 
 
-def score(metric: Metric, loss: float, cider: float, dev: str = "dev split", words: str = "vocabulary") -> Score:
-    return Score(metric, {"dev_loss": loss, "dev_cider": cider}, dev, words)
+def score(
+    metric: Metric,
+    loss: float,
+    cider: float,
+    dev: str = "dev split",
+    words: str = "vocabulary",
+    rule: TokenRule = "words",
+) -> Score:
+    return Score(metric, {"dev_loss": loss, "dev_cider": cider}, dev, words, rule)
 
 
 HOLDER = score("dev_loss", 2.8, 0.35).tags()
@@ -25,6 +32,8 @@ HOLDER = score("dev_loss", 2.8, 0.35).tags()
         (score("dev_cider", 1.0, 0.35), False, "dev_cider 0.3500 is not better"),
         (score("dev_cider", 1.0, 0.9, dev="other photos"), False, "another dev split"),
         (score("dev_cider", 1.0, 0.9, words="other words"), True, "better"),
+        (score("dev_cider", 1.0, 0.9, rule="whitespace"), False, "split by the rule words, this one by whitespace"),
+        (score("dev_loss", 2.0, 0.9, rule="whitespace"), True, "better"),  # the vocabulary's digest says the same
         (score("dev_loss", float("nan"), 0.9), False, "not better"),
     ],
 )
@@ -40,3 +49,10 @@ def test_a_champion_without_the_metric_is_not_beaten_silently(metric: Metric) ->
     won, why = score(metric, 1.0, 2.0).beats(lacking, "1")
     assert not won
     assert f"has no {metric}" in why
+
+
+def test_a_champion_of_before_was_scored_on_words_as_they_were_written() -> None:
+    before = {name: value for name, value in HOLDER.items() if name != "tokens"}
+    won, why = score("dev_cider", 1.0, 2.0).beats(before, "1")
+    assert not won and "split by the rule whitespace, this one by words" in why
+    assert score("dev_cider", 1.0, 2.0, rule="whitespace").beats(before, "1")[0]
