@@ -191,8 +191,9 @@ def _value_text(value: object) -> str:
     if isinstance(value, bool):
         return str(value).lower()
     if isinstance(value, Path):
-        home = Path.home()
-        return f"~/{value.relative_to(home)}" if value.is_relative_to(home) else str(value)
+        with contextlib.suppress(RuntimeError):  # there may be no home
+            if value.is_relative_to(Path.home()):
+                return f"~/{value.relative_to(Path.home())}"
     if isinstance(value, Mapping | tuple):
         return json.dumps(_as_json(value))
     return str(value)

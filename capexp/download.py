@@ -5,8 +5,9 @@ from functools import partial
 from pathlib import Path
 
 from capexp import cli
+from capexp.experiment import CACHE
 
-OUTPUT = Path(__file__).parents[1] / "cache" / "flickr8k"
+OUTPUT = CACHE / "flickr8k"
 """The folder in which the experiments on Flickr8k expect the data."""
 RELEASE = "https://github.com/jbrownlee/Datasets/releases/download/Flickr8k/"
 """The URL from which the two archives are downloaded."""

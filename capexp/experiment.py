@@ -4,6 +4,7 @@ import datetime
 import difflib
 import json
 import re
+import sysconfig
 import tomllib
 from collections.abc import Iterator, Mapping
 from pathlib import Path
@@ -12,10 +13,23 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from capexp.errors import InputError
-from capexp.settings import WEIGHTS, Choices, DecodingConfig, Experiment, flatten
+from capexp.settings import WEIGHTS, Choices, DecodingConfig, Experiment, cache_home, flatten
 
-FOLDER = Path(__file__).parents[1] / "experiments"
-"""The folder in which experiments are found by name."""
+_CHECKOUT = Path(__file__).parents[1]
+
+
+def _experiments() -> Path:
+    """Return the folder of the project's experiments: in a checkout, or where ``pip install`` has put it."""
+    beside = _CHECKOUT / "experiments"
+    schemes = (sysconfig.get_default_scheme(), sysconfig.get_preferred_scheme("user"))
+    installed = [Path(sysconfig.get_path("data", scheme)) / "share" / "capexp" / "experiments" for scheme in schemes]
+    return next((folder for folder in (beside, *installed) if (folder / "scenes.toml").is_file()), beside)
+
+
+FOLDER = _experiments()
+"""The folder in which experiments are found by name. Installed ones are only read."""
+CACHE = _CHECKOUT / "cache" if FOLDER.parent == _CHECKOUT else cache_home()
+"""The folder of downloaded data: ``cache`` in a checkout, else the user's cache."""
 
 Settings = dict[str, Any]
 
@@ -76,10 +90,17 @@ def _read(path: Path) -> Settings:
         raise InputError(f"{path}: cannot be read ({error.strerror})") from None
     for table, key, name in _paths(settings):
         try:
-            table[key] = str(path.parent / Path(table[key]).expanduser())
+            table[key] = str(_resolved(path, Path(table[key]).expanduser()))
         except RuntimeError:
             raise InputError(f"{name} = {table[key]!r}: there is no such user; write the path out") from None
     return settings
+
+
+def _resolved(path: Path, value: Path) -> Path:
+    """Return a path in an experiment file; ``../cache`` in one of the project's own stands for :data:`CACHE`."""
+    if path.parent == FOLDER and value.parts[:2] == ("..", "cache"):
+        return CACHE.joinpath(*value.parts[2:])
+    return path.parent / value
 
 
 def replace_settings(experiment: Experiment, overrides: Mapping[str, object]) -> Experiment:
@@ -301,9 +322,15 @@ def _validate(settings: Settings, source: str) -> Experiment:
     try:
         # Validate JSON in strict mode: it accepts text for a path and a whole number for a float, but not text for a
         # number. default=str converts the Path objects among overrides.
-        return Experiment.model_validate_json(json.dumps(settings, default=str), strict=True)
+        experiment = Experiment.model_validate_json(json.dumps(settings, default=str), strict=True)
     except ValidationError as error:
         raise InputError(f"{source}: {_explain(error)}") from None
+    if experiment.features.cache.parts[:1] == ("~",):
+        raise InputError(
+            "features.cache: there is no home folder (HOME is not set); give --features.cache FOLDER, or set "
+            "XDG_CACHE_HOME"
+        )
+    return experiment
 
 
 def _explain(error: ValidationError, flag: bool = False) -> str:

@@ -205,7 +205,7 @@ class FeaturesConfig(Section):
     """Side in pixels of the square that a photo is resized to (aspect ratio not kept)."""
     weights: str = "IMAGENET1K_V1"
     """Torchvision's name of weights, downloaded at first use, or a file of VGG16's convolutions (conv5_3 only)."""
-    cache: Path = Field(default_factory=lambda: _cache_home() / "features")
+    cache: Path = Field(default_factory=lambda: cache_home() / "features")
     """Folder of the cached features."""
     precision: Precision = "auto"
     """Precision of the extraction; ``auto``: bfloat16 if the device has instructions for it, else float32."""
@@ -230,8 +230,13 @@ class FeaturesConfig(Section):
         return self
 
 
-def _cache_home() -> Path:
-    return Path(os.environ.get("XDG_CACHE_HOME") or Path.home() / ".cache") / "capexp"
+def cache_home() -> Path:
+    """Return the user's cache folder of the project; ``~/.cache/capexp`` as it stands if there is no home."""
+    given = os.environ.get("XDG_CACHE_HOME")
+    try:
+        return (Path(given) if given else Path.home() / ".cache") / "capexp"
+    except RuntimeError:  # HOME is unset, and the user is not known to the system
+        return Path("~/.cache/capexp")
 
 
 class ModelConfig(Section):

@@ -278,3 +278,19 @@ def test_settings_recorded_before_a_setting_existed_are_read_as_they_were_meant(
     (tmp_path / "before.toml").write_text(before)
     assert load_recorded(tmp_path / "before.toml").vocabulary.tokens == "whitespace"
     assert text_before("vocabulary.tokens") == "whitespace" and text_before("training.average") == "0.0"
+
+
+def test_without_a_home_the_cache_must_be_named(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    def homeless() -> Path:
+        raise RuntimeError("Could not determine home directory.")
+
+    monkeypatch.setattr(Path, "home", homeless)
+    monkeypatch.delenv("XDG_CACHE_HOME", raising=False)
+    path = write(tmp_path)
+    with pytest.raises(
+        InputError, match=r"^features\.cache: there is no home folder .*--features\.cache FOLDER.*XDG_CACHE"
+    ):
+        load_experiment(path, {})
+    assert load_experiment(path, {"features.cache": "here"}).features.cache == Path("here")
+    monkeypatch.setenv("XDG_CACHE_HOME", str(tmp_path))
+    assert load_experiment(path, {}).features.cache == tmp_path / "capexp" / "features"

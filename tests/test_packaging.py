@@ -4,6 +4,7 @@ import re
 import shutil
 import subprocess
 import sys
+import sysconfig
 import tomllib
 import zipfile
 from pathlib import Path
@@ -11,6 +12,7 @@ from pathlib import Path
 import pytest
 import yaml
 from packaging.requirements import Requirement
+from user_folder import Folder
 
 ROOT = Path(__file__).parents[1]
 
@@ -48,6 +50,7 @@ def test_the_python_pinned_is_exact_and_allowed() -> None:
 def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
     source = tmp_path / "source"
     shutil.copytree(ROOT / "capexp", source / "capexp", ignore=shutil.ignore_patterns("__pycache__"))
+    shutil.copytree(ROOT / "experiments", source / "experiments", ignore=shutil.ignore_patterns("__pycache__"))
     for name in ("pyproject.toml", "README.md", "LICENSE"):
         shutil.copy(ROOT / name, source)
     wheel = [sys.executable, "-m", "pip", "wheel", "--quiet", "--no-deps", "--no-build-isolation", "--wheel-dir"]
@@ -56,3 +59,34 @@ def test_a_wheel_carries_every_file_of_the_package(tmp_path: Path) -> None:
     files = {str(path.relative_to(source)) for path in (source / "capexp").rglob("*") if path.is_file()}
     assert "capexp/report/gallery.html" in files
     assert files <= set(zipfile.ZipFile(built).namelist())
+    installed = install(built, tmp_path / "venv")
+    folder = Folder(tmp_path / "user")
+    folder.path.mkdir()
+    del folder.environment["PYTHONPATH"]
+    folder.environment |= {"XDG_CACHE_HOME": str(tmp_path / "caches"), "HOME": str(tmp_path), "COLUMNS": "300"}
+
+    def run(*words: str, status: int = 0) -> str:
+        process = folder.start(str(installed), *words)
+        out, err = process.communicate(timeout=300)
+        assert process.returncode == status, err
+        return out + err
+
+    data = tmp_path / "venv" / "share" / "capexp" / "experiments"
+    before = {path: path.stat().st_mtime for path in data.rglob("*")}
+    told = run("train", "--training.epochs", "1", "--model.lstm_units", "16", "--model.embedding_size", "16")
+    assert "registered  capexp-scenes version 1" in told
+    assert {path: path.stat().st_mtime for path in data.rglob("*")} == before, "installed files are only read"
+    assert str(tmp_path / "caches" / "capexp" / "flickr8k") in run("download", "--help")
+    told = run("train", "--experiment", "flickr8k-merge-conv", "--dry-run", status=2)
+    assert f"{tmp_path / 'caches' / 'capexp' / 'flickr8k'}: no such folder" in told
+    assert "COMMAND is one of train, tune" in run("--help") and "COMMAND" in run("paint", status=2)
+
+
+def install(wheel: Path, folder: Path) -> Path:
+    """Install a wheel in a new environment that shares the other packages of this one; return its command."""
+    subprocess.run([sys.executable, "-m", "venv", "--without-pip", str(folder)], check=True)
+    (packages,) = folder.glob("lib/python*/site-packages")
+    (packages / "others.pth").write_text(sysconfig.get_path("purelib") + "\n")
+    pip = [sys.executable, "-m", "pip", "--python", str(folder / "bin" / "python"), "install", "--quiet", "--no-deps"]
+    subprocess.run([*pip, str(wheel)], check=True)
+    return folder / "bin" / "capexp"

@@ -2,13 +2,16 @@
 
 import hashlib
 import math
-from collections.abc import Sequence
-from dataclasses import dataclass, replace
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field, replace
+from itertools import islice
 from pathlib import Path
+from typing import Any, overload
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from torch import nn
 
 from capexp.captioning.bundle import Settings, TrainingRecord, read_bundle, read_tensors, write_bundle
@@ -18,12 +21,12 @@ from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
 from capexp.data.captions import PhotosBySplit
 from capexp.data.dataset import Dataset
-from capexp.data.photos import read_photo, squash
+from capexp.data.photos import Photo, read_photo, squash
 from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
 from capexp.data.vgg16_weights import NETS, State
 from capexp.data.vocabulary import PAD, Vocabulary
 from capexp.errors import InputError
-from capexp.experiment import members_of
+from capexp.experiment import members_of, override_decoding
 from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig
 
 _ENCODER_BATCH = 32  # photos
@@ -39,6 +42,9 @@ class Caption:
     """The natural logarithm of the whole caption's probability."""
     alternatives: tuple["Caption", ...] = ()
     """The other hypotheses of the beam, the best first."""
+    attention: NDArray[np.float32] | None = field(default=None, compare=False, repr=False)
+    """The attention weights ``(T, side, side)`` over the photo's grid, for each of the T words; only if asked for, and
+    only of an attention decoder."""
 
 
 class Captioner:
@@ -179,10 +185,44 @@ class Captioner:
             ]
         return maps
 
+    @overload
+    def __call__(self, photos: Photo, **decoding: Any) -> Caption: ...
+
+    @overload
+    def __call__(self, photos: list[Any] | tuple[Any, ...], **decoding: Any) -> list[Caption]: ...
+
+    @overload
+    def __call__(self, photos: Iterator[Any], **decoding: Any) -> Iterator[Caption]: ...
+
+    def __call__(self, photos: Photo | Iterable[Photo], **decoding: Any) -> Caption | list[Caption] | Iterator[Caption]:
+        """Return the caption of a photo, or the captions of several.
+
+        A photo is a path, the bytes of its file, a PIL image, or an array ``(height, width, 3)`` of uint8. A list or
+        tuple gives a list; an iterator gives an iterator, which reads some photos at a time. Keyword arguments replace
+        decoding settings: ``method="beam", beam_width=5``. Captions of an attention decoder have attention maps.
+        A photo that cannot be read, and a setting that does not exist, raise InputError.
+        """
+        settings = override_decoding(self.decoding, {f"decoding.{name}": value for name, value in decoding.items()})
+        check_beam_width(settings, self.vocabulary)
+        if isinstance(photos, Path | str | bytes | Image.Image | np.ndarray):
+            return next(self._captions_of(iter([photos]), settings))
+        captions = self._captions_of(iter(photos), settings)
+        return captions if isinstance(photos, Iterator) else list(captions)
+
+    def _captions_of(self, photos: Iterator[Photo], decoding: DecodingConfig) -> Iterator[Caption]:
+        while batch := list(islice(photos, _ENCODER_BATCH)):
+            for caption in self.caption_photos(batch, decoding, with_attention=self.decoder.has_attention):
+                if isinstance(caption, InputError):
+                    raise caption
+                yield caption
+
     def caption_photos(
-        self, photos: list[Path | bytes], decoding: DecodingConfig | None = None
+        self, photos: Sequence[Photo], decoding: DecodingConfig | None = None, with_attention: bool = False
     ) -> list[Caption | InputError]:
-        """Return for each photo its caption, or the error if the photo cannot be read."""
+        """Return for each photo its caption, or the error if the photo cannot be read.
+
+        ``with_attention`` adds the attention maps, which takes a decoder that has them.
+        """
         results: list[Caption | InputError] = []
         for start in range(0, len(photos), _ENCODER_BATCH):
             batch = photos[start : start + _ENCODER_BATCH]
@@ -198,7 +238,11 @@ class Captioner:
             captions: dict[int, Caption] = {}
             if pixels:
                 features = self.use_encoder().encode(list(pixels.values()))
-                captions = dict(zip(pixels, self.caption_features(features, decoding), strict=True))
+                told = self.caption_features(features, decoding)
+                if with_attention:
+                    maps = self.attention_maps(features, [caption.text for caption in told])
+                    told = [replace(caption, attention=of) for caption, of in zip(told, maps, strict=True)]
+                captions = dict(zip(pixels, told, strict=True))
             results += [faults[i] if i in faults else captions[i] for i in range(len(batch))]
         return results
 

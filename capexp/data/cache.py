@@ -14,7 +14,7 @@ import zlib
 from collections import deque
 from collections.abc import Callable, Iterator
 from concurrent.futures import Future, ThreadPoolExecutor, wait
-from contextlib import closing, contextmanager
+from contextlib import ExitStack, closing, contextmanager
 from dataclasses import asdict
 from functools import partial
 from io import FileIO
@@ -88,8 +88,10 @@ class FeatureCache:
         the new one is complete, and also if a photo cannot be read.
         """
         assert encoder.identity.key() == self.identity.key()
-        self.path.parent.mkdir(parents=True, exist_ok=True)
-        with self._lock():
+        with ExitStack() as stack:
+            with self._opening():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(self._lock())
             absent = set(digests)
             if not recompute:
                 absent -= {digest for digest, row in zip(digests, self.lookup(digests), strict=True) if row >= 0}
@@ -134,7 +136,19 @@ class FeatureCache:
         return cache
 
     def _lock(self, blocking: bool = True) -> FileLock:
-        return FileLock(self.path.with_suffix(".lock"), blocking=blocking)
+        # Whoever may write in the folder may lock it: a group may share a cache.
+        return FileLock(self.path.with_suffix(".lock"), blocking=blocking, mode=0o666)
+
+    @contextmanager
+    def _opening(self) -> Iterator[None]:
+        """Convert errors of a folder or file that this user may not write, or that cannot be there."""
+        try:
+            yield
+        except (PermissionError, FileNotFoundError, FileExistsError, NotADirectoryError) as error:
+            raise InputError(
+                f"features.cache = '{self.path.parent}': cannot be written ({error.strerror}: {error.filename}); give "
+                "--features.cache FOLDER, set XDG_CACHE_HOME, or let your group write there (chmod -R g+w)"
+            ) from None
 
     @property
     def _part(self) -> Path:
@@ -199,7 +213,8 @@ class FeatureCache:
                     self._part.replace(self.path)
             finally:
                 self._part.unlink(missing_ok=True)
-        file = self.path.open("r+b", buffering=0)  # unbuffered: a write to a full disk fails at once
+        with self._opening():
+            file = self.path.open("r+b", buffering=0)  # unbuffered: a write to a full disk fails at once
         file.truncate(_HEADER + count * self._record.itemsize)
         file.seek(0, 2)
         return file

@@ -7,6 +7,7 @@ import io
 import logging
 import os
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
 
@@ -29,17 +30,24 @@ _HEIF = frozenset({".heic", ".heif", ".hif"})
 _HEIF_REMEDY = "pip install pillow-heif, which reads HEIC"
 
 
-def read_photo(source: Path | bytes) -> Image.Image:
+Photo = Path | str | bytes | Image.Image | NDArray[np.uint8]
+"""A photo: its path, the bytes of its file, an open image, or an array ``(height, width, 3)`` of RGB values."""
+
+
+def read_photo(source: Photo) -> Image.Image:
     """Return a photo as an upright RGB image: first frame, EXIF rotation applied, transparency over white.
 
     What cannot be decoded as a picture is refused, and so is a picture of more than 100 megapixels.
     """
     _with_heif()
+    if isinstance(source, np.ndarray):
+        source = _from_array(source)
+    source = Path(source) if isinstance(source, str) else source
     name = str(source) if isinstance(source, Path) else "the photo"
     if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for ever
         raise InputError(f"{name}: no such file")
     try:
-        with Image.open(source if isinstance(source, Path) else io.BytesIO(source)) as image:
+        with _opened(source) as image:
             width, height = image.size
             if width * height > MAXIMUM_PIXELS:
                 raise InputError(f"{name}: {width}x{height} pixels are over {MAXIMUM_PIXELS:,}; scale it down")
@@ -58,6 +66,21 @@ def read_photo(source: Path | bytes) -> Image.Image:
             if isinstance(source, Path) and source.suffix.lower() in _HEIF and not _with_heif():
                 raise InputError(f"{name}: HEIC, which Pillow alone cannot read; {_HEIF_REMEDY}") from None
         raise InputError(f"{name}: cannot be read as a picture ({reason}); replace it") from None
+
+
+def _from_array(values: NDArray[np.uint8]) -> Image.Image:
+    if values.ndim != 3 or values.shape[2] != 3 or values.dtype != np.uint8 or values.size == 0:
+        raise InputError(
+            f"the photo: an array {values.shape} of {values.dtype}; give (height, width, 3) of uint8, in RGB order"
+        )
+    return Image.fromarray(values)
+
+
+def _opened(source: Path | bytes | Image.Image) -> AbstractContextManager[Image.Image]:
+    """Return a context with the image; an image that the caller has opened stays open."""
+    if isinstance(source, Image.Image):
+        return nullcontext(source)
+    return Image.open(source if isinstance(source, Path) else io.BytesIO(source))
 
 
 def _rgb(image: Image.Image) -> Image.Image:

@@ -453,3 +453,29 @@ def test_shards_of_ranks_are_merged(photos: list[Path], encoder: Encoder, tmp_pa
     found = cache_features(photos, cache, never, 2)  # merges the other one first
     np.testing.assert_array_equal(all_of(found), expected)
     assert not list(cache.path.parent.glob("*-rank*.features"))
+
+
+@pytest.mark.parametrize("folder", ["/proc/nobody/features", "/dev/null/features"])
+def test_a_folder_that_cannot_be_made_is_told_with_the_remedies(
+    folder: str, photos: list[Path], encoder: Encoder
+) -> None:
+    cache = FeatureCache(Path(folder), encoder.identity)
+    with pytest.raises(InputError) as caught:
+        cache.extend(photos[:1], digest_photos(photos[:1]), encoder, 4)
+    line = str(caught.value)
+    assert line.startswith(f"features.cache = '{folder}': cannot be written (")
+    for remedy in ("--features.cache FOLDER", "XDG_CACHE_HOME", "chmod -R g+w"):
+        assert remedy in line
+
+
+def test_whoever_may_write_in_the_folder_may_lock_the_cache(
+    tmp_path: Path, photos: list[Path], encoder: Encoder
+) -> None:
+    cache = FeatureCache(tmp_path / "shared", encoder.identity)
+    before = os.umask(0o002)  # as users set it who share folders with their group
+    try:
+        cache.extend(photos[:1], digest_photos(photos[:1]), encoder, 4)
+    finally:
+        os.umask(before)
+    for file in cache.path.parent.iterdir():
+        assert file.stat().st_mode & 0o060 == 0o060, file
