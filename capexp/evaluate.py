@@ -1,6 +1,7 @@
 """Evaluate a captioner on a split: loss and scores, and the same with photos shuffled (image-blind baseline)."""
 
 import json
+import sys
 
 from capexp import cli
 
@@ -13,6 +14,12 @@ def evaluate(argv: list[str] | None = None) -> int:
     cli.add_model(parser)
     parser.add_argument(
         "--java", action="store_true", help="also compute METEOR and SPICE, which need Java and pycocoevalcap"
+    )
+    parser.add_argument(
+        "--log",
+        action="store_true",
+        help="log the scores to MLflow as a run of its own, linked to the model and the split; under mlflow run, which "
+        "makes a run, they are always logged",
     )
     arguments, settings = parser.parse(argv)
     cli.refuse_output(parser, arguments.output)
@@ -35,6 +42,16 @@ def evaluate(argv: list[str] | None = None) -> int:
     print(text)
     if arguments.output is not None:
         write_whole(arguments.output, text + "\n")
+    from capexp.tracking.known_runs import adopted_run
+
+    if arguments.log or adopted_run() is not None:
+        from capexp.tracking.evaluation_run import log_evaluation
+        from capexp.tracking.run import Input
+
+        path = experiment.captions.list_of(arguments.split)
+        context = "evaluation" if arguments.split == "test" else "validation"
+        data = Input(f"{experiment.name}-{arguments.split}", context, path, str(scores["split_digest"]))
+        print(f"logged as run {log_evaluation(scores, data)}", file=sys.stderr)
     return 0
 
 

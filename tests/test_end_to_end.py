@@ -578,3 +578,56 @@ def test_the_template_goes_from_ones_own_photos_to_a_registered_captioner(
     model = "models:/capexp-own-photos@champion"
     printed = folder.run("caption", "--model", model, str(flickr8k / "Flicker8k_Dataset" / photos["dev"][0]))
     assert printed.stdout.strip().partition("\t")[2]
+
+
+def linked_metrics(folder: Folder, model_id: str) -> dict[tuple[str, str], float]:
+    """The metrics that MLflow shows on a model's page, by data set and name."""
+    model = folder.client.get_logged_model(model_id)
+    return {(metric.dataset_name, metric.key): metric.value for metric in model.metrics if metric.dataset_name}
+
+
+@pytest.mark.slow
+def test_scores_stand_on_the_models_page_and_a_plain_evaluation_writes_nothing(trained: Trained) -> None:
+    folder, _ = trained
+    (run,) = folder.runs()
+    (model,) = folder.client.search_logged_models([run.info.experiment_id])
+    linked = linked_metrics(folder, model.model_id)
+    for name in ("best_dev_loss", "dev_loss_blind", "dev_cider", "dev_bleu_4"):
+        assert linked["scenes-dev", name] == run.data.metrics[name]
+        assert len(folder.client.get_metric_history(run.info.run_id, name)) == 1, "logged once"
+    (dev,) = [item.dataset for item in run.inputs.dataset_inputs if item.dataset.name == "scenes-dev"]
+    assert {metric.dataset_digest for metric in folder.client.get_logged_model(model.model_id).metrics} <= {
+        dev.digest,
+        None,
+    }
+
+    champion = ("--model", "models:/capexp-scenes@champion", "--split", "test")
+    before = run.to_dictionary()
+    plain = json.loads(folder.run("evaluate", *champion).stdout)
+    assert [one.to_dictionary() for one in folder.runs()] == [before]
+    printed = folder.run("evaluate", *champion, "--log")
+    first, second = folder.runs()
+    assert first.to_dictionary() == before, "a finished training run is not written to"
+    assert second.info.run_id in printed.stderr and second.info.status == "FINISHED"
+    linked = linked_metrics(folder, model.model_id)
+    for name, key in (("test_loss", "cross_entropy"), ("test_cider", "cider"), ("test_bleu_4", "bleu_4")):
+        assert linked["scenes-test", name] == second.data.metrics[name] == pytest.approx(plain[key], rel=1e-6)
+    assert second.data.params["decoding.method"] == plain["decoding"]["method"]
+    assert [item.dataset.name for item in second.inputs.dataset_inputs] == ["scenes-test"]
+    inputs = folder.client.get_run(second.info.run_id).inputs
+    assert [item.model_id for item in inputs.model_inputs] == [model.model_id]
+    assert json.loads(folder.artifact(second, "scores.json").read_text())["photos"] == 100
+    # Of a bundle there is no model; under `mlflow run` its run gets the scores.
+    bundle = max(folder.path.glob("checkpoints/*/ep*"))
+    made = folder.client.create_run(run.info.experiment_id)
+    folder.client.log_param(made.info.run_id, "model", "'given by mlflow'")
+    folder.environment["MLFLOW_RUN_ID"] = made.info.run_id
+    try:
+        folder.run("evaluate", "--model", str(bundle))
+    finally:
+        del folder.environment["MLFLOW_RUN_ID"]
+    adopted = folder.client.get_run(made.info.run_id)
+    assert adopted.data.metrics["dev_cider"] == pytest.approx(run.data.metrics["dev_cider"], rel=1e-4)
+    assert adopted.data.params["model"] == "'given by mlflow'"
+    for other in (second, adopted):
+        folder.client.delete_run(other.info.run_id)  # what the tests after this one find is as before

@@ -160,9 +160,8 @@ def evaluate_dev(captioner: Captioner, batches: CaptionBatches, train: Iterable[
     """Evaluate a captioner on dev ``batches``; ``train`` are the train captions, for the share that is copied."""
     blind = blind_cross_entropy(captioner.decoder, batches, seed)
     captions = caption_all(captioner, batches.features)
-    return Evaluation(
-        blind, captions, score_captions(captions, batches.split, seed, train, captioner.vocabulary.tokens)
-    )
+    scores = score_captions(captions, batches.split, seed, train, captioner.vocabulary.tokens)
+    return Evaluation(blind, captions, scores)
 
 
 def caption_all(captioner: Captioner, features: Features) -> list[Caption]:

@@ -9,6 +9,7 @@ from capexp.captioning.evaluation import Evaluation, evaluate_dev
 from capexp.report.gallery import GalleryCard, Heading, choose, make_cards, write_gallery
 from capexp.report.plots import draw_histogram, draw_scores
 from capexp.runs.lifecycle import OpenRun, Plan
+from capexp.tracking.outbox import Point
 
 
 def evaluate_on_dev(plan: Plan, captioner: Captioner) -> Evaluation:
@@ -20,17 +21,17 @@ def evaluate_on_dev(plan: Plan, captioner: Captioner) -> Evaluation:
 
 def conclude(
     run: OpenRun, captioner: Captioner, metrics: dict[str, float]
-) -> tuple[Evaluation, tuple[GalleryCard, ...]]:
+) -> tuple[Evaluation, tuple[GalleryCard, ...], list[Point]]:
     """Evaluate a run's captioner on dev; log metrics, plots and a gallery.
 
     ``metrics`` come from training and are logged together with the metrics of the evaluation. Returns the evaluation,
-    and the gallery cards of some dev photos, sampled at random.
+    the gallery cards of some dev photos, sampled at random, and what was logged as metrics.
     """
     experiment, data, tracked = run.plan.experiment, run.plan.data, run.tracked
     record, folder = captioner.record, tracked.folder
     assert record is not None
     evaluation = evaluate_on_dev(run.plan, captioner)
-    tracked.log_metrics(metrics | evaluation.metrics(), step=record.epoch or 0, timestamp=time.time_ns() // 1_000_000)
+    points = tracked.log_metrics(metrics | evaluation.metrics(), record.epoch or 0, time.time_ns() // 1_000_000)
     name, seed = experiment.name, experiment.seed
     tracked.log_artifact(draw_scores(evaluation.scores, seed, name, folder / "scores.png"))
     tracked.log_artifact(draw_histogram(evaluation.scores, name, folder / "cider.png"))
@@ -51,4 +52,4 @@ def conclude(
         shown_maps = captioner.attention_maps(features, [cards[position].caption for position in choice.shown])
         maps = dict(zip(choice.shown, shown_maps, strict=True))
     tracked.log_artifact(write_gallery(cards, choice, heading, seed, folder / "captions.html", maps))
-    return evaluation, tuple(cards[position] for position in choice.random)
+    return evaluation, tuple(cards[position] for position in choice.random), points

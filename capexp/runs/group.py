@@ -146,9 +146,11 @@ def _summarize(run: OpenRun, results: Mapping[int, Result]) -> SeedsResult:
     logged |= {f"{name}_std": spread.deviation for name, spread in spreads.items()}
     run.tracked.log_metrics(logged, len(metrics), time.time_ns() // 1_000_000)
     best = min(metrics, key=lambda seed: _selection_cost(metrics[seed], experiment))
+    best_loss = {"best_dev_loss": metrics[best]["best_dev_loss"]}
+    points = run.tracked.log_metrics(best_loss, best, time.time_ns() // 1_000_000)
     run.tracked.set_tags({"best_seed": str(best), "best_run": results[best].run_id})
     best_experiment = replace_settings(experiment, {"seed": best})
-    version = register_bundle(run.with_experiment(best_experiment), results[best].bundle)
+    version = register_bundle(run.with_experiment(best_experiment), results[best].bundle, points)
     spread_texts = [
         f"{name} {spreads[name].mean:.4f} ± {spreads[name].deviation:.4f}" for name in ("best_dev_loss", "dev_cider")
     ]
@@ -197,8 +199,8 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
         run.tracked.log_params({"decoder_parameters": str(captioner.decoder.parameter_count())})
         bundle = captioner.save(run.folder.path / _ENSEMBLE)
         metrics = {"dev_loss": loss, "dev_perplexity": perplexity(loss), "best_dev_loss": loss}
-        evaluation, samples = conclude(run, captioner, metrics)
-        version = register(run, captioner, evaluation, encoder)
+        evaluation, samples, points = conclude(run, captioner, metrics)
+        version = register(run, captioner, evaluation, encoder, points)
         describe_end(run, captioner, evaluation, bundle, version)
         blind = evaluation.blind.per_token
         result = Result(

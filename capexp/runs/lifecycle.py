@@ -53,6 +53,12 @@ class Plan:
     is_shared: bool = False
     """Whether several processes may open the run at once, as for a study: they share the lock of its folder."""
 
+    def input(self, name: SplitName) -> Input:
+        """Return a split as it is logged as an MLflow dataset."""
+        experiment, split = self.experiment, self.data.splits[name]
+        path = experiment.captions.list_of(name)
+        return Input(f"{experiment.name}-{name}", _CONTEXTS[name], path, split.digest())
+
 
 @dataclass(frozen=True)
 class OpenRun:
@@ -116,12 +122,7 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
         log.debug("capexp %s, %s, %s\n%s", __version__, plan.data.encoder, device, to_toml(experiment))
         tracked.log_params(experiment.flat())
         tracked.set_tags(_data_tags(plan.data) | {"device": str(device)})
-        tracked.log_inputs(
-            [
-                Input(f"{experiment.name}-{name}", _CONTEXTS[name], experiment.captions.list_of(name), split.digest())
-                for name, split in plan.data.splits.items()
-            ]
-        )
+        tracked.log_inputs([plan.input(name) for name in plan.data.splits])
         tracked.log_artifact(settings)
         for path in folder.write_splits(plan.data.drawn or {}):
             tracked.log_artifact(path)

@@ -3,6 +3,7 @@
 import logging
 import shutil
 import time
+from collections.abc import Sequence
 from contextlib import suppress
 from dataclasses import asdict, dataclass, field
 from pathlib import Path
@@ -19,6 +20,7 @@ from capexp.runs.lifecycle import OpenRun
 from capexp.settings import WEIGHTS, Experiment
 from capexp.tracking import registry
 from capexp.tracking.known_runs import git_commit
+from capexp.tracking.outbox import Point
 from capexp.tracking.registry import Score, Version
 from capexp.tracking.run import TrackedRun
 from capexp.tracking.store import patience, short_patience, undisturbed
@@ -42,14 +44,20 @@ class Registration:
     """The fields of its :class:`Score`."""
     promote: bool = False
     """Whether it becomes ``champion`` regardless of its score."""
+    points: list[Point] = field(default_factory=list)
+    """The run's final metrics, to be linked to the logged model; earlier versions of the project stored none."""
+    dataset: tuple[str, str] = ("", "")
+    """Name and digest of the dev split in MLflow."""
 
 
-def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder: State | None) -> Version:
+def register(
+    run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder: State | None, points: Sequence[Point]
+) -> Version:
     """Register a captioner under its run, with model card and score; make it ``champion`` if it scores better.
 
-    ``encoder`` are VGG16's weights, which are saved with the captioner if given. An interrupt is delayed until the
-    captioner is registered. Raises :class:`Unsent` if the server is unreachable; :func:`carry_out` can then register
-    the captioner later.
+    ``encoder`` are VGG16's weights, which are saved with the captioner if given. ``points`` are the run's final
+    metrics, which are linked to the model. An interrupt is delayed until the captioner is registered. Raises
+    :class:`Unsent` if the server is unreachable; :func:`carry_out` can then register the captioner later.
     """
     assert captioner.record is not None
     experiment, data = run.plan.experiment, run.plan.data
@@ -62,20 +70,27 @@ def register(run: OpenRun, captioner: Captioner, evaluation: Evaluation, encoder
     )
     card = model_card(experiment, data, captioner, evaluation)
     tags = score.tags() | {"experiment": experiment.name, "git_commit": git_commit()}
-    registration = Registration(experiment.registry.model, card, tags, asdict(score), run.plan.promote)
+    registration = Registration(
+        experiment.registry.model, card, tags, asdict(score), run.plan.promote, list(points),
+        run.plan.input("dev").mlflow_key,
+    )  # fmt: skip
     version = _deliver(run.tracked, captioner, encoder, registration, patience())
     assert version is not None
     log.debug("registered %s", version.describe())
     return version
 
 
-def register_bundle(run: OpenRun, bundle: Path) -> Version:
-    """Evaluate a captioner that a nested run has trained, and register it under the parent run ``run``."""
+def register_bundle(run: OpenRun, bundle: Path, points: Sequence[Point]) -> Version:
+    """Evaluate a captioner that a nested run has trained, and register it under the parent run ``run``.
+
+    ``points`` are metrics that the parent run has logged, to be linked to the model beside those of the evaluation.
+    """
     captioner = Captioner.load(bundle, run.device)
     evaluation = evaluate_on_dev(run.plan, captioner)
     assert captioner.record is not None
-    run.tracked.log_metrics(evaluation.metrics(), captioner.record.epoch or 0, time.time_ns() // 1_000_000)
-    return register(run, captioner, evaluation, encoder_weights(run.plan.experiment))
+    at = time.time_ns() // 1_000_000
+    logged = run.tracked.log_metrics(evaluation.metrics(), captioner.record.epoch or 0, at)
+    return register(run, captioner, evaluation, encoder_weights(run.plan.experiment), [*points, *logged])
 
 
 def log_interrupted(tracked: TrackedRun, captioner: Captioner, encoder: State | None) -> None:
@@ -111,6 +126,8 @@ def carry_out(tracked: TrackedRun, registration: Registration) -> Version | None
             if number is None:
                 model_id = registry.log_captioner(tracked.run_id, bundle)
                 number = registry.register_model(model_id, name, captioner)
+            if registration.points:
+                registry.link_metrics(tracked.run_id, name, number, registration.points, registration.dataset)
             registry.describe_version(name, number, captioner, registration.card, registration.tags)
             version = registry.promote(name, number, Score(**registration.score), force=registration.promote)
             champion = f"{version.champion}: {version.reason}"

@@ -93,7 +93,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
             bundle = _best_bundle(run.folder, experiment)
             captioner = Captioner.load(bundle, run.device)
             metrics = {"best_dev_loss": best.dev_loss, "best_epoch": float(best.number)}
-            evaluation, samples = conclude(run, captioner, metrics)
+            evaluation, samples, points = conclude(run, captioner, metrics)
         except Pruned:
             run.tracked.set_tags({"pruned": "true"})
             run.tracked.describe(describe_run(experiment, plan.data, ["Pruned: its dev losses were not promising."]))
@@ -107,7 +107,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
             raise
         version = None
         if plan.registers:
-            version = register(run, captioner, evaluation, encoder)
+            version = register(run, captioner, evaluation, encoder, points)
         describe_end(run, captioner, evaluation, bundle, version)
         return Result(
             run.run_id, bundle, best, dev_loss=best.dev_loss, dev_loss_blind=evaluation.blind.per_token,

@@ -155,10 +155,10 @@ class Trials:
                 f"trial {best.number} is the best, but its captioner is not in {self.folder / best.run_id}; "
                 "give the same command where it was trained"
             )
-        run.tracked.log_metrics({"best_dev_loss": best.dev_loss}, best.number, time.time_ns() // 1_000_000)
+        points = run.tracked.log_metrics({"best_dev_loss": best.dev_loss}, best.number, time.time_ns() // 1_000_000)
         tags = {f"best.{name}": str(value) for name, value in best.values.items()}
         run.tracked.set_tags({"best_trial": str(best.number), "best_run": best.run_id} | tags)
-        version = register_bundle(run.with_experiment(experiment), bundle)
+        version = register_bundle(run.with_experiment(experiment), bundle, points)
         values = ", ".join(f"{name} = {value}" for name, value in best.values.items())
         result = f"The best trial is {best.number}, with dev loss {best.dev_loss:.4f} nats per token and {values}."
         run.tracked.describe(describe_run(self.experiment, self.data, [result, describe_use(version.numbered_uri)]))

@@ -32,6 +32,8 @@ log = logging.getLogger(__name__)
 
 JOURNAL = "journal.jsonl"
 """The journal's name in a run's folder."""
+Point = tuple[str, float, int, int]
+"""A logged value of a metric: name, value, time in milliseconds since 1970, step."""
 METRICS, PARAMS, TAGS, INPUT, ARTIFACT = "metrics", "params", "tags", "input", "artifact"
 """The kinds of entries that an outbox sends. Those of other kinds are handled by ``TrackedRun``."""
 _KINDS = (METRICS, PARAMS, TAGS, INPUT, ARTIFACT)

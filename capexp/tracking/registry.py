@@ -3,13 +3,15 @@
 import base64
 import importlib.metadata
 import io
-from collections.abc import Mapping
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import get_args
 
 import mlflow
 import pandas as pd
+from mlflow.entities import Metric as LoggedMetric
+from mlflow.entities.model_registry import ModelVersion
 from mlflow.exceptions import MlflowException
 from mlflow.models import Model, ModelSignature
 from mlflow.tracking import MlflowClient
@@ -22,6 +24,7 @@ from capexp.distributed import environment
 from capexp.errors import InputError
 from capexp.settings import Metric, TokenRule
 from capexp.tracking.models import find_bundle
+from capexp.tracking.outbox import Point
 from capexp.tracking.store import artifact_faults, is_missing, store_lock
 
 ARTIFACT = "captioner"
@@ -161,6 +164,23 @@ def log_captioner(run_id: str, bundle: Path) -> str:
 def register_model(model_id: str, name: str, captioner: Captioner) -> str:
     """Register a logged captioner as a new version of a model; return the version's number."""
     return str(mlflow.register_model(f"models:/{model_id}", name, tags={_DIGEST: captioner.digest()}).version)
+
+
+def link_metrics(run_id: str, name: str, number: str, points: Sequence[Point], dataset: tuple[str, str]) -> None:
+    """Link metrics of a run to the logged model of a version and to a data set, for MLflow's pages of models.
+
+    ``points`` are values that the run has already, so nothing is added to it. ``dataset`` is the name and the digest of
+    the data set in MLflow.
+    """
+    client = MlflowClient()
+    model_id = model_id_of(client.get_model_version(name, number))
+    client.log_batch(run_id, metrics=[LoggedMetric(*point, model_id, *dataset) for point in points])
+
+
+def model_id_of(version: ModelVersion) -> str | None:
+    """Return the id of the logged model that a version was registered from; MLflow mostly gives it as the source."""
+    scheme, _, source = str(version.source).partition("models:/")
+    return str(version.model_id or source) if not scheme and source else None
 
 
 def registered_version(name: str, run_id: str, captioner: Captioner) -> str | None:

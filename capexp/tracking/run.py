@@ -20,7 +20,7 @@ from sqlalchemy.exc import SQLAlchemyError
 
 from capexp.errors import Outage, Unsent
 from capexp.tracking.known_runs import ADOPTED, adopted_run
-from capexp.tracking.outbox import ARTIFACT, INPUT, JOURNAL, METRICS, PARAMS, TAGS, Entry, Journal, Outbox
+from capexp.tracking.outbox import ARTIFACT, INPUT, JOURNAL, METRICS, PARAMS, TAGS, Entry, Journal, Outbox, Point
 from capexp.tracking.sampler import Sampler
 from capexp.tracking.store import (
     fault_of,
@@ -58,6 +58,17 @@ class Input:
     digest: str
     """The digest of the split's content; MLflow gets its first 36 characters."""
 
+    @property
+    def mlflow_key(self) -> tuple[str, str]:
+        """The dataset's name and digest in MLflow."""
+        return self.name, self.digest[:36]
+
+
+def as_dataset(item: Input) -> MetaDataset:
+    """Return a split as MLflow describes data sets."""
+    name, digest = item.mlflow_key
+    return MetaDataset(LocalArtifactDatasetSource(str(item.path.absolute())), name=name, digest=digest)
+
 
 class TrackedRun:
     """A run to which this process logs, through the journal in the run's folder.
@@ -79,9 +90,11 @@ class TrackedRun:
         """Log those params that the run does not have yet."""
         self._outbox.log(PARAMS, {name: value[:_PARAM_LENGTH] for name, value in params.items()})
 
-    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> None:
-        """Log the values of one step; ``timestamp`` is in milliseconds since 1970."""
-        self._outbox.log(METRICS, [[name, float(value), timestamp, step] for name, value in metrics.items()])
+    def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> list[Point]:
+        """Log the values of one step; ``timestamp`` is in milliseconds since 1970. Return what was logged."""
+        points: list[Point] = [(name, float(value), timestamp, step) for name, value in metrics.items()]
+        self._outbox.log(METRICS, points)
+        return points
 
     def set_tags(self, tags: Mapping[str, str]) -> None:
         """Set tags; tags with the same names are replaced."""
@@ -94,9 +107,7 @@ class TrackedRun:
     def log_inputs(self, inputs: list[Input]) -> None:
         """Log splits as MLflow datasets."""
         for item in inputs:
-            source = LocalArtifactDatasetSource(str(item.path.absolute()))
-            dataset = MetaDataset(source, name=item.name, digest=item.digest[:36])
-            self._outbox.log(INPUT, {"context": item.context, "dataset": dataset.to_dict()})
+            self._outbox.log(INPUT, {"context": item.context, "dataset": as_dataset(item).to_dict()})
 
     def log_artifact(self, path: Path) -> None:
         """Copy a file of the run's folder to its artifacts. The file's content is read when it is sent."""

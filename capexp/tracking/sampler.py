@@ -19,7 +19,7 @@ class Sampler(SystemMetricsMonitor):  # type: ignore[misc]
     when MLflow is updated.
     """
 
-    def __init__(self, run_id: str, resumed: bool, write: Callable[[Mapping[str, float], int, int], None]) -> None:
+    def __init__(self, run_id: str, resumed: bool, write: Callable[[Mapping[str, float], int, int], object]) -> None:
         """Prepare the monitor; ``write`` takes metrics, step, and time in milliseconds since 1970."""
         super().__init__(run_id, sampling_interval=_SECONDS, samples_before_logging=1, resume_logging=resumed)
         self._write = write

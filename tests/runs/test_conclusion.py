@@ -53,7 +53,7 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
     captioner.record = TrainingRecord(epoch=None, train_loss=None, dev_loss=5.0, dev_digest="d")
     with tracked_run("report", "report", tmp_path, lock=lambda _: nullcontext()) as tracked:
         run = OpenRun(Plan(experiment, prepared), tracked, RunFolder(tracked.folder), captioner.device)
-        evaluation, samples = conclude(run, captioner, {"dev_loss": 5.0})
+        evaluation, samples, _ = conclude(run, captioner, {"dev_loss": 5.0})
         metrics = mlflow.get_run(tracked.run_id).data.metrics
     assert metrics["dev_loss"] == 5.0 and metrics["dev_loss_blind"] == evaluation.blind.per_token
     page = (tracked.folder / "captions.html").read_text(encoding="utf-8")
