@@ -60,12 +60,17 @@ def train(argv: list[str] | None = None) -> int:
     from capexp.runs import group, run
     from capexp.runs.folder import CHECKPOINTS
     from capexp.runs.lifecycle import Plan
+    from capexp.tracking.known_runs import adopted_run
     from capexp.tracking.store import check_store
     from capexp.training.checkpoints import check_disk_space
 
     if arguments.seeds is not None:
         group.check_count(arguments.seeds, experiment)
-    check_store()
+    check_store(experiment.name, arguments.resume or adopted_run())
+    go_there = _way_to_run()
+    if go_there is not None:
+        print("this run's files are in the folder that MLflow runs the project in (of a Git URI, a temporary one)")
+        print(f"to resume after an interrupt:  {go_there}; python -m capexp.train --resume {adopted_run()}", flush=True)
     check_disk_space(CHECKPOINTS, parameters, experiment.training, runs=arguments.seeds or 1)
     world.start()
     world.broadcast(experiment.model_dump_json)
@@ -77,10 +82,10 @@ def train(argv: list[str] | None = None) -> int:
         return 0
     if experiment.is_ensemble:
         result, members = cli.print_epochs(group.train_ensemble(plan, arguments.resume))
-        _print_result(result, [f"member      {member} (run {run_id})" for member, run_id in members.items()])
+        _print_result(result, go_there, [f"member      {member} (run {run_id})" for member, run_id in members.items()])
         return 0
     result = cli.print_epochs(run.train(plan, arguments.resume, world))
-    _print_result(result)
+    _print_result(result, go_there)
     _print_next(arguments.experiment or experiment.name)
     return 0
 
@@ -157,7 +162,7 @@ def _print_seeds(result: "SeedsResult") -> None:
     print(f"\nregistered  {result.version.describe()}")
 
 
-def _print_result(result: "Result", members: list[str] | None = None) -> None:
+def _print_result(result: "Result", go_there: str | None, members: list[str] | None = None) -> None:
     import os
 
     assert result.version is not None
@@ -171,19 +176,41 @@ def _print_result(result: "Result", members: list[str] | None = None) -> None:
         print(*members or (), f"together    dev loss {result.dev_loss:.4f} nats per token", sep="\n")
     print(f"blind       {result.dev_loss_blind:.4f} dev loss with photos shuffled among captions")
     print(f"registered  {result.version.describe()}")
-    print(f"bundle      {result.bundle}\n")
+    bundle = result.bundle if go_there is None else result.bundle.absolute()
+    print(f"bundle      {bundle}\n")
     for sample in result.samples[:3]:
         print(f"{sample.photo.name}\n  says       {sample.caption}")
         for reference in sample.references[:2]:
             print(f"  reference  {reference}")
+    ui = "mlflow ui"
+    print("\nnext")
+    if go_there is not None:
+        print(f"  {go_there}")
+        ui = "mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI"
     print(
-        f"""
-next
-  mlflow ui                                        the runs, their curves and captions
+        f"""\
+  {ui:47}  the runs, their curves and captions
   python -m capexp.caption --model {result.version.uri} {os.path.relpath(result.samples[0].photo)}
                                                    a new photo needs VGG16's weights: fetched once (528 MB),
                                                    or --features.weights PATH"""
     )
+
+
+def _way_to_run() -> str | None:
+    """Return the commands that lead to the files and the store of a run that ``mlflow run`` has started from elsewhere.
+
+    None if the commands that are printed work where the user is.
+    """
+    import shlex
+    from pathlib import Path
+
+    from capexp.tracking.known_runs import adopted_run
+    from capexp.tracking.store import store_elsewhere
+
+    store = store_elsewhere()
+    if adopted_run() is None or store is None:
+        return None
+    return f"cd {shlex.quote(str(Path.cwd()))}; export MLFLOW_TRACKING_URI={shlex.quote(store)}"
 
 
 def _print_next(name: str) -> None:

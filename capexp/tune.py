@@ -75,10 +75,11 @@ def tune(argv: list[str] | None = None) -> int:
     from capexp.runs.workers import Program, Task, work, work_together
     from capexp.search.storage import find_storage
     from capexp.search.study import require_comparable
+    from capexp.tracking.known_runs import adopted_run
     from capexp.tracking.store import check_store
 
     storage = find_storage(arguments.storage, STUDIES, name, experiment.tune.heartbeat)
-    check_store()
+    check_store(experiment.name, adopted_run())
     data = Dataset.read(experiment)
     check_fits(experiment, data)
     known = comparable_settings(experiment, data)

@@ -17,6 +17,7 @@ from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
 from capexp.experiment import setting_names
 from capexp.settings import DecodingConfig, Experiment, ModelConfig
+from capexp.train import _way_to_run
 
 ROOT = Path(__file__).parents[1]
 
@@ -158,3 +159,18 @@ def test_a_run_that_was_not_all_sent_is_told_with_the_remedy_from_a_worker_too()
     assert printed.returncode == 3
     assert printed.stderr.count("\n") == 1 and printed.stderr.startswith("capexp.tune: run 0123 ")
     assert "(no server)" in printed.stderr and printed.stderr.endswith("python -m capexp.sync 0123\n")
+
+
+def test_what_mlflow_has_started_from_elsewhere_says_how_to_get_there(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////some where/mlflow.db")
+    assert _way_to_run() is None, "a user who has set the address has it set"
+    monkeypatch.setenv("MLFLOW_RUN_ID", "0123")
+    assert _way_to_run() == f"cd {tmp_path}; export MLFLOW_TRACKING_URI='sqlite:////some where/mlflow.db'"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@server:5000")
+    assert _way_to_run() == f"cd {tmp_path}; export MLFLOW_TRACKING_URI=http://server:5000"
+    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
+    assert _way_to_run() is None, "`mlflow run .` in the project's folder"

@@ -4,9 +4,11 @@ The store is a local SQLite database, another database, or a tracking server. A 
 and only one may be created at a time. ``store_faults`` and ``artifact_faults`` turn errors of the store into Outage.
 """
 
+import logging
 import math
 import os
 import re
+import shlex
 import signal
 import threading
 import time
@@ -19,12 +21,15 @@ import mlflow
 from filelock import FileLock
 from mlflow.exceptions import MlflowException
 from mlflow.tracking import MlflowClient
+from mlflow.utils.file_utils import local_file_uri_to_path
 from sqlalchemy import create_engine
 from sqlalchemy.exc import SQLAlchemyError
 
 from capexp.distributed import environment
 from capexp.errors import InputError, Outage, shown_uri, without_secrets
 from capexp.files import sync
+
+log = logging.getLogger(__name__)
 
 _LOCK = ".mlflow.lock"
 _SQLITE, _WITH_DRIVER = "sqlite:///", "sqlite+pysqlite:///"
@@ -155,8 +160,11 @@ def _make_local(path: Path) -> None:
     sync(path.parent)
 
 
-def check_store() -> None:
-    """Check that the store can be used, before any work is done. A missing store is not created."""
+def check_store(experiment: str | None = None, run_id: str | None = None) -> None:
+    """Check that the store can be used, before any work is done. A missing store is not created.
+
+    With the name of an MLflow experiment, or the id of a run in it, also that its artifacts are where the store is.
+    """
     _refuse_folder()
     patience()
     artifacts = Path("mlruns").absolute()
@@ -169,6 +177,56 @@ def check_store() -> None:
     if store_exists():
         with environment(**{name: os.environ.get(name, value) for name, value in _FAIL_FAST.items()}):
             prepare_store()
+            if experiment is not None or run_id is not None:
+                _require_artifacts(experiment, run_id)
+
+
+def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
+    """Check that an experiment's artifacts go into a folder that is there.
+
+    MLflow stores its absolute path. After the project's folder was moved, MLflow would create the old path again; after
+    it was copied, it would write into the original. So a missing folder is refused, and one that belongs to another
+    store is warned of.
+    """
+    database, client = database_path(store_uri()), MlflowClient()
+    with store_faults():
+        if run_id is None:
+            assert experiment is not None
+            found = client.get_experiment_by_name(experiment)
+        else:
+            found = client.get_experiment(client.get_run(run_id).info.experiment_id)
+    folder = None if found is None else local_folder(found.artifact_location)
+    if found is None or folder is None or database is None:
+        return
+    here = database.resolve().parent
+    if folder.resolve().is_relative_to(here):
+        return
+    project = folder.parent.parent  # of mlruns/1
+    if not folder.parent.exists():
+        raise InputError(
+            f"{database}: experiment {found.name} has its artifacts in {folder}, which is gone; if the project's "
+            f"folder was moved, let its old path lead to it: {moved_remedy(project)}"
+        )
+    other = project / database.name
+    if other.is_file() and not other.samefile(database):
+        log.warning(
+            "%s: experiment %s has its artifacts in %s, which belongs to %s; if this folder is a copy, delete its "
+            "mlflow.db and mlruns to begin anew", database, found.name, folder, other,
+        )  # fmt: skip
+
+
+def moved_remedy(project: Path) -> str:
+    """Return the command that lets the old path of the project's folder lead to where its store is now."""
+    database = database_path(store_uri())
+    here = Path.cwd() if database is None else database.resolve().parent
+    return f"ln -s {shlex.quote(str(here))} {shlex.quote(str(project))}"
+
+
+def local_folder(location: str) -> Path | None:
+    """Return the folder of artifacts on this machine, or None if they are elsewhere."""
+    if location.startswith("file:"):
+        return Path(local_file_uri_to_path(location))
+    return None if re.match(r"[a-z0-9+-]+:", location) else Path(location)
 
 
 def patience() -> float:
@@ -204,6 +262,13 @@ def await_store() -> None:
                     raise
         time.sleep(pause)
         pause = min(2 * pause, 15.0)
+
+
+def store_elsewhere() -> str | None:
+    """Return the store's URI, without a password, if commands in the working directory would not find it by default."""
+    database = database_path(store_uri())
+    is_default = database is not None and database.absolute() == Path("mlflow.db").absolute()
+    return None if is_default else shown_uri(store_uri())
 
 
 def is_local() -> bool:
