@@ -202,6 +202,74 @@ ROWS = {
         lambda: replace("data/broken.json", b'{"images": ['),
         "--captions.captions broken.json",
     ),
+    "a table without captions": Row(
+        ("table.csv, line 1: none of image, size is a name for captions",),
+        lambda: replace("data/table.csv", b"image,size\na.jpg,7\n"),
+        "--captions.captions table.csv",
+    ),
+    "a row with a comma too many": Row(
+        ("table.csv, line 3: 3 fields, where the header has 2; quote captions that hold a comma",),
+        lambda: replace("data/table.csv", b"image,caption\na.jpg,A dog\na.jpg,A dog, and a cat\n"),
+        "--captions.captions table.csv",
+    ),
+    "a quotation mark that is never closed": Row(
+        ("table.csv, line 2: cannot be read as a row of a table",),
+        lambda: replace("data/table.csv", b'image,caption\na.jpg,"A dog\nb.jpg,A cat\n'),
+        "--captions.captions table.csv",
+    ),
+    "a field of a megabyte": Row(
+        ("table.tsv, line 2: cannot be read as a row", "field limit"),
+        lambda: replace("data/table.tsv", b"image\tcaption\na.jpg\t" + b"dog " * 250_000),
+        "--captions.captions table.tsv",
+    ),
+    "a table of another form than is said": Row(
+        ("read as a table (csv), but", "is no header; begin with a line such as image,caption"),
+        arguments="--captions.format csv",
+    ),
+    "a form that does not exist": Row(("captions.format xml", "'auto', 'flickr8k'"), arguments="--captions.format xml"),
+    "a table's photo out of the folder": Row(
+        ("table.csv, line 2: '/etc/passwd' leaves the photo folder",),
+        lambda: replace("data/table.csv", b"path;text\n/etc/passwd;A dog\n"),
+        "--captions.captions table.csv",
+    ),
+    "a Windows path in a list": Row(
+        ("line 601", "is a Windows path; write 'Scenes_Dataset/x.jpg'"), add(LISTS["train"], "Scenes_Dataset\\x.jpg\n")
+    ),
+    "records that are no JSON": Row(
+        ("metadata.jsonl: line 2: read as JSON records (json), but it is invalid JSON",),
+        lambda: replace("data/metadata.jsonl", b'{"file_name": "a.jpg", "text": "A"}\n{"file_name": "b.jpg", "te\n'),
+        "--captions.captions metadata.jsonl",
+    ),
+    "records a thousand deep": Row(
+        ("deep.json: the list: read as JSON records (json), but it is invalid JSON: recursion limit",),
+        lambda: replace("data/deep.json", b"[" * 1000),
+        "--captions.captions deep.json",
+    ),
+    "neither this nor that": Row(
+        ("prose.txt, line 1: 'Once upon a time' begins no known form of captions",),
+        lambda: replace("data/prose.txt", b"Once upon a time\n, 3 dogs ... ran.\n"),
+        "--captions.captions prose.txt",
+    ),
+    "a photo that may be two": Row(
+        ("'scene_0001' may be scene_0001.jpg or scene_0001.png; write the ending",),
+        both(add(TOKENS, "scene_0001.png#0\ta dog\n"), add(LISTS["train"], "scene_0001\n")),
+    ),
+    "too few photos to draw from": Row(
+        ("2 photos are too few to draw dev and test photos from", "captions.test_fraction = 0"),
+        lambda: replace("data/few.csv", b"image,caption\na.jpg,A dog\nb.jpg,A cat\n"),
+        "--captions.captions few.csv --captions.splits random",
+    ),
+    "fractions that leave nothing": Row(
+        ("captions.dev_fraction = 0.6 and captions.test_fraction = 0.5 leave no train photos",),
+        arguments="--captions.dev_fraction 0.6 --captions.test_fraction 0.5",
+    ),
+    "a split's captions file missing": Row(
+        ("elsewhere.json: no such captions file",), arguments="--captions.splits files --captions.train elsewhere.json"
+    ),
+    "characters with the tutorial's cleaning": Row(
+        ("vocabulary.tokens = 'characters': tutorial cleaning drops them",),
+        arguments="--vocabulary.cleaning tutorial --vocabulary.tokens characters",
+    ),
     "picture cut short": Row(
         (PHOTO, "cannot be read as a picture"), edit(PHOTO, lambda content: content[:2000]), weights=True
     ),

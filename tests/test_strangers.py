@@ -34,10 +34,11 @@ from capexp.data.cache import FeatureCache
 from capexp.data.caption_files import read_captions, read_list
 from capexp.data.captions import read_splits
 from capexp.data.photos import read_photo
+from capexp.data.tokenizer import split_characters, split_words
 from capexp.data.vgg16 import load_encoder
 from capexp.errors import InputError
 from capexp.experiment import load_experiment, setting_names
-from capexp.settings import CaptionsConfig, FeaturesConfig
+from capexp.settings import CaptionsConfig, CaptionsFormat, FeaturesConfig
 
 pytestmark = pytest.mark.slow
 
@@ -147,6 +148,35 @@ def test_captions_in_lines(tmp_path: Path, content: bytes) -> None:
     with refusable("lists"):
         for name in read_list(path):
             assert (tmp_path / name).resolve().is_relative_to(tmp_path.resolve())
+
+
+TABLES = [
+    b'image,caption\na.jpg,"A dog, a cat"\nb c.jpg,"It says ""hello"""\n',
+    b"image_name| comment_number| comment\na.jpg| 0| A dog\na.jpg| 1   A cat\n",
+    b"file_name\tcaption_0\tcaption_1\tsplit\na.jpg\tA dog\t\ttrain\n",
+    b"1000_a child in pink\n1000_a girl goes in\n",
+    b'{"file_name": "a.jpg", "text": ["A dog", "A cat"]}\n{"file_name": "b.jpg", "text": "A cow", "split": "val"}\n',
+    b'[{"image": "a.jpg", "caption": "A dog"}]',
+    b'{"a.jpg": ["A dog", "A cat"]}',
+]
+
+
+@fuzz
+@given(st.sampled_from(TABLES).flatmap(damaged), st.sampled_from(["auto", "csv", "json", "descriptions", "flickr8k"]))
+def test_captions_in_tables_and_records(tmp_path: Path, content: bytes, form: CaptionsFormat) -> None:
+    path = tmp_path / "captions"
+    path.write_bytes(content)
+    with refusable("captions in tables and records"):
+        for name, captions in read_captions(path, form).captions.items():
+            assert (tmp_path / name).resolve().is_relative_to(tmp_path.resolve())
+            assert captions and all(caption.strip() for caption in captions)
+
+
+@fuzz
+@given(st.text(max_size=200))
+def test_tokens(text: str) -> None:
+    for token in split_words(text) + split_characters(text):
+        assert token and not any(character.isspace() for character in token)
 
 
 IMAGES = st.fixed_dictionaries(
