@@ -9,11 +9,13 @@ import os
 import re
 import signal
 import sys
+import time
 import warnings
 from collections.abc import Callable, Mapping
 from pathlib import Path
 from types import FrameType
 from typing import TYPE_CHECKING, Any, Literal, NoReturn, TypeVar, get_args, get_origin
+from urllib.parse import quote
 
 from capexp.distributed import World
 
@@ -28,6 +30,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 USAGE, UNSENT, INTERRUPTED = 2, 3, 130
 """Exit statuses: a user's mistake; a run that was not completely sent to MLflow's server; an interrupt."""
+_RECENT = 3600  # seconds since a folder was made
 
 
 class Parser(argparse.ArgumentParser):
@@ -317,6 +320,8 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
         signal.signal(signal.SIGINT, signal.SIG_DFL)
         os.environ["TQDM_DISABLE"] = "1"
         os.dup2(os.open(os.devnull, os.O_WRONLY), sys.stdout.fileno())
+    if "MLFLOW_RUN_ID" in os.environ:
+        _remove_stray_folder()
     try:
         status = _refuse_torchrun(name) or command()
         sys.stdout.flush()
@@ -339,6 +344,18 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
         else:
             raise
     sys.exit(status)
+
+
+def _remove_stray_folder() -> None:
+    """Remove the empty folder that ``mlflow run`` makes if the path of the project's folder holds a blank or an umlaut.
+
+    MLflow takes the percent-encoded path of its default store for a path, and creates it before this process starts.
+    """
+    with contextlib.suppress(OSError, UnicodeEncodeError):  # there is none, or it is not empty
+        folder = Path(quote(str(Path.cwd())))
+        while "%" in str(folder) and time.time() - folder.stat().st_mtime < _RECENT:
+            folder.rmdir()
+            folder = folder.parent
 
 
 def _refuse_torchrun(name: str) -> int:

@@ -1,5 +1,6 @@
 """Commands answer at once, and without what they do not need."""
 
+import os
 import subprocess
 import sys
 from collections.abc import Iterator
@@ -11,6 +12,7 @@ import torchvision
 import yaml
 from pydantic import BaseModel
 
+from capexp import cli
 from capexp.captioning.captioner import Captioner
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vgg16_weights import NETS
@@ -174,3 +176,27 @@ def test_what_mlflow_has_started_from_elsewhere_says_how_to_get_there(
     assert _way_to_run() == f"cd {tmp_path}; export MLFLOW_TRACKING_URI=http://server:5000"
     monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
     assert _way_to_run() is None, "`mlflow run .` in the project's folder"
+
+
+def test_the_empty_folder_that_mlflow_run_makes_is_removed_and_no_other(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    here, stray = tmp_path / "a b" / "fünf", tmp_path / "a%20b" / "f%C3%BCnf"
+    for folder in (here, stray):
+        folder.mkdir(parents=True)
+    monkeypatch.chdir(here)
+    cli._remove_stray_folder()
+    assert {path.name for path in tmp_path.iterdir()} == {"a b"}
+    cli._remove_stray_folder()  # there is none
+    stray.mkdir(parents=True)
+    (stray / "file").touch()
+    cli._remove_stray_folder()
+    assert (stray / "file").is_file()
+    (stray / "file").unlink()
+    os.utime(stray, (0, 0))  # made long ago, and not by MLflow
+    cli._remove_stray_folder()
+    assert stray.is_dir()
+    (tmp_path / "plain").mkdir()
+    monkeypatch.chdir(tmp_path / "plain")
+    cli._remove_stray_folder()
+    assert (tmp_path / "plain").is_dir()
