@@ -206,7 +206,9 @@ def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
     printed = folder.run("caption", "--model", "models:/capexp-scenes@champion", "album", "album/*_0*.jpg", status=1)
     names = [f"album/{Path(photo).name}" for photo in photos]
     assert [line.split("\t")[0] for line in printed.stdout.splitlines()] == names * 2
-    assert printed.stderr.startswith("capexp.caption: album/broken.png: cannot be read as a picture")
+    left_out, broken = printed.stderr.splitlines()
+    assert left_out == "album: 1 files left out that are no pictures: notes.txt"
+    assert broken.startswith("capexp.caption: album/broken.png: cannot be read as a picture")
     assert printed.stderr.count("\n") == 1
     odd = Path(os.fsdecode(os.fsencode(tmp_path / "album") + b"/caf\xe9.jpg"))
     shutil.copy(photos[0], odd)
