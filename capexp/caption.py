@@ -44,7 +44,8 @@ def caption(argv: list[str] | None = None) -> int:
     for number, (photo, result) in enumerate(zip(photos, results, strict=True), start=1):
         if arguments.maps is not None and isinstance(result, Caption) and result.text:
             weights_by_word = maps.attention_of(captioner, photo, result.text)
-            maps.draw_maps(photo, result.text, weights_by_word, arguments.maps / f"{number:03d}-{photo.stem}.png")
+            words = captioner.vocabulary.spell(result.text)
+            maps.draw_maps(photo, words, weights_by_word, arguments.maps / f"{number:03d}-{photo.stem}.png")
         if not isinstance(result, Caption):
             print(f"capexp.caption: {result}", file=sys.stderr)
             status = 1

@@ -143,8 +143,8 @@ def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
     """
     settings = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
     imposed = {name: value for name, value in settings.items() if name.startswith("captions.") or name in _IMPOSED}
-    if experiment.vocabulary.tokens == _BEFORE["vocabulary.tokens"]:  # an ensemble from before: its members are too
-        imposed |= _BEFORE
+    # The members of an ensemble from before are from before too.
+    before = _BEFORE if experiment.vocabulary.tokens == _BEFORE["vocabulary.tokens"] else {}
     members: list[Experiment] = []
     for config in experiment.ensemble.members:
         for seed in config.seeds:
@@ -152,7 +152,7 @@ def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
                 path = find_experiment(config.experiment)
             except InputError as error:
                 raise InputError(f"ensemble.members: {str(error).removeprefix('--experiment ')}") from None
-            member = load_experiment(path, {**config.settings, "seed": seed, **imposed})
+            member = load_experiment(path, {**before, **config.settings, "seed": seed, **imposed})
             _check_member(member, settings, experiment.name)
             if any(other.name == member.name and other.flat() == member.flat() for other in members):
                 raise InputError(f"ensemble.members: {member_name(member)} is there twice; leave one out")

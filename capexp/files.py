@@ -10,6 +10,14 @@ from safetensors import SafetensorError
 
 from capexp.errors import Outage, listed
 
+PICTURE_ENDINGS = frozenset(
+    {
+        *(".jpg", ".jpeg", ".jpe", ".jfif", ".png", ".webp", ".bmp", ".dib", ".gif", ".tif", ".tiff", ".jp2", ".avif"),
+        *(".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"),
+    }
+)
+"""The endings of files that hold pictures, in lower case."""
+
 _STREAMS = ("fd", "stdout", "stderr")  # names under /dev
 
 

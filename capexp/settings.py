@@ -370,7 +370,7 @@ class DecodingConfig(Section):
     repeat_trigrams: bool = True
     """Whether the same three words in a row may occur twice in a caption."""
     maximum_length: int = Field(default=30, ge=1, le=1000)
-    """Maximum number of words in a caption."""
+    """Maximum number of tokens in a caption: words, or characters with ``vocabulary.tokens = "characters"``."""
 
     def describe(self) -> str:
         """Return the method in words, for model cards."""

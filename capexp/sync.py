@@ -16,7 +16,7 @@ def sync(argv: list[str] | None = None) -> int:
     from capexp.tracking.store import check_store, is_local, no_retries, store_faults
 
     folder = RunFolder.with_journal(arguments.run_id)
-    check_store()
+    check_store(run_id=arguments.run_id)
     run_status(arguments.run_id)  # raises InputError if the store does not know the run
     with folder.lock(), store_faults(), no_retries():
         tracked = TrackedRun(arguments.run_id, folder.path, in_background=not is_local())

@@ -7,6 +7,7 @@ from capexp import cli
 from capexp.distributed import World
 
 if TYPE_CHECKING:
+    from capexp.data.captions import PhotosBySplit
     from capexp.data.dataset import Dataset
     from capexp.runs.group import SeedsResult
     from capexp.runs.run import Result
@@ -50,7 +51,7 @@ def train(argv: list[str] | None = None) -> int:
     from capexp.data.dataset import Dataset
     from capexp.data.photos import require_readable
 
-    data = Dataset.read(experiment)
+    data = Dataset.read(experiment, drawn=_drawn_before(arguments.resume))
     parameters = check_fits(experiment, data)
     if arguments.dry_run:
         if arguments.decode:
@@ -115,6 +116,15 @@ def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: d
     if World.from_environment().size > 1 and (arguments.seeds is not None or experiment.is_ensemble):
         raise InputError(f"experiment {experiment.name}: several runs in one, not under torchrun; start each by itself")
     return experiment
+
+
+def _drawn_before(run_id: str | None) -> "PhotosBySplit | None":
+    """Return the random splits of the run to resume, if it has drawn some: there may be more photos by now."""
+    if run_id is None:
+        return None
+    from capexp.runs.folder import RunFolder
+
+    return RunFolder.to_resume(run_id).splits()
 
 
 def _follow(world: World) -> int:

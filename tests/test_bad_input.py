@@ -195,8 +195,8 @@ ROWS = {
         (f"{LISTS['dev']}, line 101", "on line 1 already"), edit(LISTS["dev"], lambda c: c + first_line(c))
     ),
     "empty split": Row((f"{LISTS['dev']}: the list is empty",), edit(LISTS["dev"], lambda content: b"\n")),
-    "path out of the folder": Row(("line 601", "'../x.jpg' leaves"), add(LISTS["train"], "../x.jpg\n")),
-    "absolute path": Row(("line 601", "'/etc/passwd' leaves"), add(LISTS["train"], "/etc/passwd\n")),
+    "path out of the folder": Row(("line 601", "'../x.jpg' is empty or leaves"), add(LISTS["train"], "../x.jpg\n")),
+    "absolute path": Row(("line 601", "'/etc/passwd' is empty or leaves"), add(LISTS["train"], "/etc/passwd\n")),
     "captions are no JSON": Row(
         ("broken.json: the file: invalid JSON",),
         lambda: replace("data/broken.json", b'{"images": ['),
@@ -213,12 +213,12 @@ ROWS = {
         "--captions.captions table.csv",
     ),
     "a quotation mark that is never closed": Row(
-        ("table.csv, line 2: cannot be read as a row of a table",),
+        ("table.csv, line 2: not a valid row of a table",),
         lambda: replace("data/table.csv", b'image,caption\na.jpg,"A dog\nb.jpg,A cat\n'),
         "--captions.captions table.csv",
     ),
     "a field of a megabyte": Row(
-        ("table.tsv, line 2: cannot be read as a row", "field limit"),
+        ("table.tsv, line 2: not a valid row", "field limit"),
         lambda: replace("data/table.tsv", b"image\tcaption\na.jpg\t" + b"dog " * 250_000),
         "--captions.captions table.tsv",
     ),
@@ -228,7 +228,7 @@ ROWS = {
     ),
     "a form that does not exist": Row(("captions.format xml", "'auto', 'flickr8k'"), arguments="--captions.format xml"),
     "a table's photo out of the folder": Row(
-        ("table.csv, line 2: '/etc/passwd' leaves the photo folder",),
+        ("table.csv, line 2: '/etc/passwd' is empty or leaves the photo folder",),
         lambda: replace("data/table.csv", b"path;text\n/etc/passwd;A dog\n"),
         "--captions.captions table.csv",
     ),
@@ -503,7 +503,7 @@ ROWS = {
         (LISTS["train"], "are not in", "scene_0000.jpg"), both(gone(PHOTO), lambda: os.mkfifo(PHOTO))
     ),
     "two images with one id": Row(
-        ("two.json, images.1: id 7 is that of a.jpg already",),
+        ("two.json, images.1: id 7 is already used by a.jpg",),
         lambda: replace(
             "data/two.json",
             b'{"images": [{"id": 7, "file_name": "a.jpg"}, {"id": 7, "file_name": "b.jpg"}], "annotations": []}',

@@ -166,16 +166,24 @@ def test_a_run_that_was_not_all_sent_is_told_with_the_remedy_from_a_worker_too()
 def test_what_mlflow_has_started_from_elsewhere_says_how_to_get_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
+    import mlflow
+
+    def way(uri: str) -> str | None:
+        mlflow.set_tracking_uri(uri)
+        return _way_to_run()
+
+    before = mlflow.get_tracking_uri() if mlflow.is_tracking_uri_set() else None
     monkeypatch.chdir(tmp_path)
     monkeypatch.delenv("MLFLOW_RUN_ID", raising=False)
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "sqlite:////some where/mlflow.db")
-    assert _way_to_run() is None, "a user who has set the address has it set"
-    monkeypatch.setenv("MLFLOW_RUN_ID", "0123")
-    assert _way_to_run() == f"cd {tmp_path}; export MLFLOW_TRACKING_URI='sqlite:////some where/mlflow.db'"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", "http://me:secret@server:5000")
-    assert _way_to_run() == f"cd {tmp_path}; export MLFLOW_TRACKING_URI=http://server:5000"
-    monkeypatch.setenv("MLFLOW_TRACKING_URI", f"sqlite:///{tmp_path}/mlflow.db")
-    assert _way_to_run() is None, "`mlflow run .` in the project's folder"
+    elsewhere = f"sqlite:///{tmp_path}/some where/mlflow.db"
+    try:
+        assert way(elsewhere) is None, "a user who has set the address has it set"
+        monkeypatch.setenv("MLFLOW_RUN_ID", "0123")
+        assert way(elsewhere) == f"cd {tmp_path}; export MLFLOW_TRACKING_URI='{elsewhere}'"
+        assert way("http://me:secret@server:5000") == f"cd {tmp_path}; export MLFLOW_TRACKING_URI=http://server:5000"
+        assert way(f"sqlite:///{tmp_path}/mlflow.db") is None, "`mlflow run .` in the project's folder"
+    finally:
+        mlflow.set_tracking_uri(before)
 
 
 def test_the_empty_folder_that_mlflow_run_makes_is_removed_and_no_other(

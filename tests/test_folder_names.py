@@ -73,7 +73,7 @@ def test_a_folder_that_mlflow_mistakes_is_refused_in_one_line(tmp_path: Path, wo
     folder = Folder(tmp_path / "a%20b")
     folder.path.mkdir()
     printed = folder.run(*words, *SMALL, status=2)
-    assert printed.stderr.startswith(f"capexp.{words[0]}: {folder.path}: MLflow takes %20 in a folder's name")
+    assert printed.stderr.startswith(f"capexp.{words[0]}: {folder.path}: MLflow decodes %20 in the path")
     assert printed.stderr.endswith("rename the folder\n") and printed.stderr.count("\n") == 1
     assert [path.name for path in tmp_path.rglob("*")] == ["a%20b"], "nothing was written"
 

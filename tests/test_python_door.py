@@ -42,8 +42,17 @@ def photo(scenes: Path) -> Path:
 
 def test_a_photo_in_any_form_gives_the_same_caption(captioner: Captioner, photo: Path) -> None:
     with Image.open(photo) as image:
-        forms: list[Any] = [photo, str(photo), photo.read_bytes(), image, np.asarray(image.convert("RGB"))]
+        forms: list[Any] = [
+            photo,
+            str(photo),
+            photo.read_bytes(),
+            bytearray(photo.read_bytes()),
+            image,
+            np.asarray(image.convert("RGB")),
+        ]
         captions = [captioner(form) for form in forms]
+    with photo.open("rb") as file:
+        captions.append(captioner(file))
     assert all(isinstance(caption, Caption) for caption in captions)
     assert len({(caption.text, caption.log_probability) for caption in captions}) == 1
     assert captions[0] == captioner.caption_photos([photo])[0]

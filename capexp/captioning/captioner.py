@@ -6,7 +6,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
 from itertools import islice
 from pathlib import Path
-from typing import Any, overload
+from typing import Any, cast, overload
 
 import numpy as np
 import torch
@@ -24,7 +24,7 @@ from capexp.data.dataset import Dataset
 from capexp.data.photos import Photo, read_photo, squash
 from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
 from capexp.data.vgg16_weights import NETS, State
-from capexp.data.vocabulary import PAD, Vocabulary
+from capexp.data.vocabulary import PAD, UNK, Vocabulary
 from capexp.errors import InputError
 from capexp.experiment import members_of, override_decoding
 from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig
@@ -66,7 +66,7 @@ class Captioner:
         self.decoding = decoding
         self.record = record
         self.splits: PhotosBySplit | None = None
-        """The photos of the splits that it was trained with, if they were drawn at random."""
+        """The photos of each split, if the training data was split at random; else None."""
         self._encoder: Encoder | None = None
         self._bundled_encoder: Path | None = None
 
@@ -117,7 +117,7 @@ class Captioner:
         return next(self.decoder.parameters()).device
 
     def describe(self) -> str:
-        """Return in words which of its experiment's captioners it is, such as "the captioner of epoch 3"."""
+        """Return a short description of the captioner, such as "the captioner of epoch 3"."""
         if len(self.models) > 1:
             return f"the ensemble of {len(self.models)} captioners"
         return "a fresh captioner" if self.record is None else f"the captioner of epoch {self.record.epoch}"
@@ -133,8 +133,8 @@ class Captioner:
     def use_encoder(self, weights: str | None = None) -> Encoder:
         """Return the encoder, loaded at the first call.
 
-        Its weights are ``weights`` (a name or a path) if given, else those in the bundle, else downloaded by the name
-        of the net. They must be those that the captioner was trained with.
+        Its weights are ``weights`` (a name or a path) if given, else those in the bundle, else torchvision's, which
+        are downloaded if needed. If the captioner was trained with a weights file, that file must be given.
         """
         if self._encoder is None:
             if self._bundled_encoder is not None and weights is None:
@@ -165,11 +165,14 @@ class Captioner:
     def attention_maps(self, features: NDArray[np.float16], captions: Sequence[str]) -> list[NDArray[np.float32]]:
         """Return the attention weights ``(T, side, side)`` of each caption, from the photos' features ``(B, P, F)``.
 
-        There is one map for each word that the vocabulary encodes; its weights sum to 1. For an ensemble they are the
-        mean over the members with attention.
+        The captions are generated ones. There is one map for each of their words; its weights sum to 1. For an ensemble
+        they are the mean over the members with attention.
         """
         assert self.decoder.has_attention
-        words = [torch.tensor(self.vocabulary.encode(caption), dtype=torch.long) for caption in captions]
+        words = [
+            torch.tensor([self.vocabulary.entries.get(word, UNK) for word in self.vocabulary.spell(caption)]).long()
+            for caption in captions
+        ]
         side = math.isqrt(self.encoder_identity.shape[0])
         maps: list[NDArray[np.float32]] = []
         for start in range(0, len(words), _DECODER_BATCH):
@@ -197,15 +200,16 @@ class Captioner:
     def __call__(self, photos: Photo | Iterable[Photo], **decoding: Any) -> Caption | list[Caption] | Iterator[Caption]:
         """Return the caption of a photo, or the captions of several.
 
-        A photo is a path, the bytes of its file, a PIL image, or an array ``(height, width, 3)`` of uint8. A list or
-        tuple gives a list; an iterator gives an iterator, which reads some photos at a time. Keyword arguments replace
-        decoding settings: ``method="beam", beam_width=5``. Captions of an attention decoder have attention maps.
-        A photo that cannot be read, and a setting that does not exist, raise InputError.
+        A photo is a path, its file's bytes or open file, a PIL image, or an array ``(height, width, 3)`` of uint8. A
+        list or tuple gives a list; an iterator gives an iterator, which reads some photos at a time. Keyword arguments
+        replace decoding settings: ``method="beam", beam_width=5``. Captions of an attention decoder have attention
+        maps. A photo that cannot be read, and a setting that does not exist, raise InputError.
         """
         settings = override_decoding(self.decoding, {f"decoding.{name}": value for name, value in decoding.items()})
         check_beam_width(settings, self.vocabulary)
-        if isinstance(photos, Path | str | bytes | Image.Image | np.ndarray):
-            return next(self._captions_of(iter([photos]), settings))
+        kinds = Path | str | bytes | bytearray | memoryview | Image.Image | np.ndarray
+        if isinstance(photos, kinds) or hasattr(photos, "read"):
+            return next(self._captions_of(iter([cast("Photo", photos)]), settings))
         captions = self._captions_of(iter(photos), settings)
         return captions if isinstance(photos, Iterator) else list(captions)
 
@@ -296,7 +300,7 @@ class Captioner:
 
 
 def check_fits(experiment: Experiment, data: Dataset) -> int:
-    """Refuse a model or a beam that does not fit the data, and weights that cannot be had, before hours of extraction.
+    """Raise InputError, before the slow extraction, if model or beam width do not fit or weights are unavailable.
 
     Returns the number of trainable parameters.
     """

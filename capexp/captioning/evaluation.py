@@ -187,6 +187,8 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
 
     With ``java`` also METEOR and SPICE. Where one of them cannot run, its value is None and the log gives the reason.
     """
+    if experiment.captions.splits == "random" and captioner.splits is None:
+        log.warning("the captioner was trained with other splits: drawn photos may be among its train photos")
     data = Dataset.read(experiment, (split,), captioner.vocabulary, captioner.splits)
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(

@@ -1,11 +1,11 @@
-"""Captions files in the forms that people have them in, recognised by their content.
+"""Captions files in all common formats, recognised by their content.
 
 * ``flickr8k``: lines ``name.jpg#2<TAB>A dog runs .`` (Hodosh, Young and Hockenmaier, JAIR 2013). Flickr30k's
   ``.token`` file has them too.
 * ``descriptions``: lines ``name A dog runs``: a photo's name, mostly without its ending, and a caption. The tutorial
   writes its cleaned captions so.
 * ``csv``: a table with a header that names a column of photos and one or several of captions. Columns are separated by
-  comma, semicolon, tab or bar (Flickr30k's ``results.csv``).
+  commas, semicolons, tabs or pipes (``|``, as in Flickr30k's ``results.csv``).
 * ``json``: records with a photo and its captions: JSON lines (``metadata.jsonl`` of a Hugging Face imagefolder), a JSON
   list of records, or one JSON object whose keys are the photos.
 * ``coco``: ``images`` with ``id`` and ``file_name``, ``annotations`` with ``image_id`` and ``caption`` (Lin et al.,
@@ -13,6 +13,7 @@
 * ``karpathy``: ``images`` with ``filename``, ``sentences`` and ``split`` (Karpathy and Fei-Fei, CVPR 2015).
 """
 
+import ast
 import codecs
 import csv
 import logging
@@ -37,7 +38,7 @@ SPLIT_NAMES: Final[Mapping[str, SplitName]] = {
     **{"val": "dev", "dev": "dev", "valid": "dev", "validation": "dev"},
     "test": "test",
 }
-"""The names of splits in captions files, Karpathy's first."""
+"""The split for each split name that a captions file may use: Karpathy's names and common variants."""
 
 # Names of columns and keys, in lower case with blanks and hyphens as underscores. The first that is there is taken.
 _PHOTO_NAMES = (
@@ -46,10 +47,12 @@ _PHOTO_NAMES = (
 )
 _CAPTION_NAMES = ("caption", "text", "comment", "description", "sentence", "raw", "title")
 _CAPTION_NAME = re.compile(rf"({'|'.join(_CAPTION_NAMES)})s?_?\d*")  # caption, captions, caption_0, caption3
-_SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "bar"}
+_SEPARATORS = {"\t": "tab", ",": "comma", ";": "semicolon", "|": "pipe"}
 
 _TOKEN_LINE = re.compile(r"[^\t]+#\s*\d+\s*\t")
-_DESCRIPTION_LINE = re.compile(r"[^\s,;|]+(\.(?i:jpe?g|png|webp|bmp|gif|tiff?)\s+\S.*|( [^\W\d_]+)+\s*)")
+_DESCRIPTION_LINE = re.compile(
+    r"[^\s,;|]+(\.(?i:jpe?g|png|webp|bmp|gif|tiff?)([ ]+|\t[ ]*)[^\s\t][^\t]*|( [^\W\d_]+)+\s*)"
+)
 _LINES_TO_RECOGNISE = 20
 _NUMBERED_TEXT = re.compile(r"(\d+)\s+(\S.*)")
 _EXAMPLES = (
@@ -66,6 +69,8 @@ class CaptionsFile:
     """By photo name, in the order of the file; names and captions are in Unicode's composed form (NFC)."""
     splits: dict[SplitName, tuple[str, ...]]
     """The photo names of each split, if the file assigns photos to splits."""
+    split_fault: str | None = None
+    """What is wrong with the splits in the file; it matters only if they are used."""
 
 
 def read_captions(path: Path, form: CaptionsFormat = "auto") -> CaptionsFile:
@@ -92,16 +97,14 @@ def _recognise(path: Path, content: bytes) -> CaptionsFormat:
 
 
 def _recognise_json(content: bytes) -> CaptionsFormat:
-    """Return ``coco`` for an object with ``images``, which Karpathy's form is too, and ``json`` for anything else."""
-    if content.lstrip().startswith(b"["):
-        return "json"
-    first, *others = content.strip().splitlines()
-    try:
-        record = from_json(first)
-    except ValueError:  # an object of several lines, or a record that is not whole
-        is_lines = any(line.startswith(b"{") for line in others)
-        return "json" if is_lines or b'"images"' not in content else "coco"
-    return "coco" if "images" in record else "json"
+    """Return ``coco`` for an object with the key ``images`` (COCO's or Karpathy's format), else ``json``."""
+    with suppress(ValueError):
+        whole = from_json(content)
+        return "coco" if isinstance(whole, dict) and isinstance(whole.get("images"), list) else "json"
+    # JSON lines, or a file that is not whole.
+    with suppress(ValueError):
+        return "coco" if "images" in from_json(content.strip().splitlines()[0]) else "json"
+    return "coco" if b'"images"' in content else "json"
 
 
 class _Captions:
@@ -111,6 +114,7 @@ class _Captions:
         self._path = path
         self._captions: dict[str, list[str]] = {}
         self._splits: dict[str, SplitName] = {}
+        self._split_fault: str | None = None
 
     def add(self, photo: str, captions: Sequence[str], where: str, split: str | None = None) -> None:
         """Add captions of a photo, which may have some already. ``where`` begins the messages."""
@@ -119,26 +123,33 @@ class _Captions:
             raise InputError(f"{where}: {name} has an empty caption; write one or delete it")
         self._captions.setdefault(name, []).extend(unicodedata.normalize("NFC", caption) for caption in captions)
         if split is not None:
-            if split not in SPLIT_NAMES:
-                raise InputError(f"{where}: split = {split!r} of {name} is none of {', '.join(SPLIT_NAMES)}")
-            if self._splits.setdefault(name, SPLIT_NAMES[split]) != SPLIT_NAMES[split]:
-                raise InputError(
-                    f"{where}: split = {split!r}, but {name} is in {self._splits[name]} already; choose one"
-                )
+            self._assign(name, split.strip().lower(), where)
+
+    def _assign(self, name: str, split: str, where: str) -> None:
+        fault = None
+        if split not in SPLIT_NAMES:
+            fault = f"{where}: split = {split!r} of {name} is none of {', '.join(SPLIT_NAMES)}"
+        elif self._splits.setdefault(name, SPLIT_NAMES[split]) != SPLIT_NAMES[split]:
+            fault = f"{where}: split = {split!r}, but {name} is in {self._splits[name]} already; choose one"
+        self._split_fault = self._split_fault or fault
 
     def result(self) -> CaptionsFile:
-        """Return all captions; refuse a file without any, and one in which some photos have a split and others not."""
+        """Return all captions; refuse a file without any."""
         if not any(self._captions.values()):
             raise InputError(f"{self._path}: no captions in it; give {_EXAMPLES}")
         rest = [name for name in self._captions if name not in self._splits]
-        if self._splits and rest:
-            raise InputError(f"{self._path}: {len(rest)} images have no split while others have: {listed(rest)}")
+        fault = self._split_fault
+        if self._splits and rest and fault is None:
+            fault = (
+                f"{self._path}: {len(rest)} photos have no split, but others do; give each one a split: {listed(rest)}"
+            )
         splits: dict[SplitName, list[str]] = {}
         for name, split in self._splits.items():
             splits.setdefault(split, []).append(name)
         return CaptionsFile(
             {name: tuple(texts) for name, texts in self._captions.items() if texts},
             {split: tuple(names) for split, names in splits.items()},
+            fault,
         )
 
 
@@ -154,8 +165,8 @@ def _read_flickr8k(path: Path, content: bytes) -> CaptionsFile:
         photo, sign, index = key.rpartition("#")
         if not (tab and sign and photo and index.strip().isdigit() and caption.strip()):
             raise InputError(
-                f"{path}, line {number}: {line[:60]!r} is not 'photo.jpg#0<TAB>caption', as other lines of it are; "
-                "correct or delete the line"
+                f"{path}, line {number}: {line[:60]!r} is not 'photo.jpg#0<TAB>caption' (read as flickr8k); correct "
+                "or delete the line"
             )
         found.add(photo, [caption.strip()], f"{path}, line {number}")
     return found.result()
@@ -167,7 +178,7 @@ def _read_descriptions(path: Path, content: bytes) -> CaptionsFile:
         photo, *words = line.split()
         if not words:
             raise InputError(
-                f"{path}, line {number}: {line[:60]!r} is not 'photo caption', as other lines of it are; correct or "
+                f"{path}, line {number}: {line[:60]!r} is not 'photo caption' (read as descriptions); correct or "
                 "delete the line"
             )
         found.add(photo, [" ".join(words)], f"{path}, line {number}")
@@ -203,7 +214,7 @@ def _photo_column(names: Sequence[str]) -> str | None:
 
 
 def _caption_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns of the first kind of captions: ``caption_0``, ``caption_1``, but not ``title`` beside them."""
+    """Return the columns with the first known caption name: ``caption_0``, ``caption_1``, but not also ``title``."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         match = _CAPTION_NAME.fullmatch(_plain(name))
@@ -230,11 +241,13 @@ def _header(line: str, separator: str) -> list[str]:
 
 
 def _read_csv(path: Path, content: bytes) -> CaptionsFile:
-    """Read a table with a header. Cells that are blank, beside others with captions, are no captions.
+    """Read a table with a header. A blank caption cell is skipped if another cell of its row has a caption.
 
-    A row of Flickr30k's ``results.csv`` lacks the bar after the caption's number. It is read as meant, with a warning.
+    A row of Flickr30k's ``results.csv`` lacks the pipe after the caption's number. It is read as meant, with a warning.
     """
     lines = decoded_lines(path, content)
+    if not lines:
+        raise InputError(f"{path}: no captions in it; give {_EXAMPLES}")
     first, line = lines[0]
     separator = _separator(line)
     if separator is None:
@@ -251,7 +264,7 @@ def _read_csv(path: Path, content: bytes) -> CaptionsFile:
     for number, row in _rows(path, lines, separator):
         where = f"{path}, line {number}"
         if len(row) == len(names) - 1 and (match := _NUMBERED_TEXT.fullmatch(row[-1])) and separator == "|":
-            log.warning("%s: no bar after the caption's number %s; the rest is read as the caption", where, match[1])
+            log.warning("%s: no pipe after the caption's number %s; the rest is read as the caption", where, match[1])
             row = [*row[:-1], match[1], match[2]]
         if len(row) != len(names):
             raise InputError(
@@ -269,7 +282,7 @@ def _read_csv(path: Path, content: bytes) -> CaptionsFile:
 def _rows(path: Path, lines: list[tuple[int, str]], separator: str) -> Iterator[tuple[int, list[str]]]:
     """Yield the rows after the header, each with the number of its first line.
 
-    Between bars nothing is quoted: Flickr30k's captions hold single quotation marks.
+    If the separator is ``|``, quotation marks are ordinary characters: Flickr30k's captions contain unpaired ones.
     """
     if separator == "|":
         for number, line in lines[1:]:
@@ -284,18 +297,21 @@ def _rows(path: Path, lines: list[tuple[int, str]], separator: str) -> Iterator[
             return
         except csv.Error as error:
             raise InputError(
-                f"{path}, line {start}: cannot be read as a row of a table ({error}); write a caption's quotation "
-                "marks twice and put the caption between quotation marks"
+                f"{path}, line {start}: not a valid row of a table ({error}); put the caption between quotation "
+                "marks, and double those inside it"
             ) from None
         if any(cell.strip() for cell in row):
             yield start, [cell.strip() for cell in row]
 
 
 def _texts(value: object) -> list[str]:
-    """Return the captions in a cell or value: a text, a list of texts, or a list written as JSON; none if blank."""
-    if isinstance(value, str) and value.startswith('["'):
-        with suppress(ValueError):  # a caption may begin so
-            value = from_json(value)
+    """Return the captions in a cell or value: a text, a list of texts, or a list as JSON or Python writes it."""
+    if value is None:
+        return []
+    if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a caption may begin so
+            written = ast.literal_eval(value)
+            value = written if isinstance(written, list) else value
     if isinstance(value, str):
         return [_one_line(value)] if value.strip() else []
     if isinstance(value, list) and all(isinstance(text, str) for text in value):
@@ -317,12 +333,10 @@ def _read_json(path: Path, content: bytes) -> CaptionsFile:
         try:
             texts = [text for name in columns.captions for text in _texts(record[name])]
         except TypeError as error:
-            raise InputError(
-                f"{where}: {columns.captions[0]} holds a {error}; give a text, or a list of texts"
-            ) from None
+            raise InputError(f"{where}: a caption has the type {error}; give a string, or a list of strings") from None
         is_number = isinstance(photo, int) and not isinstance(photo, bool) and 0 <= photo < 10**18
         if not (isinstance(photo, str) or is_number) or not isinstance(split, str | None):
-            raise InputError(f"{where}: {columns.photo} or {columns.split} is no text; correct it")
+            raise InputError(f"{where}: {columns.photo} must be a string or a whole number, and split a string")
         if not texts:
             raise InputError(f"{where}: {photo} has an empty caption; write one or delete the record")
         found.add(str(photo), texts, where, split)
@@ -342,6 +356,8 @@ def _records(path: Path, content: bytes) -> Iterator[tuple[str, Any]]:
         for number, line in lines:
             yield f"line {number}", _parse(path, f"line {number}", line)
         return
+    if not isinstance(whole, dict):
+        raise InputError(f"{path}: read as JSON records (json), but it is a {type(whole).__name__}; give {_EXAMPLES}")
     if _photo_column([*whole]) is not None and _caption_columns([*whole]):
         yield f"line {lines[0][0]}", whole  # a single record
         return
@@ -391,8 +407,8 @@ def _read_coco(path: Path, content: bytes) -> CaptionsFile:
         first = error.errors()[0]
         where = ".".join(str(part) for part in first["loc"]) or "the file"
         raise InputError(
-            f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}; captions in JSON are COCO's (images, "
-            "annotations) or Karpathy's (images with sentences)"
+            f"{path}: {where}: {first['msg'][0].lower()}{first['msg'][1:]}; read as COCO's (images, annotations) or "
+            "Karpathy's format (images with sentences); for a list of records set captions.format = 'json'"
         ) from None
     found = _Captions(path)
     names: set[str] = set()
@@ -403,17 +419,17 @@ def _read_coco(path: Path, content: bytes) -> CaptionsFile:
             raise InputError(f"{where}: has no file_name (COCO) nor filename (Karpathy); add it")
         name = checked_name(image.name, where)
         if name in names:
-            raise InputError(f"{where}: {name!r} stands there already; delete one")
+            raise InputError(f"{where}: {name!r} is there already; delete one")
         names.add(name)
         found.add(name, [_one_line(sentence.raw) for sentence in image.sentences], where, image.split)
         if image.id is not None:
             if image.id in by_id:
-                raise InputError(f"{where}: id {image.id!r} is that of {by_id[image.id]} already; give each its own")
+                raise InputError(f"{where}: id {image.id!r} is already used by {by_id[image.id]}; make the ids unique")
             by_id[image.id] = name
     for number, annotation in enumerate(coco.annotations):
         where = f"{path}, annotations.{number}"
         if annotation.image_id not in by_id:
-            raise InputError(f"{where}: image_id {annotation.image_id!r} is none of the images'")
+            raise InputError(f"{where}: no image has the id {annotation.image_id!r}; correct it, or add the image")
         found.add(by_id[annotation.image_id], [_one_line(annotation.caption)], where)
     return found.result()
 
@@ -434,7 +450,7 @@ def read_list(path: Path) -> tuple[str, ...]:
     for number, line in decoded_lines(path, read_bytes(path, "list of photos")):
         name = checked_name(line.strip(), f"{path}, line {number}")
         if name in names:
-            raise InputError(f"{path}, line {number}: {name!r} stands on line {names[name]} already; delete one")
+            raise InputError(f"{path}, line {number}: {name!r} is on line {names[name]} already; delete one")
         names[name] = number
     if not names:
         raise InputError(f"{path}: the list is empty; name one photo a line")
@@ -447,12 +463,12 @@ def checked_name(name: str, where: str) -> str:
         raise InputError(f"{where}: {name!r} is a Windows path; write {name.replace(chr(92), '/')!r} instead")
     pure = PurePosixPath(name)
     if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
-        raise InputError(f"{where}: {name!r} leaves the photo folder; name a file inside it")
+        raise InputError(f"{where}: {name!r} is empty or leaves the photo folder; name a file inside it")
     return unicodedata.normalize("NFC", str(pure) if "/" in name else name)
 
 
 def read_bytes(path: Path, what: str) -> bytes:
-    """Return a file's content; ``what`` it is begins the message if it cannot be read."""
+    """Return a file's content; if it cannot be read, the error message calls the file ``what``."""
     if path.exists() and not path.is_file():  # reading a pipe would wait for ever
         raise InputError(f"{path}: the {what} is no file; check captions.root and the paths beside it")
     try:

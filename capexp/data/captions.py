@@ -8,20 +8,19 @@ import hashlib
 import json
 import unicodedata
 from collections.abc import Iterable, Mapping
+from contextlib import suppress
 from dataclasses import dataclass
 from pathlib import Path, PurePosixPath
 
 from capexp.data.caption_files import CaptionsFile, read_captions, read_list
 from capexp.errors import InputError, listed
-from capexp.files import listed_or_filed
+from capexp.files import PICTURE_ENDINGS, listed_or_filed
 from capexp.settings import CaptionsConfig, SplitName
 
 SPLITS: tuple[SplitName, ...] = ("train", "dev", "test")
 
 PhotosBySplit = Mapping[SplitName, tuple[str, ...]]
 """The names of the photos of each split."""
-
-_ENDINGS = frozenset({".jpg", ".jpeg", ".png", ".webp", ".bmp", ".gif", ".tif", ".tiff", ".heic", ".avif"})
 
 
 @dataclass(frozen=True)
@@ -81,7 +80,8 @@ def read_splits(
         if not (uncaptioned or missing):
             splits[name] = _as_split(name, source, [file for file in found if file is not None])
     if faults:
-        raise InputError(f"{'; '.join(faults)}; bring what is missing, or take the photos out of the list")
+        where = "list" if config.splits == "lists" else "captions file"
+        raise InputError(f"{'; '.join(faults)}; bring what is missing, or take the photos out of the {where}")
     return splits
 
 
@@ -89,7 +89,8 @@ def read_texts(config: CaptionsConfig, split: SplitName, drawn: PhotosBySplit | 
     """Read all captions of a split without looking for its photos; return None if there is no such split."""
     if config.splits in ("lists", "files") and not config.list_of(split).is_file():
         return None
-    source = _sources(config, (split,), drawn, others=False).get(split)
+    only = (split,) if config.splits in ("lists", "files") else None
+    source = _sources(config, only, drawn, others=False).get(split)
     return None if source is None else [text for photo in source.photos for text in source.captions.get(photo, ())]
 
 
@@ -132,9 +133,13 @@ def _sources(
     if config.splits == "random":
         splits = drawn if drawn is not None else _draw(config, file.captions)
     else:
+        if file.split_fault is not None:
+            raise InputError(file.split_fault)
         splits = file.splits
     missing = [name for name in required if not splits.get(name)]
     if missing:
+        if drawn is not None:
+            raise InputError(f"the captioner was trained with random splits that have no {missing[0]} photos")
         remedy = (
             f"set captions.{missing[0]}_fraction"
             if config.splits == "random"
@@ -192,18 +197,29 @@ def _size(photos: int, fraction: float) -> int:
 
 
 def _refuse_overlap(sources: Mapping[SplitName, _Source]) -> None:
-    names = list(sources)
-    for i, first in enumerate(names):
-        for second in names[i + 1 :]:
-            one, other = sources[first], sources[second]
-            if one.folder != other.folder:
-                continue
-            both = sorted(set(one.photos) & set(other.photos))
-            if both:
-                raise InputError(
-                    f"{one.origin} and {other.origin} share {len(both)} photos: {listed(both)}; a photo belongs to one "
-                    "split"
-                )
+    """Refuse a photo that is in two splits, or twice in one under two spellings.
+
+    Files are compared by their path, and as the same photo if one name lacks its ending.
+    """
+    photos: dict[str, list[tuple[str, SplitName]]] = {}
+    shared: dict[tuple[SplitName, SplitName], list[str]] = {}
+    for split, source in sources.items():
+        folder = source.folder.resolve()
+        for name in source.names:
+            path = str(folder / name)
+            known = photos.setdefault(_stem(path), [])
+            for other_path, other in known:
+                if path == other_path or _stem(path) in (path, other_path):
+                    if other == split:
+                        both = sorted((name, PurePosixPath(other_path).name))
+                        raise InputError(f"{source.origin}: {both[0]!r} and {both[1]!r} are the same photo; delete one")
+                    shared.setdefault((other, split), []).append(name)
+            known.append((path, split))
+    for (first, second), names in shared.items():
+        raise InputError(
+            f"{sources[first].origin} and {sources[second].origin} share {len(names)} photos: {listed(sorted(names))}; "
+            "a photo belongs to one split"
+        )
 
 
 class _Names:
@@ -231,7 +247,7 @@ class _Names:
 def _stem(name: str) -> str:
     """Return the name without the ending of a picture's file, if it has one."""
     path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in _ENDINGS and path.stem else name
+    return str(path.with_suffix("")) if path.suffix.lower() in PICTURE_ENDINGS and path.stem else name
 
 
 class _Files:
@@ -243,8 +259,9 @@ class _Files:
 
     def find(self, photo: str, where: object) -> tuple[str, str] | None:
         """Return the photo's name with its ending in NFC, and the file's name on disk; None if there is no file."""
-        if (self._folder / photo).is_file():
-            return photo, photo
+        with suppress(OSError):  # a name may be too long for a file
+            if (self._folder / photo).is_file():
+                return photo, photo
         parent = str(PurePosixPath(photo).parent)
         if parent not in self._listings:
             self._listings[parent] = self._list(parent)

@@ -10,6 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,7 +18,7 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 
 from capexp.data.progress import progress_bar
 from capexp.errors import InputError, listed
-from capexp.files import listed_or_filed
+from capexp.files import PICTURE_ENDINGS, listed_or_filed
 
 log = logging.getLogger(__name__)
 
@@ -30,8 +31,8 @@ _HEIF = frozenset({".heic", ".heif", ".hif"})
 _HEIF_REMEDY = "pip install pillow-heif, which reads HEIC"
 
 
-Photo = Path | str | bytes | Image.Image | NDArray[np.uint8]
-"""A photo: its path, the bytes of its file, an open image, or an array ``(height, width, 3)`` of RGB values."""
+Photo = Path | str | bytes | bytearray | memoryview | BinaryIO | Image.Image | NDArray[np.uint8]
+"""A photo: its path, its file's bytes or open file, an open image, or an array ``(height, width, 3)`` of RGB values."""
 
 
 def read_photo(source: Photo) -> Image.Image:
@@ -42,6 +43,10 @@ def read_photo(source: Photo) -> Image.Image:
     _with_heif()
     if isinstance(source, np.ndarray):
         source = _from_array(source)
+    if hasattr(source, "read"):
+        source = source.read()
+    if isinstance(source, bytearray | memoryview):
+        source = bytes(source)
     source = Path(source) if isinstance(source, str) else source
     name = str(source) if isinstance(source, Path) else "the photo"
     if isinstance(source, Path) and not source.is_file():  # opening a pipe would wait for ever
@@ -109,8 +114,10 @@ def _with_heif() -> bool:
 
 def _readable_endings() -> set[str]:
     """Return the endings, in lower case, of the formats that can be read here."""
-    endings = {ending for ending, name in Image.registered_extensions().items() if name in Image.OPEN}
-    return endings if _with_heif() else endings - _HEIF
+    with_heif = _with_heif()  # first: it registers formats
+    formats = Image.registered_extensions()
+    endings = {ending for ending in PICTURE_ENDINGS if formats.get(ending) in Image.OPEN}
+    return endings if with_heif else endings - _HEIF
 
 
 def find_photos(names: list[str]) -> list[Path]:

@@ -83,6 +83,10 @@ class Vocabulary:
                 words.append(self.words[entry - self.first_word])
         return ("" if self.tokens == "characters" else " ").join(words)
 
+    def spell(self, caption: str) -> list[str]:
+        """Return the words of a generated caption, as :meth:`decode` has joined them."""
+        return split_characters(caption) if self.tokens == "characters" else caption.split()
+
     def digest(self) -> str:
         """Return the hexadecimal SHA-256 of all that decides entries; losses can be compared only if it is equal."""
         record = self._record()

@@ -1,5 +1,6 @@
 """Attention maps of a caption: for each word the photo, bright where the attention was; all of them also as one PNG."""
 
+from collections.abc import Sequence
 from pathlib import Path
 
 import numpy as np
@@ -31,9 +32,9 @@ def attention_of(captioner: Captioner, photo: Path | bytes, caption: str) -> NDA
 
 
 def overlay_attention(
-    photo: Path | bytes, caption: str, maps: NDArray[np.float32]
+    photo: Path | bytes, words: Sequence[str], maps: NDArray[np.float32]
 ) -> list[tuple[str, NDArray[np.uint8]]]:
-    """Return for each word of the caption a small copy of the photo, bright where the attention was.
+    """Return for each word of a caption a small copy of the photo, bright where the attention was.
 
     Each map is scaled by its maximum, where the photo keeps its full brightness.
     """
@@ -41,24 +42,24 @@ def overlay_attention(
     image.thumbnail((_SIDE, _SIDE))
     pixels = np.asarray(image, np.float32)
     overlays = []
-    for word, weights in zip(caption.split(), maps, strict=True):
+    for word, weights in zip(words, maps, strict=True):
         brightness = Image.fromarray(weights / weights.max()).resize(image.size, Image.Resampling.BICUBIC)
         overlay = pixels * (0.15 + 0.85 * np.clip(np.asarray(brightness), 0, 1)[:, :, None])
         overlays.append((word, overlay.astype(np.uint8)))
     return overlays
 
 
-def draw_maps(photo: Path, caption: str, maps: NDArray[np.float32], path: Path) -> Path:
+def draw_maps(photo: Path, words: Sequence[str], maps: NDArray[np.float32], path: Path) -> Path:
     """Write a PNG of the photo and, for each word, the photo bright where the attention was; return ``path``."""
     from matplotlib.figure import Figure
 
     image = read_photo(photo)
     image.thumbnail((_SIDE, _SIDE))
-    panels = [("", np.asarray(image)), *overlay_attention(photo, caption, maps)]
+    panels = [("", np.asarray(image)), *overlay_attention(photo, words, maps)]
     rows = -(-len(panels) // _COLUMNS)
     aspect = image.height / image.width
     figure = Figure(figsize=(2.2 * _COLUMNS, (2.2 * aspect + 0.35) * rows + 0.4), layout="constrained")
-    figure.suptitle(caption)
+    figure.suptitle(" ".join(words))
     for position, axes in enumerate(figure.subplots(rows, _COLUMNS, squeeze=False).flat):
         axes.axis("off")
         if position < len(panels):

@@ -97,7 +97,7 @@ def show() -> None:
     if served.captioner.decoder.has_attention and result.text:
         with served.turn:
             weights = maps.attention_of(served.captioner, content, result.text)
-        overlays = maps.overlay_attention(content, result.text, weights)
+        overlays = maps.overlay_attention(content, served.captioner.vocabulary.spell(result.text), weights)
         st.caption("Attention map of each word")
         st.image([photo for _, photo in overlays], [_plain(word) for word, _ in overlays], width=_MAP_PIXELS)
 

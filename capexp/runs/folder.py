@@ -6,11 +6,12 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from pathlib import Path
 
-from capexp.data.captions import PhotosBySplit
+from capexp.data.caption_files import read_list
+from capexp.data.captions import SPLITS, PhotosBySplit
 from capexp.errors import InputError, Outage
 from capexp.experiment import load_recorded, to_toml
 from capexp.files import write_whole, writing
-from capexp.settings import Experiment
+from capexp.settings import Experiment, SplitName
 from capexp.tracking.known_runs import PARENT, run_status, run_tags
 from capexp.tracking.outbox import JOURNAL
 from capexp.training.checkpoints import Checkpoints
@@ -122,11 +123,23 @@ class RunFolder:
         """Write a list of photos for each split, in the form that ``captions.train`` names; return the files."""
         files = []
         for name, photos in splits.items():
+            if not photos:
+                continue
             path = self.path / "splits" / f"{name}.txt"
             with writing(path):
                 path.parent.mkdir(exist_ok=True)
             files.append(write_whole(path, "".join(f"{photo}\n" for photo in photos)))
         return files
+
+    def splits(self) -> PhotosBySplit | None:
+        """Return the photos of each split that the run has drawn at random; None if it has drawn none."""
+        files = sorted((self.path / "splits").glob("*.txt"))
+        drawn: dict[SplitName, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
+        for name in SPLITS:
+            path = self.path / "splits" / f"{name}.txt"
+            if path.is_file():
+                drawn[name] = read_list(path)
+        return drawn if files else None
 
     def checkpoints(self, experiment: Experiment) -> Checkpoints:
         """Return the checkpoints of the first phase: training with cross-entropy."""

@@ -77,7 +77,7 @@ class OpenRun:
         return self.tracked.run_id
 
     def with_experiment(self, experiment: Experiment) -> "OpenRun":
-        """Return this run with the settings of its best seed or trial, under which the captioner is registered."""
+        """Return a copy of this run with the settings of its best seed or trial, to register its captioner."""
         return replace(self, plan=replace(self.plan, experiment=experiment))
 
 
@@ -91,8 +91,8 @@ def opened(plan: Plan, resume: str | None = None) -> Iterator[OpenRun]:
     Only after an :class:`Unsent` of this same run it ends FINISHED, because then the work is done and the rest of the
     log can be sent later.
 
-    An existing run is locked before MLflow opens it, a new one as soon as its id is known. So a second process cannot
-    change a run that another process is training.
+    An existing run is locked before MLflow opens it. A new run is locked as soon as MLflow has created
+    it. So a second process cannot change a run that another process is training.
     """
     experiment, device = plan.experiment, choose_device(plan.experiment.training.device)
 

@@ -17,7 +17,7 @@ from mlflow.utils.mlflow_tags import MLFLOW_DATASET_CONTEXT
 from capexp.tracking.known_runs import adopted_run
 from capexp.tracking.registry import model_id_of
 from capexp.tracking.run import Input, as_dataset
-from capexp.tracking.store import prepare_store, store_faults
+from capexp.tracking.store import check_store, prepare_store, store_faults
 
 _LOSSES = {"cross_entropy": "loss", "cross_entropy_blind": "loss_blind"}
 _NOT_LOGGED = ("targets", "photos", "captions_per_second")  # numbers that are no scores
@@ -29,6 +29,7 @@ def log_evaluation(scores: Mapping[str, object], split: Input) -> str:
     Its scores become metrics named by the split (``test_loss``, ``test_cider``), its decoding settings params, and the
     whole record the artifact ``scores.json``.
     """
+    check_store(str(scores["experiment"]), adopted_run())
     prepare_store()
     model, name = str(scores["model"]), str(scores["split"])
     values = {

@@ -30,6 +30,7 @@ from capexp.tracking.store import artifact_faults, is_missing, store_lock
 ARTIFACT = "captioner"
 CHAMPION = "champion"
 
+_NO_STEP = -1  # of a logged model: MLflow links all metrics of its step, and link_metrics links those that are wanted
 _DIGEST = "decoder_digest"  # the tag that identifies the captioner of a logged model or a version
 
 _PACKAGE = Path(__file__).parents[1]
@@ -150,6 +151,7 @@ def log_captioner(run_id: str, bundle: Path) -> str:
             artifact_path=None,
             run_id=run_id,
             model_id=model.model_id,
+            step=_NO_STEP,
             flavor=mlflow.pyfunc,
             python_model=str(Path(__file__).with_name("served_model.py")),
             artifacts={"bundle": str(bundle)},
@@ -170,11 +172,13 @@ def link_metrics(run_id: str, name: str, number: str, points: Sequence[Point], d
     """Link metrics of a run to the logged model of a version and to a data set, for MLflow's pages of models.
 
     ``points`` are values that the run has already, so nothing is added to it. ``dataset`` is the name and the digest of
-    the data set in MLflow.
+    the data set in MLflow. Metrics that are linked already are left out.
     """
     client = MlflowClient()
     model_id = model_id_of(client.get_model_version(name, number))
-    client.log_batch(run_id, metrics=[LoggedMetric(*point, model_id, *dataset) for point in points])
+    linked = set() if model_id is None else {metric.key for metric in client.get_logged_model(model_id).metrics or ()}
+    metrics = [LoggedMetric(*point, model_id, *dataset) for point in points if point[0] not in linked]
+    client.log_batch(run_id, metrics=metrics)
 
 
 def model_id_of(version: ModelVersion) -> str | None:

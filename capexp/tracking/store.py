@@ -1,7 +1,8 @@
 """MLflow's store: its URI, creation, locking, and one-line errors.
 
 The store is a local SQLite database, another database, or a tracking server. A missing local database is created here,
-and only one may be created at a time. ``store_faults`` and ``artifact_faults`` turn errors of the store into Outage.
+under a lock, so that two processes do not create it at the same time. ``store_faults`` and ``artifact_faults`` turn
+errors of the store into Outage.
 """
 
 import logging
@@ -111,7 +112,7 @@ def _refuse_folder() -> None:
     encoded = _ENCODED.search(folder)
     if encoded is not None:
         raise InputError(
-            f"{folder}: MLflow takes {encoded[0]} in a folder's name for another letter; rename the folder"
+            f"{folder}: MLflow decodes {encoded[0]} in the path as a percent-encoded character; rename the folder"
         )
     if ".." in folder.partition("?")[2]:
         raise InputError(f"{folder}: MLflow takes no folder whose path has .. after a question mark; rename the folder")
@@ -163,7 +164,8 @@ def _make_local(path: Path) -> None:
 def check_store(experiment: str | None = None, run_id: str | None = None) -> None:
     """Check that the store can be used, before any work is done. A missing store is not created.
 
-    With the name of an MLflow experiment, or the id of a run in it, also that its artifacts are where the store is.
+    With the name of an MLflow experiment, or the id of a run in it, also check that the experiment's artifact folder
+    exists, and log a warning if the folder belongs to another store.
     """
     _refuse_folder()
     patience()
@@ -184,9 +186,9 @@ def check_store(experiment: str | None = None, run_id: str | None = None) -> Non
 def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
     """Check that an experiment's artifacts go into a folder that is there.
 
-    MLflow stores its absolute path. After the project's folder was moved, MLflow would create the old path again; after
-    it was copied, it would write into the original. So a missing folder is refused, and one that belongs to another
-    store is warned of.
+    MLflow stores its absolute path. If the project's folder was moved, MLflow would create the old path again. If it
+    was copied, MLflow would write into the original folder. So a missing folder is an error, and a folder that belongs
+    to another store gives a warning.
     """
     database, client = database_path(store_uri()), MlflowClient()
     with store_faults():
@@ -199,8 +201,8 @@ def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
     if found is None or folder is None or database is None:
         return
     here = database.resolve().parent
-    if folder.resolve().is_relative_to(here):
-        return
+    if folder.resolve().is_relative_to(here) or not (here / "mlruns").is_dir():
+        return  # without artifacts beside it, the store is shared by several folders
     project = folder.parent.parent  # of mlruns/1
     if not folder.parent.exists():
         raise InputError(
@@ -219,7 +221,8 @@ def moved_remedy(project: Path) -> str:
     """Return the command that lets the old path of the project's folder lead to where its store is now."""
     database = database_path(store_uri())
     here = Path.cwd() if database is None else database.resolve().parent
-    return f"ln -s {shlex.quote(str(here))} {shlex.quote(str(project))}"
+    link = f"ln -s {shlex.quote(str(here))} {shlex.quote(str(project))}"
+    return link if project.parent.is_dir() else f"mkdir -p {shlex.quote(str(project.parent))} && {link}"
 
 
 def local_folder(location: str) -> Path | None:
@@ -230,7 +233,7 @@ def local_folder(location: str) -> Path | None:
 
 
 def patience() -> float:
-    """Return the seconds that the end of a finished run waits while a server accepts nothing: 60 by default."""
+    """Return how many seconds a finished run waits at its end for a server that does not respond; default 60."""
     value = os.environ.get(_PATIENCE, "60")
     try:
         seconds = float(value)

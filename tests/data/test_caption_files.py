@@ -1,16 +1,19 @@
-"""Captions in every form that people have: each is recognised by its content and read as it is meant."""
+"""Captions files in all formats: each is recognised by its content and read correctly."""
 
 import csv
 import io
 import json
 import logging
+import re
 import unicodedata
 from pathlib import Path
 
 import pytest
 
 from capexp.data.caption_files import CaptionsFile, read_captions, read_list
+from capexp.data.captions import read_splits
 from capexp.errors import InputError
+from capexp.settings import CaptionsConfig, CaptionsFormat
 
 TWO = {"a.jpg": ("A dog runs .", "Two dogs , one ball ."), "b c.jpg": ("A cat sits .", 'It says " hello " .')}
 """Captions of two photos: with a comma, with quotation marks, and a name with a blank."""
@@ -89,11 +92,11 @@ def test_the_row_of_flickr30k_that_lacks_a_bar_is_read_as_meant(
     with caplog.at_level(logging.WARNING):
         assert read_captions(tmp_path / "results.csv").captions == TWO
     (message,) = caplog.messages
-    assert message.startswith(f"{tmp_path}/results.csv, line 3: no bar after the caption's number 1")
+    assert message.startswith(f"{tmp_path}/results.csv, line 3: no pipe after the caption's number 1")
 
 
 def test_names_and_captions_are_composed(tmp_path: Path) -> None:
-    """macOS writes names decomposed: in either form they are the same photos and the same words."""
+    """Names and captions in NFC and in NFD (as macOS may store names) give the same photos and captions."""
     name, text = "Übung café.jpg", "Một con chó ở Đà Nẵng"
     for form in ("NFC", "NFD"):
         (tmp_path / "captions").write_text(unicodedata.normalize(form, f"{name}#0\t{text}\n"))
@@ -112,6 +115,54 @@ def test_splits_are_read_where_a_table_or_record_has_them(tmp_path: Path) -> Non
     assert read_captions(path) == expected
 
 
+def test_what_is_wrong_with_splits_matters_only_if_they_are_used(tmp_path: Path) -> None:
+    path = tmp_path / "captions"
+    faults = {
+        "image,caption,split\na.jpg,A,train\na.jpg,B,test\n": "line 3: split = 'test', but a.jpg is in train already",
+        "image,caption,split\na.jpg,A,fold1\n": "line 2: split = 'fold1' of a.jpg is none of train",
+        "image,caption,split\na.jpg,A,Train\nb.jpg,B,\n": "line 3: split = '' of b.jpg is none of",
+        json_lines(
+            {"image": "a.jpg", "text": "A", "split": "VAL"}, {"image": "b.jpg", "text": "B"}
+        ): "1 photos have no",
+    }
+    for content, fault in faults.items():
+        path.write_text(content)
+        file = read_captions(path)
+        assert file.captions and file.split_fault is not None and fault in file.split_fault
+        config = CaptionsConfig(root=tmp_path, photos=Path(), captions=Path("captions"), splits="karpathy")
+        with pytest.raises(InputError, match=re.escape(fault)):
+            read_splits(config)
+
+
+def test_lists_that_pandas_wrote_and_empty_values_are_read_as_meant(tmp_path: Path) -> None:
+    path = tmp_path / "captions"
+    path.write_text(
+        table([("image", "captions"), ("a.jpg", "['A dog runs.', \"It's\"]"), ("b.jpg", "[sic] a cat")], ",")
+    )
+    assert read_captions(path).captions == {"a.jpg": ("A dog runs.", "It's"), "b.jpg": ("[sic] a cat",)}
+    path.write_text('{"image": "a.jpg", "caption_1": null, "caption_2": "A dog"}\n')
+    assert read_captions(path).captions == {"a.jpg": ("A dog",)}
+
+
+@pytest.mark.parametrize("indent", [0, 1, None])
+def test_coco_is_told_from_records_however_it_is_written(tmp_path: Path, indent: int | None) -> None:
+    path = tmp_path / "captions"
+    path.write_text(json.dumps(COCO, indent=indent))
+    assert read_captions(path).captions == TWO
+    lines = ",\n".join(json.dumps(image) for image in COCO["images"])
+    notes = ",\n".join(json.dumps(note) for note in COCO["annotations"])
+    path.write_text(f'{{"images": [\n{lines}\n], "annotations": [\n{notes}\n]}}')
+    assert read_captions(path).captions == TWO
+
+
+@pytest.mark.parametrize("content", ["", "\n", "5", "null", '"abc"'])
+@pytest.mark.parametrize("form", ["csv", "json", "descriptions", "flickr8k", "coco", "karpathy"])
+def test_a_form_that_is_named_refuses_what_is_none(tmp_path: Path, form: CaptionsFormat, content: str) -> None:
+    (tmp_path / "captions").write_text(content)
+    with pytest.raises(InputError):
+        read_captions(tmp_path / "captions", form)
+
+
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
@@ -122,26 +173,25 @@ def test_splits_are_read_where_a_table_or_record_has_them(tmp_path: Path) -> Non
         ("image,caption,caption\na.jpg,A,B\n", ("line 1: two columns have the name 'caption'",)),
         ("image,caption\na.jpg,A dog, and a cat\n", ("line 2: 3 fields, where the header has 2; quote", "comma")),
         ("image;caption\n\na.jpg\n", ("line 3: 1 fields, where the header has 2; quote", "semicolon")),
-        ('image,caption\nb.jpg,A dog\na.jpg,"A dog\nb.jpg,A cat\n', ("line 3: cannot be read as a row",)),
-        ('image,caption\na.jpg,"A" dog\nb.jpg,A cat\n', ("line 2: cannot be read as a row", "quotation marks")),
-        (f"image,caption\na.jpg,{'dog ' * 50_000}\n", ("line 2: cannot be read as a row", "field limit")),
+        ('image,caption\nb.jpg,A dog\na.jpg,"A dog\nb.jpg,A cat\n', ("line 3: not a valid row",)),
+        ('image,caption\na.jpg,"A" dog\nb.jpg,A cat\n', ("line 2: not a valid row", "quotation marks")),
+        (f"image,caption\na.jpg,{'dog ' * 50_000}\n", ("line 2: not a valid row", "field limit")),
         ("image,caption\na.jpg,\n", ("line 2: a.jpg has an empty caption",)),
-        ("image,caption\n../a.jpg,A dog\n", ("line 2: '../a.jpg' leaves",)),
+        ("image,caption\n../a.jpg,A dog\n", ("line 2: '../a.jpg' is empty or leaves",)),
         ("image,caption\nimages\\a.jpg,A dog\n", ("line 2: 'images\\\\a.jpg' is a Windows path",)),
-        ("image,caption,split\na.jpg,A,train\na.jpg,B,test\n", ("line 3: split = 'test', but a.jpg is in train",)),
-        ("image,caption,split\na.jpg,A,held\n", ("line 2: split = 'held' of a.jpg is none of train",)),
+        ("a.jpg\t0\tA dog runs\n", ("line 1:", "begins no known form")),
         ("image,caption\n", ("no captions in it",)),
         ('{"file_name": "a.jpg", "text": "A"}\n{"file_name": "b.jpg", "te\n', ("line 2: read as JSON records",)),
         ('{"file_name": "a.jpg", "te\n{"file_name": "b.jpg", "text": "A"}\n', ("line 1: read as JSON records",)),
-        ('{"file_name": "a.jpg", "text": 3}\n', ("line 1: text holds a int; give a text, or a list",)),
+        ('{"file_name": "a.jpg", "text": 3}\n', ("line 1: a caption has the type int; give a string, or a list",)),
         ('{"file_name": "a.jpg", "text": []}\n', ("line 1: a.jpg has an empty caption",)),
         ('{"file_name": "a.jpg", "text": ["A", ""]}\n', ("line 1: a.jpg has an empty caption",)),
-        ('{"file_name": ["a.jpg"], "text": "A"}\n', ("line 1: file_name", "no text")),
+        ('{"file_name": ["a.jpg"], "text": "A"}\n', ("line 1: file_name", "must be a string")),
         ('{"size": 1, "text": "A"}\n{"text": "B"}\n', ("line 1: none of size, text is a name for a photo's",)),
         ('[{"image": "a.jpg", "caption": "A"}, 7]', ("entry 1: a int, where a record",)),
         ("[" * 1000, ("the list: read as JSON records", "recursion")),
         ('[{"image": "a.jpg"', ("the list: read as JSON records", "EOF")),
-        ('{"a.jpg": {"b": 1}}', ("'a.jpg': caption holds a dict",)),
+        ('{"a.jpg": {"b": 1}}', ("'a.jpg': a caption has the type dict",)),
     ],
 )
 def test_a_fault_names_form_line_and_remedy(tmp_path: Path, content: str, parts: tuple[str, ...]) -> None:

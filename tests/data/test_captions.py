@@ -98,11 +98,11 @@ def test_digest_depends_on_photos_captions_and_order(data: CaptionsConfig) -> No
         (TRAIN, "", (f"{TRAIN}: the list is empty",)),
         (TRAIN, "\n  \n", (f"{TRAIN}: the list is empty",)),
         (TRAIN, "one.jpg\ntwo.jpg\none.jpg\n", (f"{TRAIN}, line 3:", "'one.jpg'", "line 1")),
-        (TRAIN, "one.jpg\n../x.jpg\n", (f"{TRAIN}, line 2:", "'../x.jpg' leaves")),
-        (TRAIN, "a/../../x.jpg\n", (f"{TRAIN}, line 1:", "'a/../../x.jpg' leaves")),
-        (TRAIN, "/x.jpg\n", (f"{TRAIN}, line 1:", "'/x.jpg' leaves")),
+        (TRAIN, "one.jpg\n../x.jpg\n", (f"{TRAIN}, line 2:", "'../x.jpg' is empty or leaves")),
+        (TRAIN, "a/../../x.jpg\n", (f"{TRAIN}, line 1:", "'a/../../x.jpg' is empty or leaves")),
+        (TRAIN, "/x.jpg\n", (f"{TRAIN}, line 1:", "'/x.jpg' is empty or leaves")),
         (TRAIN, "photos\\x.jpg\n", (f"{TRAIN}, line 1:", "is a Windows path; write 'photos/x.jpg'")),
-        (TRAIN, "x\0.jpg\n", (f"{TRAIN}, line 1:", "x\\x00.jpg' leaves")),
+        (TRAIN, "x\0.jpg\n", (f"{TRAIN}, line 1:", "x\\x00.jpg' is empty or leaves")),
         (DEV, "three.jpg\none.jpg\n", (TRAIN, DEV, "share 1 photos", "one.jpg")),
         (TEST, "one.jpg\ntwo.jpg\n", (TRAIN, TEST, "share 2 photos", "one.jpg, two.jpg")),
         (TOKENS, "one.jpg#0\tA dog .\nthree.jpg#0\tA dog .\n", (f"{TRAIN}: 1 of", "no captions", TOKENS, "two.jpg")),
@@ -211,16 +211,16 @@ def image(**changes: object) -> dict[str, object]:
     [
         ([], ("no captions in it", "Karpathy")),
         ({"images": [{"filename": "one.jpg", "sentences": [{}]}]}, ("images.0.sentences.0.raw: field required",)),
-        ({"images": [image(), image(filename="../x.jpg")]}, ("images.1: '../x.jpg' leaves",)),
+        ({"images": [image(), image(filename="../x.jpg")]}, ("images.1: '../x.jpg' is empty or leaves",)),
         ({"images": [image(filename=None)]}, ("images.0: has no file_name",)),
-        ({"images": [image(), image()]}, ("images.1: 'one.jpg' stands there already",)),
+        ({"images": [image(), image()]}, ("images.1: 'one.jpg' is there already",)),
         ({"images": [image(split="held")]}, ("images.0: split = 'held' of one.jpg", "train, restval, val, dev")),
-        ({"images": [image(), image(filename="two.jpg", split=None)]}, ("1 images have no split", "two.jpg")),
+        ({"images": [image(), image(filename="two.jpg", split=None)]}, ("1 photos have no split", "two.jpg")),
         ({"images": [image(sentences=[{"raw": " "}])]}, ("one.jpg has an empty caption",)),
         ({"images": [image(sentences=[])]}, ("no captions in it",)),
         ({"images": [image()]}, ("no photo of it has the split dev", "captions.splits")),
         (COCO, ("no photo of it has the split train",)),
-        ({"images": [image(id=1)], "annotations": [{"image_id": 7, "caption": "A dog ."}]}, ("image_id 7 is none",)),
+        ({"images": [image(id=1)], "annotations": [{"image_id": 7, "caption": "A dog ."}]}, ("no image has the id 7",)),
     ],
 )
 def test_fault_in_json_is_refused_in_one_line(data: CaptionsConfig, content: object, parts: tuple[str, ...]) -> None:
@@ -348,6 +348,45 @@ def test_each_split_may_have_its_own_captions_file_and_photo_folder(data: Captio
         read_splits(changed(own, dev="notes/train.json", dev_photos="train2017"))
     with pytest.raises(InputError, match=r"no such folder of photos; set captions\.root or captions\.dev_photos"):
         read_splits(changed(own, dev_photos="nowhere"))
+
+
+@pytest.mark.parametrize("splits", ["random", "karpathy"])
+def test_a_photo_under_two_spellings_is_refused(data: CaptionsConfig, splits: str) -> None:
+    rows = [
+        "image,caption,split",
+        "one.jpg,A dog,train",
+        "one,A cat,val",
+        "two.jpg,A cow,test",
+        "three.jpg,A fox,train",
+    ]
+    (data.root / "captions.csv").write_text("\n".join(rows))
+    with pytest.raises(InputError, match=r"share 1 photos: one|'one' and 'one\.jpg' are the same photo"):
+        read_splits(changed(data, captions="captions.csv", splits=splits))
+
+
+def test_folders_that_are_spelled_differently_hide_no_double(data: CaptionsConfig) -> None:
+    (data.root / "train.csv").write_text("image,caption\none.jpg,A dog\n")
+    (data.root / "link").symlink_to(data.root / PHOTOS)
+    config = changed(data, splits="files", train="train.csv", dev="dev.csv", train_photos=PHOTOS)
+    for name, folder in (("one.jpg", f"{PHOTOS}/../{PHOTOS}"), ("one", "link"), (f"{PHOTOS}/one.jpg", "link/..")):
+        (data.root / "dev.csv").write_text(f"image,caption\n{name},A cat\n")
+        with pytest.raises(InputError, match="share 1 photos"):
+            read_splits(changed(config, dev_photos=folder))
+
+
+def test_captions_of_a_split_that_the_file_lacks_are_none(data: CaptionsConfig) -> None:
+    images = [{"filename": "three.jpg", "split": "val", "sentences": [{"raw": "A fox ."}]}]
+    config = as_json(data, {"images": images}, "karpathy")
+    assert read_texts(config, "train") is None and read_texts(config, "dev") == ["A fox ."]
+
+
+def test_a_name_too_long_for_a_file_is_a_missing_photo(data: CaptionsConfig) -> None:
+    long = f"{'x' * 300}.jpg"
+    with (data.root / TOKENS).open("a") as file:
+        file.write(f"{long}#0\tA dog .\n")
+    (data.root / DEV).write_text(f"{long}\n")
+    with pytest.raises(InputError, match="1 of its dev photos are not in"):
+        read_splits(data, ("dev",))
 
 
 def train_and_dev(root: Path) -> tuple[Split, Split]:

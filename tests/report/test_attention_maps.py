@@ -21,7 +21,7 @@ def test_each_word_has_the_photo_lit_where_it_was_looked_at(tmp_path: Path, word
     maps = np.full((words, 7, 7), 1e-4, np.float32)
     maps[:, :, 0] = 1 / 7  # the left edge
     caption = " ".join(["dog"] * words)
-    path = draw_maps(tmp_path / "photo.png", caption, maps, tmp_path / "new" / "maps.png")
+    path = draw_maps(tmp_path / "photo.png", caption.split(), maps, tmp_path / "new" / "maps.png")
     pixels = np.asarray(Image.open(path).convert("L"), np.float32)
     assert (pixels < 60).any(), "dark where it did not look"
     assert (pixels > 250).mean() > 0.3

@@ -40,7 +40,7 @@ def start(folder: Folder, command: tuple[str, ...]) -> subprocess.Popen[str]:
 
 @pytest.fixture(scope="session")
 def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
-    """Returns a folder in which a kind of run has ended undisturbed, and the run's result."""
+    """Return a function that runs a kind of run once without disturbance, and returns its folder and result."""
     made: dict[str, tuple[Folder, dict[str, Any]]] = {}
 
     def undisturbed(kind: str) -> tuple[Folder, dict[str, Any]]:
@@ -72,7 +72,7 @@ def assert_nothing_is_half_written(folder: Folder) -> None:
 
 
 def assert_ended(folder: Folder, kind: Kind, status: str, tag: str) -> tuple[Run, list[Run]]:
-    """The run and the last one under it have this status and tag; the ones before the last are finished."""
+    """Assert that the outer run and its last nested run have this status and tag, and the others are FINISHED."""
     top, under = tree(folder)
     *before, last = under or [top]
     assert [run.info.status for run in before] == ["FINISHED"] * (kind.count - 1)
@@ -127,7 +127,7 @@ def test_interrupted_it_ends_killed_and_goes_on_to_the_undisturbed_end(
 
 
 def moments(folder: Folder, kind: Kind) -> dict[str, Callable[[float], object]]:
-    """When a run is killed. Each condition gets the time at which the process was started."""
+    """Return the conditions, by name, on which a run is killed; each is called with the start time of the process."""
 
     def count_finished() -> int:
         return sum(run.info.status == "FINISHED" for run in folder.runs())

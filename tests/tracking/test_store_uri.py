@@ -1,4 +1,4 @@
-"""Laws of a local store's URI: it names the file that SQLAlchemy opens, however it is spelt, and MLflow is told one."""
+"""Tests of local store URIs: each spelling gives the file that SQLAlchemy opens, and MLflow gets only one spelling."""
 
 import os
 from collections.abc import Iterator
