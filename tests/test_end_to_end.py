@@ -209,7 +209,6 @@ def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
     left_out, broken = printed.stderr.splitlines()
     assert left_out == "album: 1 files left out that are no pictures: notes.txt"
     assert broken.startswith("capexp.caption: album/broken.png: cannot be read as a picture")
-    assert printed.stderr.count("\n") == 1
     odd = Path(os.fsdecode(os.fsencode(tmp_path / "album") + b"/caf\xe9.jpg"))
     shutil.copy(photos[0], odd)
     for words, name in (((), "caf\udce9.jpg\t"), (("--json",), '"album/caf\\udce9.jpg"')):

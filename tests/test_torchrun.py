@@ -78,7 +78,7 @@ def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder, ra
         assert "another of torchrun's processes has gone" in err or "interrupted" in err
     assert "Signal 9 (SIGKILL)" in err  # torchrun's own words
     done = len(losses(folder, run))
-    assert done >= 2
+    assert done >= 1, "the state of the second epoch may be saved before its losses are logged"
     together(folder, "train", "--resume", run.info.run_id, "--training.epochs", str(done + 2))
     (run,) = folder.runs()
     assert run.info.status == "FINISHED"
