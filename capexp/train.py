@@ -75,6 +75,7 @@ def train(argv: list[str] | None = None) -> int:
     check_disk_space(CHECKPOINTS, parameters, experiment.training, runs=arguments.seeds or 1)
     world.start()
     world.broadcast(experiment.model_dump_json)
+    world.broadcast(lambda: data.drawn)
     data = data.with_features(experiment, world)
     _print_data(experiment, data, parameters)
     plan = Plan(experiment, data, promote=arguments.promote)
@@ -136,7 +137,8 @@ def _follow(world: World) -> int:
 
     world.start()  # returns when rank 0 has checked settings and data; rank 0 reports their errors
     experiment = Experiment.model_validate_json(world.broadcast(str), strict=True)
-    follow(Plan(experiment, Dataset.read(experiment).with_features(experiment, world)), world)
+    data = Dataset.read(experiment, drawn=world.broadcast(dict))
+    follow(Plan(experiment, data.with_features(experiment, world)), world)
     return 0
 
 

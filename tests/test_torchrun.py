@@ -157,3 +157,19 @@ def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Fo
     (folder.path / "photos" / names[4]).write_bytes(b"??")
     _, err = together(folder, "extract", *settings, "--features.cache", "together", status=1)
     assert err.count("cannot be read as a picture") + err.count("cannot be read as pictures") >= 1
+
+
+def test_random_splits_of_a_resumed_run_are_the_same_on_all_ranks(folder: Folder, scenes: Path) -> None:
+    data = folder.path / "data"
+    data.mkdir()
+    (data / "Scenes_Dataset").symlink_to(scenes / "Scenes_Dataset")
+    lines = (scenes / "Scenes.token.txt").read_text().splitlines(keepends=True)
+    (data / "Scenes.token.txt").write_text("".join(lines[:3000]))
+    drawn = ("--captions.root", str(data), "--captions.splits", "random")
+    together(folder, "train", *EXACT, *drawn, "--training.epochs", "1")
+    (run,) = folder.runs()
+    (data / "Scenes.token.txt").write_text("".join(lines))  # 200 photos more: a new draw would be another
+    together(folder, "train", "--resume", run.info.run_id, "--training.epochs", "2")
+    (resumed,) = folder.runs()
+    assert resumed.info.status == "FINISHED" and len(losses(folder, resumed)) == 2
+    assert resumed.data.tags["data_digest"] == run.data.tags["data_digest"]

@@ -70,7 +70,7 @@ class CaptionsFile:
     splits: dict[SplitName, tuple[str, ...]]
     """The photo names of each split, if the file assigns photos to splits."""
     split_fault: str | None = None
-    """What is wrong with the splits in the file; it matters only if they are used."""
+    """The error message about the file's splits, to be raised if they are used; None if they are valid."""
 
 
 def read_captions(path: Path, form: CaptionsFormat = "auto") -> CaptionsFile:
@@ -326,7 +326,7 @@ def _read_json(path: Path, content: bytes) -> CaptionsFile:
         if not isinstance(record, dict):
             raise InputError(
                 f'{where}: a {type(record).__name__}, where a record such as {{"file_name": "a.jpg", '
-                '"text": "A dog runs."}} is needed'
+                '"text": "A dog runs."} is needed'
             )
         columns = _Columns.find([*record], where)
         photo, split = record[columns.photo], record[columns.split] if columns.split else None

@@ -148,7 +148,7 @@ def check(folder: Path, contents: Contents = Contents(), only: Part | None = Non
 
 
 def _refuse_other_counts(folder: Path, counted: list[tuple[str, str, int, int]], remedy: str) -> None:
-    """Refuse a wrong count; each entry is a file's name, what is counted, the count and the expected count."""
+    """Refuse an unexpected count. An entry is the file's name, the unit, the count and the expected count."""
     for name, what, count, expected in counted:
         if count != expected:
             raise InputError(f"{folder / name}: {count:,} {what}, not {expected:,}; {remedy}")

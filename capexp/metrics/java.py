@@ -148,7 +148,7 @@ def _program(jar: str) -> Path | Unavailable:
 
 
 def _java(program: str, options: list[str], folder: Path, lines: str = "") -> str | Unavailable:
-    """Run a Java program to its end and return what it prints. Kill the program if this process is interrupted."""
+    """Run a Java program and return its output. Kill the program if this process is interrupted."""
     try:
         java = subprocess.run(
             ["java", *options], cwd=folder, input=lines, capture_output=True, encoding="utf-8", check=False

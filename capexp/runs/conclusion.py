@@ -25,7 +25,7 @@ def conclude(
     """Evaluate a run's captioner on dev; log metrics, plots and a gallery.
 
     ``metrics`` come from training and are logged together with the metrics of the evaluation. Returns the evaluation,
-    the gallery cards of some dev photos, sampled at random, and what was logged as metrics.
+    the gallery cards of some dev photos, sampled at random, and the logged points of the metrics.
     """
     experiment, data, tracked = run.plan.experiment, run.plan.data, run.tracked
     record, folder = captioner.record, tracked.folder

@@ -91,7 +91,7 @@ class TrackedRun:
         self._outbox.log(PARAMS, {name: value[:_PARAM_LENGTH] for name, value in params.items()})
 
     def log_metrics(self, metrics: Mapping[str, float], step: int, timestamp: int) -> list[Point]:
-        """Log the values of one step; ``timestamp`` is in milliseconds since 1970. Return what was logged."""
+        """Log the values of one step; ``timestamp`` is in milliseconds since 1970. Return the points."""
         points: list[Point] = [(name, float(value), timestamp, step) for name, value in metrics.items()]
         self._outbox.log(METRICS, points)
         return points

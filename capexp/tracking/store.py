@@ -179,8 +179,7 @@ def check_store(experiment: str | None = None, run_id: str | None = None) -> Non
     if store_exists():
         with environment(**{name: os.environ.get(name, value) for name, value in _FAIL_FAST.items()}):
             prepare_store()
-            if experiment is not None or run_id is not None:
-                _require_artifacts(experiment, run_id)
+            _require_artifacts(experiment, run_id)
 
 
 def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
@@ -192,11 +191,15 @@ def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
     """
     database, client = database_path(store_uri()), MlflowClient()
     with store_faults():
-        if run_id is None:
-            assert experiment is not None
-            found = client.get_experiment_by_name(experiment)
-        else:
-            found = client.get_experiment(client.get_run(run_id).info.experiment_id)
+        try:
+            if run_id is not None:
+                found = client.get_experiment(client.get_run(run_id).info.experiment_id)
+            else:
+                found = None if experiment is None else client.get_experiment_by_name(experiment)
+        except MlflowException as error:
+            if is_missing(error):
+                return  # whoever opens the run says so
+            raise
     folder = None if found is None else local_folder(found.artifact_location)
     if found is None or folder is None or database is None:
         return
@@ -213,7 +216,7 @@ def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
     if other.is_file() and not other.samefile(database):
         log.warning(
             "%s: experiment %s has its artifacts in %s, which belongs to %s; if this folder is a copy, delete its "
-            "mlflow.db and mlruns to begin anew", database, found.name, folder, other,
+            "mlflow.db and mlruns", database, found.name, folder, other,
         )  # fmt: skip
 
 
