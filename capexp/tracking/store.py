@@ -168,7 +168,7 @@ def check_store(experiment: str | None = None, run_id: str | None = None) -> Non
     exists, and log a warning if the folder belongs to another store.
     """
     _refuse_folder()
-    patience()
+    patience()  # refuses an invalid CAPEXP_PATIENCE
     artifacts = Path("mlruns").absolute()
     if is_local() and artifacts.exists():
         if not artifacts.is_dir():
