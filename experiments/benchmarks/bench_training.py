@@ -142,7 +142,7 @@ class Task:
     def keras(self, photos: int) -> Callable[[], float]:
         """The tutorial's method in its own framework."""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from tensorflow import keras  # type: ignore[import-untyped]
+        from tensorflow import keras
 
         layers = keras.layers
         seen, said = keras.Input((FEATURES,)), keras.Input((LONGEST,), dtype="int32")
