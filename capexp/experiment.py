@@ -39,7 +39,7 @@ _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 # Settings that must be equal in an ensemble and all its members.
 _SHARED = (
     *("vocabulary.cleaning", "vocabulary.tokens", "vocabulary.minimum_count", "vocabulary.unknown"),
-    *("features.layer", "features.pool", "features.size", "features.mirror"),
+    *("features.layer", "features.pool", "features.size", "features.resize", "features.mirror"),
 )
 # What experiments recorded before these settings existed have, where it is not today's default.
 _BEFORE = {"vocabulary.tokens": "whitespace"}

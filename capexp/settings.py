@@ -19,6 +19,7 @@ TokenRule = Literal["words", "characters", "whitespace"]
 Unknown = Literal["drop", "token"]
 Layer = Literal["fc2", "conv5_3"]
 Pool = Literal["none", "max2", "max3", "mean"]
+PhotoResize = Literal["bilinear", "nearest"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Order = Literal["captions", "photos"]
 Schedule = Literal["constant", "cosine"]
@@ -203,6 +204,9 @@ class FeaturesConfig(Section):
     (``mean``), or ``none``."""
     size: PhotoSize = PHOTO_SIZE
     """Side in pixels of the square that a photo is resized to (aspect ratio not kept)."""
+    resize: PhotoResize = "bilinear"
+    """How photos are resized: ``bilinear``, with antialiasing; ``nearest``: nearest neighbour, as Keras's ``load_img``
+    does (used by the tutorial)."""
     weights: str = "IMAGENET1K_V1"
     """Torchvision's name of weights, downloaded at first use, or a file of VGG16's convolutions (conv5_3 only)."""
     cache: Path = Field(default_factory=lambda: cache_home() / "features")

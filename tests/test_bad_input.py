@@ -298,6 +298,7 @@ ROWS = {
         lambda: replace("evil.pth", pickle.dumps(Code())),
         "--features.weights evil.pth",
     ),
+    "no such resizing": Row(("features.resize bicubic", "'nearest'"), arguments="--features.resize bicubic"),
     "weights not to be had": Row(
         ("IMAGENET1K_FEATURES", "CAPEXP_OFFLINE"), edit(PHOTO, lambda content: Path(OTHER).read_bytes() + b"\0")
     ),

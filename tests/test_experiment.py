@@ -137,6 +137,7 @@ def test_every_setting_has_one_name_in_file_flag_and_param(tmp_path: Path) -> No
         ('[features]\nlayer = "conv5_3"\npool = "max3"\n', ("features.pool = 'max3'", "224", "48 divides")),
         ('[features]\nweights = "IMAGENET1K_FEATURES"\n', ("features.layer = 'fc2'", "IMAGENET1K_FEATURES")),
         ('[features]\nweights = "vgg.pth"\n', ("features.layer = 'fc2'", "vgg.pth")),
+        ('[features]\nresize = "bicubic"\n', ("features.resize = 'bicubic'", "'bilinear' or 'nearest'")),
         ("[features]\nweights = []\n", ("features.weights = []", "string")),
         ("training = 3\n", ("training", "3")),
         ("[training\n", ("not TOML", "line")),

@@ -80,6 +80,7 @@ MERGE = ONE.replace("attention", "merge-conv")
         (TWO, FLICKR8K.replace("= 5", "= 4"), "has vocabulary.minimum_count = 5, together has 4"),
         (TWO, FLICKR8K.replace("true", "false"), "flickr8k-attention has features.mirror = True, together has False"),
         (TWO, FLICKR8K.replace("mirror", "size = 448\nmirror"), "has features.size = 224, together has 448"),
+        (TWO, FLICKR8K.replace("mirror", 'resize = "nearest"\nmirror'), "has features.resize = bilinear, together has"),
         (TWO.replace("flickr8k-attention", "nothing"), FLICKR8K, "ensemble.members: nothing: neither a file nor"),
         (TWO + "settings = {training.epoch = 3}\n", FLICKR8K, "did you mean training.epochs?"),
         (TWO + "settings = {training.epochs = 0}\n", FLICKR8K, "training.epochs = 0"),

@@ -235,7 +235,7 @@ class Captioner:
             faults: dict[int, InputError] = {}
             for i, photo in enumerate(batch):
                 try:
-                    pixels[i] = squash(read_photo(photo), self.encoder_identity.size)
+                    pixels[i] = squash(read_photo(photo), self.encoder_identity.size, self.encoder_identity.resize)
                 except InputError as error:
                     faults[i] = error
             # Caption those that were read, and put captions and errors in the order of the photos.
@@ -296,7 +296,9 @@ class Captioner:
                 f"the bundle holds no encoder, and its features came from a file named {name!r}; "
                 "give that file with --features.weights"
             )
-        return FeaturesConfig(layer=identity.layer, pool=identity.pool, size=identity.size, weights=name)
+        return FeaturesConfig(
+            layer=identity.layer, pool=identity.pool, size=identity.size, resize=identity.resize, weights=name
+        )
 
 
 def check_fits(experiment: Experiment, data: Dataset) -> int:

@@ -27,6 +27,7 @@ from capexp.settings import (
     PHOTO_SIZE,
     FeaturesConfig,
     Layer,
+    PhotoResize,
     PhotoSize,
     Pool,
     Precision,
@@ -34,6 +35,17 @@ from capexp.settings import (
     grid_shape,
     pooled,
 )
+
+Transform = Literal[
+    "squash-bilinear-antialias", "squash-bilinear-antialias-mirror", "squash-nearest", "squash-nearest-mirror"
+]
+"""How photos are resized to a square, and whether they are mirrored."""
+_TRANSFORMS: Final[dict[tuple[PhotoResize, bool], Transform]] = {
+    ("bilinear", False): "squash-bilinear-antialias",
+    ("bilinear", True): "squash-bilinear-antialias-mirror",
+    ("nearest", False): "squash-nearest",
+    ("nearest", True): "squash-nearest-mirror",
+}  # by resize and whether mirrored
 
 
 @dataclass(frozen=True)
@@ -48,7 +60,7 @@ class EncoderIdentity:
     weights: str
     """Where to get the weights; has no effect on :meth:`key`."""
     size: PhotoSize = PHOTO_SIZE
-    transform: Literal["squash-bilinear-antialias", "squash-bilinear-antialias-mirror"] = "squash-bilinear-antialias"
+    transform: Transform = "squash-bilinear-antialias"
 
     def __post_init__(self) -> None:
         """Raise ValueError if photos of this size have no features of this layer and pool."""
@@ -62,11 +74,16 @@ class EncoderIdentity:
     @property
     def is_mirrored(self) -> bool:
         """Whether photos are mirrored, left to right, before they are encoded."""
-        return self.transform == "squash-bilinear-antialias-mirror"
+        return self.transform.endswith("-mirror")
+
+    @property
+    def resize(self) -> PhotoResize:
+        """How photos are resized."""
+        return "nearest" if self.transform.startswith("squash-nearest") else "bilinear"
 
     def mirrored(self) -> "EncoderIdentity":
         """Return the identity of the same encoder for mirrored photos."""
-        return replace(self, transform="squash-bilinear-antialias-mirror")
+        return replace(self, transform=_TRANSFORMS[self.resize, True])
 
     def key(self) -> str:
         """Return a short digest of the identity, without the name of the weights."""
@@ -77,6 +94,7 @@ class EncoderIdentity:
     def __str__(self) -> str:
         mirrored = ", mirrored" if self.is_mirrored else ""
         size = "" if self.size == PHOTO_SIZE else f" at {self.size} pixels"
+        size += " by nearest neighbour" if self.resize == "nearest" else ""
         return f"VGG16 {self.layer}{size}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
 
 
@@ -203,4 +221,5 @@ def _known_digest(config: FeaturesConfig) -> str | None:
 def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:
     net = NETS.get(config.weights, NETS["IMAGENET1K_FEATURES"])
     name = config.weights if config.weights in NETS else Path(config.weights).name
-    return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name, config.size)
+    transform = _TRANSFORMS[config.resize, False]
+    return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name, config.size, transform)

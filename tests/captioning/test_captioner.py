@@ -216,6 +216,20 @@ def test_photos_are_squashed_to_the_captioners_own_size(vgg16: Path, scenes: Pat
     assert captioner.caption_photos([photo]) == captioner.caption_features(features)
 
 
+def test_photos_are_resized_as_the_captioner_was_trained(random_vgg16: Path, scenes: Path) -> None:
+    config = FeaturesConfig(layer="conv5_3", pool="mean", size=96, resize="nearest", weights=str(random_vgg16))
+    small = ModelConfig(embedding_size=8, lstm_units=8, photo_norm="unit")
+    captioner = Captioner.fresh(small, WORDS, identify(config), DecodingConfig(maximum_length=6), 1)
+    photo = min((scenes / "Scenes_Dataset").iterdir())
+    encoder = captioner.use_encoder(str(random_vgg16))
+    assert encoder.identity == captioner.encoder_identity
+    features = encoder.encode([squash(read_photo(photo), 96, "nearest")])
+    assert captioner.caption_photos([photo]) == captioner.caption_features(features)
+    assert captioner.caption_photos([photo]) != captioner.caption_features(
+        encoder.encode([squash(read_photo(photo), 96, "bilinear")])
+    )
+
+
 def test_weights_of_another_net_are_refused(vgg16: Path) -> None:
     with pytest.raises(InputError, match="was trained on"):
         fresh(digest="0" * 64).use_encoder(str(vgg16))

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from capexp.data.vgg16 import EncoderIdentity, encoder_at_hand, identify, load_encoder
 from capexp.data.vgg16_weights import NETS
 from capexp.errors import InputError
-from capexp.settings import FeaturesConfig, Pool, Precision
+from capexp.settings import FeaturesConfig, PhotoResize, Pool, Precision
 
 OXFORD_MEAN = (123.68, 116.779, 103.939)
 CPU = torch.device("cpu")
@@ -128,9 +128,26 @@ def test_key_depends_on_all_that_decides_features_and_not_on_where_the_weights_l
         replace(made, weights_digest="1" * 64),
         replace(made, size=336),
         made.mirrored(),
+        replace(made, transform="squash-nearest"),
+        replace(made, transform="squash-nearest").mirrored(),
     )
     assert made.key() == replace(made, weights="b.pth").key()
-    assert len({made.key(), *(other.key() for other in others)}) == 8
+    assert len({made.key(), *(other.key() for other in others)}) == 10
+
+
+def test_keys_of_encoders_from_before_there_was_a_choice_of_resizing_are_the_same() -> None:
+    """Caches and bundles that exist are found by these."""
+    identity = identify(FeaturesConfig(layer="conv5_3", pool="mean", weights="IMAGENET1K_FEATURES"))
+    assert (identity.key(), identity.mirrored().key()) == ("c49d5d31a6c9b637", "5040383a03572e90")
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_a_mirrored_encoder_resizes_as_the_other(resize: PhotoResize) -> None:
+    config = FeaturesConfig(layer="conv5_3", weights="IMAGENET1K_FEATURES", resize=resize)
+    identity = identify(config)
+    assert (identity.resize, identity.is_mirrored) == (resize, False)
+    assert (identity.mirrored().resize, identity.mirrored().is_mirrored) == (resize, True)
+    assert identity.mirrored().mirrored() == identity.mirrored()
 
 
 def refusal(weights: str | Path) -> str:
