@@ -193,7 +193,8 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
-            f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size and weights"
+            f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size, resize "
+            "and weights"
         )
     batches = data.with_features(experiment).batches(split, experiment.training)
     loss = cross_entropy(captioner.decoder, batches.in_order())
@@ -258,7 +259,7 @@ class Comparison:
 def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:
     """Compare two captioners on a split of an experiment's data, by a paired bootstrap.
 
-    Each captioner has its own decoding settings, and the features of its own layer, pool and size.
+    Each captioner has its own decoding settings, and the features of its own layer, pool, size and resize.
     """
     # Each captioner's captions of all photos.
     rule = _common_rule(captioners)
@@ -267,7 +268,7 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     hypotheses = []
     for captioner in captioners:
         encoder = captioner.encoder_identity
-        own_features = {"features.layer": encoder.layer, "features.pool": encoder.pool, "features.size": encoder.size}
+        own_features = {f"features.{name}": getattr(encoder, name) for name in ("layer", "pool", "size", "resize")}
         own = replace_settings(experiment, own_features)
         data = Dataset.read(own, (split,), captioner.vocabulary, captioner.splits)
         if data.encoder.key() != encoder.key():

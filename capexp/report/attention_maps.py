@@ -26,7 +26,8 @@ def require_attention(captioner: Captioner) -> None:
 
 def attention_of(captioner: Captioner, photo: Path | bytes, caption: str) -> NDArray[np.float32]:
     """Return the attention weights over the grid, ``(T, side, side)``, for each word of a photo's caption."""
-    pixels = squash(read_photo(photo), captioner.encoder_identity.size)
+    encoder = captioner.encoder_identity
+    pixels = squash(read_photo(photo), encoder.size, encoder.resize)
     (maps,) = captioner.attention_maps(captioner.use_encoder().encode([pixels]), [caption])
     return maps
 
