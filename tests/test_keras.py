@@ -11,6 +11,7 @@ import numpy as np
 import pytest
 import torch
 from numpy.typing import NDArray
+from PIL import Image
 from small import identity
 
 from capexp.captioning.captioner import Captioner
@@ -22,8 +23,10 @@ from capexp.data.caption_files import read_captions
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.inert_pickle import read_arrays, read_tokenizer
+from capexp.data.photos import read_photo, squash
+from capexp.data.vgg16 import load_encoder
 from capexp.data.vocabulary import BOS, EOS, Vocabulary, tokenize
-from capexp.settings import DecodingConfig, TrainingConfig
+from capexp.settings import DecodingConfig, FeaturesConfig, TrainingConfig
 from capexp.training.loop import Training
 from capexp.training.teacher_forcing import CrossEntropy
 
@@ -188,3 +191,43 @@ def test_the_training_is_the_tutorials(tmp_path: Path, keras: Keras, references:
         assert apart[0] < 1e-5
         assert apart[:20].max() < most_of_20
         assert abs(mean - other_mean) < most_of_mean
+
+
+def photos_for_keras(folder: Path, flickr8k: Path, vgg16: Path, count: int) -> None:
+    """Real photos in two sizes, and the real convolutions, for the step ``vgg16``."""
+    (folder / "photos").mkdir()
+    some = sorted((flickr8k / "Flicker8k_Dataset").glob("*.jpg"))[:count]
+    for number, path in enumerate(some):
+        with Image.open(path) as photo:
+            enlarged = photo.convert("RGB").resize((333, 500) if number % 2 else (500, 375), Image.Resampling.BICUBIC)
+        enlarged.save(folder / "photos" / path.name, quality=95)
+    state = list(torch.load(vgg16, weights_only=True).values())
+    layers = {f"{('kernel', 'bias')[i % 2]}{i // 2}": value.numpy() for i, value in enumerate(state)}
+    np.savez(folder / "convolutions.npz", **layers)
+
+
+def test_the_encoder_is_the_tutorials(tmp_path: Path, keras: Keras, flickr8k: Path, vgg16: Path) -> None:
+    photos_for_keras(tmp_path, flickr8k, vgg16, 20)
+    keras("vgg16", tmp_path)
+    fc2, grids = read_arrays(tmp_path / "features.pkl"), np.load(tmp_path / "grids.npz")["grids"]
+    paths = sorted((tmp_path / "photos").iterdir())
+    wanted = {"fc2": np.concatenate([fc2[path.stem] for path in paths]), "conv5_3": grids}
+    for layer, theirs in wanted.items():
+        config = FeaturesConfig(layer=layer, weights=str(tmp_path / "vgg16.h5"), resize="nearest")  # type: ignore[arg-type]
+        encoder = load_encoder(config).prepare(CPU, "float32")
+        pixels = [squash(read_photo(path), 224, "nearest") for path in paths]
+        ours = encoder.encode(pixels).astype(np.float32).reshape(len(paths), -1)
+        if layer == "conv5_3":
+            theirs = np.maximum(theirs, 0)  # Keras's layer has its ReLU too
+        flat = theirs.reshape(len(paths), -1)  # (N, P * F): grids have their channels last in both
+        cosine = (ours * flat).sum(1) / np.linalg.norm(ours, axis=1) / np.linalg.norm(flat, axis=1)
+        other = (flat[1:] * flat[:-1]).sum(1) / np.linalg.norm(flat[1:], axis=1) / np.linalg.norm(flat[:-1], axis=1)
+        largest = np.abs(ours - flat).max()
+        print(
+            f"\n{layer} of {len(paths)} photos: cosine at least {cosine.min():.7f}, largest difference {largest:.3f} "
+            f"where values go up to {flat.max():.1f}; cosine of different photos at most {other.max():.3f}, "
+            f"{(flat > 0).mean():.0%} of the values above zero",
+            end="",
+        )
+        assert cosine.min() > 0.9999
+        assert other.max() < 0.98, "different photos have different features"

@@ -253,7 +253,8 @@ def others(folder: Path) -> None:
 
 def vgg16(folder: Path) -> None:
     """Features of all photos by Keras's VGG16, its weights from a file of the published form."""
-    make_weights(folder)
+    if not (folder / "vgg16.h5").exists():
+        make_weights(folder)
     net = keras.applications.VGG16(weights=None)
     net.load_weights(folder / "vgg16.h5")
     outputs = [net.layers[-2].output, net.get_layer("block5_conv3").output]
@@ -291,14 +292,7 @@ def make_weights(folder: Path) -> None:
         for name, size, count in (("fc1", 25088, 4096), ("fc2", 4096, 4096), ("predictions", 4096, 1000)):
             kernel = rng.standard_normal((size, count), np.float32) * np.float32((2 / size) ** 0.5)
             add(name, kernel, rng.normal(0, 0.1, count))
-        names = ["input_1", *blocks, *(f"block{block}_pool" for block in range(1, 6)), "flatten", "fc1", "fc2"]
-        for name in names:
-            if name not in file:
-                file.create_group(name).attrs["weight_names"] = np.zeros(0)
-        file.attrs["layer_names"] = [layer.name.encode() for layer in keras.applications.VGG16(weights=None).layers]
-        for layer in file.attrs["layer_names"]:
-            if layer.decode() not in file:
-                file.create_group(layer.decode()).attrs["weight_names"] = np.zeros(0)
+        file.attrs["layer_names"] = [name.encode() for name in (*blocks, "fc1", "fc2", "predictions")]
 
 
 if __name__ == "__main__":
