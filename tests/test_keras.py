@@ -3,6 +3,7 @@
 ``pytest -m slow -s tests/test_keras.py`` prints how far they are apart.
 """
 
+import json
 import pickle
 from collections.abc import Callable
 from pathlib import Path
@@ -26,6 +27,7 @@ from capexp.data.inert_pickle import read_arrays, read_tokenizer
 from capexp.data.photos import read_photo, squash
 from capexp.data.vgg16 import load_encoder
 from capexp.data.vocabulary import BOS, EOS, Vocabulary, tokenize
+from capexp.errors import InputError
 from capexp.settings import DecodingConfig, FeaturesConfig, TrainingConfig
 from capexp.training.loop import Training
 from capexp.training.teacher_forcing import CrossEntropy
@@ -231,3 +233,35 @@ def test_the_encoder_is_the_tutorials(tmp_path: Path, keras: Keras, flickr8k: Pa
         )
         assert cosine.min() > 0.9999
         assert other.max() < 0.98, "different photos have different features"
+
+
+def test_a_saved_models_captions_are_its_own(
+    tmp_path: Path, keras: Keras, references: dict[str, tuple[str, ...]]
+) -> None:
+    split = tutorial_folder(tmp_path, references, 60)
+    keras("train", tmp_path)
+    theirs = json.loads((tmp_path / "captions.json").read_text())
+    _, _, captioner = captioner_of(tmp_path)
+    captions = captioner.caption_features(features_of(tmp_path, split).gather(np.arange(60)))
+    ours = {name: caption.text for name, caption in zip(split.photos, captions, strict=True)}
+    print(f"\n{len(set(theirs.values()))} different captions of 60 photos, such as {theirs[split.photos[0]]!r}", end="")
+    assert len(set(theirs.values())) > 3
+    assert ours == theirs
+
+
+def test_what_keras_saves_of_other_models_is_refused(tmp_path: Path, keras: Keras) -> None:
+    (tmp_path / "descriptions.txt").write_text("")
+    keras("others", tmp_path)
+    for name, says in {
+        "concatenate": "is Concatenate where a layer of the kind Add should be",
+        "tanh": "with activation = tanh, not relu",
+        "normalised": "is BatchNormalization where a layer of the kind Add should be",
+        "unmasked": "with mask_zero = False, not True",
+        "hard": "with recurrent_activation = hard_sigmoid, not sigmoid",
+        "gru": "another architecture",
+        "sequential": "another architecture: a model of the kind Sequential",
+        "only.weights": "weights without their network",
+    }.items():
+        with pytest.raises(InputError) as fault:
+            read_keras_model(tmp_path / f"{name}.h5")
+        assert says in str(fault.value), name

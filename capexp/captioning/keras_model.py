@@ -11,6 +11,7 @@ Shapes: F feature, E embedding, H hidden, V vocabulary, T words of the longest c
 """
 
 import io
+import logging
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
 from dataclasses import dataclass
@@ -26,12 +27,14 @@ from torch import Tensor
 
 from capexp.data.hdf5 import arrays, group_in, is_hdf5, opened, text_of, values_of
 from capexp.data.inert_pickle import TokenizerRecord
-from capexp.data.vocabulary import PAD, Vocabulary
+from capexp.data.vocabulary import PAD, Vocabulary, tokenize
 from capexp.errors import InputError
 from capexp.settings import ModelConfig
 
 if TYPE_CHECKING:
     from h5py import File, Group
+
+log = logging.getLogger(__name__)
 
 START, END = "startseq", "endseq"
 """The words with which the tutorial begins and ends each caption."""
@@ -41,6 +44,7 @@ _NEEDED = (
     "Dense(relu), Dense(softmax)"
 )
 _MOST_LAYERS = 40
+_LONGEST = 1000  # words of a caption, as in the settings
 _DEPTH = 4  # groups from a layer's group to its values, at most
 
 
@@ -58,6 +62,19 @@ class KerasModel:
     """V: padding and the words."""
     weights: Mapping[str, NDArray[np.float32]]
     """By layer and kind, such as ``lstm.kernel``."""
+
+    def convert(self, tokenizer: TokenizerRecord) -> tuple[Vocabulary, dict[str, Tensor]]:
+        """Return the vocabulary of the model's tokenizer, and the weights of a merge decoder with it."""
+        vocabulary, classes = self.vocabulary(tokenizer)
+        return vocabulary, self.decoder_state(classes)
+
+    def require_features(self, positions: int, size: int) -> None:
+        """Raise InputError unless the model reads ``positions`` vectors of ``size`` values for a photo."""
+        if (positions, size) != (1, self.features):
+            raise InputError(
+                f"{self.path}: reads {self.features:,} values for a photo, VGG16's fc2 gives {size:,}; only models "
+                "of VGG16's fc2 are taken"
+            )
 
     def vocabulary(self, tokenizer: TokenizerRecord) -> tuple[Vocabulary, list[int]]:
         """Return the vocabulary of a tokenizer, and for each of its entries Keras's class."""
@@ -85,7 +102,15 @@ class KerasModel:
                 f"the tokenizer has {f'the word {strange[0]!r}, which has a blank' if strange else 'no words'}; "
                 "give the tokenizer that the model was trained with"
             )
-        vocabulary = Vocabulary(tuple(kept), "tutorial", "drop" if unknown is None else "token")
+        uncleaned = [word for word in kept if tokenize(word, "tutorial", "words") != [word]]
+        if uncleaned:
+            log.warning(
+                "%s of the tokenizer's words, such as %r, are none by the tutorial's cleaning: captions that hold them "
+                "are evaluated without them",
+                f"{len(uncleaned):,}",
+                uncleaned[0],
+            )
+        vocabulary = Vocabulary(tuple(kept), "tutorial", "drop" if unknown is None else "token", "words")
         return vocabulary, [PAD, *(words[word] for word in special), *(words[word] for word in kept)]
 
     def decoder_state(self, classes: Sequence[int]) -> dict[str, Tensor]:
@@ -254,7 +279,7 @@ class _Network:
             if self._whole(layer, "units") != units:
                 raise self._unfit(layer, f"of {layer.config['units']} units, where the LSTM has {units}")
         self._features, self._classes = self._length(pixels), self._whole(output, "units")
-        self._words = self._length(words)
+        self._words = min(self._length(words), _LONGEST)
         if self._whole(embedding, "input_dim") != self._classes:
             raise self._unfit(
                 embedding, f"of {embedding.config['input_dim']} words, where the softmax has {self._classes}"
