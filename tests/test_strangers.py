@@ -33,6 +33,7 @@ from capexp.captioning.captioner import Captioner
 from capexp.data.cache import FeatureCache
 from capexp.data.caption_files import read_captions, read_list
 from capexp.data.captions import read_splits
+from capexp.data.inert_pickle import read_arrays, read_tokenizer
 from capexp.data.photos import read_photo
 from capexp.data.tokenizer import split_characters, split_words
 from capexp.data.vgg16 import load_encoder
@@ -400,6 +401,30 @@ def test_a_bundled_encoder_that_is_none_is_refused(tmp_path: Path, state: dict[s
     seal(folder)
     with pytest.raises(InputError, match=r"encoder\.safetensors: not VGG16's weights"):
         Captioner.load(folder).use_encoder()
+
+
+PICKLES = [
+    pickle.dumps({"a": np.ones((1, 8), np.float32), "b": np.asfortranarray(np.ones((3, 2), ">f8"))}, protocol)
+    for protocol in range(6)
+]
+TOKENIZERS = [
+    b"ccopy_reg\n_reconstructor\n(ckeras.preprocessing.text\nTokenizer\nc__builtin__\nobject\nNtR(dS'word_index'\n"
+    b"ccollections\nOrderedDict\n((lp1\n(lS'dog'\naI1\naa(lS'cat'\naI2\naatRsb.",
+    b"\x80\x02ckeras.preprocessing.text\nTokenizer\n)\x81}q\x01(U\nword_index}(X\x03\0\0\0dogK\x01uub.",
+    b'{"class_name": "Tokenizer", "config": {"word_index": "{\\"dog\\": 1, \\"cat\\": 2}", "num_words": null}}',
+]
+
+
+@fuzz
+@given(st.sampled_from(PICKLES + TOKENIZERS).flatmap(damaged) | st.binary(max_size=200))
+def test_pickles(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "features.pkl"
+    path.write_bytes(content)
+    with refusable("pickles of arrays"):
+        for array in read_arrays(path).values():
+            assert array.dtype.kind in "fiu" and array.nbytes <= len(content)
+    with refusable("tokenizers"):
+        assert all(number >= 1 for number in read_tokenizer(path).word_index.values())
 
 
 def pictures() -> list[bytes]:
