@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from capexp.errors import InputError
-from capexp.settings import WEIGHTS, Choices, DecodingConfig, Experiment, cache_home, flatten
+from capexp.settings import NO_FILE, UNKNOWN_WEIGHTS, WEIGHTS, Choices, DecodingConfig, Experiment, cache_home, flatten
 
 _CHECKOUT = Path(__file__).parents[1]
 
@@ -44,7 +44,14 @@ _SHARED = (
 # What experiments recorded before these settings existed have, where it is not today's default.
 _BEFORE = {"vocabulary.tokens": "whitespace"}
 # Settings of the ensemble that replace its members' own values. All settings of captions.* do so too.
-_IMPOSED = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
+_IMPOSED = (
+    "features.weights",
+    "features.file",
+    "features.cache",
+    "features.precision",
+    "features.batch_size",
+    "training.device",
+)
 
 
 def find_experiment(name: str) -> Path:
@@ -265,9 +272,10 @@ def _paths(settings: Settings) -> Iterator[tuple[Settings, str, str]]:
 
     Paths relative to ``captions.root`` are left out.
     """
-    for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
+    names = {*WEIGHTS, UNKNOWN_WEIGHTS, NO_FILE}
+    for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights"), ("features", "file")):
         table = settings.get(section)
-        if isinstance(table, dict) and isinstance(table.get(key), str) and table[key] not in WEIGHTS:
+        if isinstance(table, dict) and isinstance(table.get(key), str) and table[key] not in names:
             yield table, key, f"{section}.{key}"
     ensemble = settings.get("ensemble")
     members = ensemble.get("members") if isinstance(ensemble, dict) else None

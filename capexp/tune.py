@@ -84,7 +84,7 @@ def tune(argv: list[str] | None = None) -> int:
     check_fits(experiment, data)
     known = comparable_settings(experiment, data)
     require_comparable(storage, name, known)
-    data = data.with_features(experiment)
+    data = data.with_features()
     deadline = None if arguments.timeout is None else time.time() + arguments.timeout
     task = Task(experiment, name, arguments.storage, deadline)
     study = task.open(known)

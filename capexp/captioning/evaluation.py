@@ -20,11 +20,12 @@ from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.captions import Split, read_splits, read_texts
 from capexp.data.dataset import Dataset
 from capexp.data.features import Features
+from capexp.data.vgg16 import EncoderIdentity
 from capexp.errors import InputError
 from capexp.experiment import replace_settings
 from capexp.metrics.java import Unavailable, meteor, spice
 from capexp.metrics.scores import Difference, PhotoScores, paired_difference, score, tokenize, tutorial_bleu
-from capexp.settings import Experiment, SplitName, TokenRule
+from capexp.settings import NO_FILE, Experiment, SplitName, TokenRule
 
 log = logging.getLogger(__name__)
 
@@ -174,7 +175,8 @@ def require_trained_on(experiment: Experiment, captioner: Captioner) -> None:
 
     It is called where the user has not named the experiment.
     """
-    digest = read_splits(experiment.captions, ("dev",), captioner.splits)["dev"].digest()
+    with_photos = experiment.features.from_photos
+    digest = read_splits(experiment.captions, ("dev",), captioner.splits, with_photos)["dev"].digest()
     if captioner.record is None or captioner.record.dev_digest != digest:
         raise InputError(
             f"the captioner was not trained with the dev split of {experiment.name}; name the experiment that it was "
@@ -193,9 +195,10 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
-            f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size and weights"
+            f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size and "
+            "weights, or features.file"
         )
-    batches = data.with_features(experiment).batches(split, experiment.training)
+    batches = data.with_features().batches(split, experiment.training)
     loss = cross_entropy(captioner.decoder, batches.in_order())
     blind = blind_cross_entropy(captioner.decoder, batches, experiment.seed)
     start = time.perf_counter()
@@ -267,12 +270,19 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     hypotheses = []
     for captioner in captioners:
         encoder = captioner.encoder_identity
-        own_features = {"features.layer": encoder.layer, "features.pool": encoder.pool, "features.size": encoder.size}
+        own_features: dict[str, object] = {
+            "features.layer": encoder.layer,
+            "features.pool": encoder.pool,
+            "features.size": encoder.size,
+        }
+        if isinstance(encoder, EncoderIdentity):
+            own_features["features.file"] = NO_FILE
         own = replace_settings(experiment, own_features)
         data = Dataset.read(own, (split,), captioner.vocabulary, captioner.splits)
         if data.encoder.key() != encoder.key():
-            raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.weights")
-        hypotheses.append(caption_all(captioner, data.with_features(own).features[split]))
+            setting = "weights" if isinstance(encoder, EncoderIdentity) else "file"
+            raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.{setting}")
+        hypotheses.append(caption_all(captioner, data.with_features().features[split]))
     # Their scores, and the photos by the difference in CIDEr.
     photos, references = data.splits[split].photos, data.splits[split].references
     first, second = (score([caption.text for caption in captions], references, rule) for captions in hypotheses)

@@ -21,7 +21,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -71,6 +71,8 @@ class CaptionsFile:
     """The photo names of each split, if the file assigns photos to splits."""
     split_fault: str | None = None
     """The error message about the file's splits, to be raised if they are used; None if they are valid."""
+    images: tuple[str, ...] | None = None
+    """The names of all images in order, those without captions included, in COCO's and Karpathy's formats."""
 
 
 def read_captions(path: Path, form: CaptionsFormat = "auto") -> CaptionsFile:
@@ -411,16 +413,16 @@ def _read_coco(path: Path, content: bytes) -> CaptionsFile:
             "Karpathy's format (images with sentences); for a list of records set captions.format = 'json'"
         ) from None
     found = _Captions(path)
-    names: set[str] = set()
+    image_names: dict[str, None] = {}
     by_id: dict[int | str, str] = {}
     for number, image in enumerate(coco.images):
         where = f"{path}, images.{number}"
         if not (image.file_name or image.filename):
             raise InputError(f"{where}: has no file_name (COCO) nor filename (Karpathy); add it")
         name = checked_name(image.name, where)
-        if name in names:
+        if name in image_names:
             raise InputError(f"{where}: {name!r} is there already; delete one")
-        names.add(name)
+        image_names[name] = None
         found.add(name, [_one_line(sentence.raw) for sentence in image.sentences], where, image.split)
         if image.id is not None:
             if image.id in by_id:
@@ -431,7 +433,7 @@ def _read_coco(path: Path, content: bytes) -> CaptionsFile:
         if annotation.image_id not in by_id:
             raise InputError(f"{where}: no image has the id {annotation.image_id!r}; correct it, or add the image")
         found.add(by_id[annotation.image_id], [_one_line(annotation.caption)], where)
-    return found.result()
+    return replace(found.result(), images=tuple(image_names))
 
 
 _READERS: Final[Mapping[CaptionsFormat, Callable[[Path, bytes], CaptionsFile]]] = {

@@ -178,7 +178,8 @@ def _score_rows(scores: CaptionScores, seed: int) -> list[tuple[str, float, floa
 
 def _parts_of(card: GalleryCard, position: int, choice: Choice, maps: Maps | None) -> dict[str, Any]:
     """Return what the template shows of a card."""
-    image, width, height = _inlined(card.photo)
+    # Where features come from a file, the photos may not be at hand.
+    image, width, height = _inlined(card.photo) if card.photo.is_file() else (None, 0, 0)
     return {
         "of": card,
         "image": image,
@@ -186,7 +187,7 @@ def _parts_of(card: GalleryCard, position: int, choice: Choice, maps: Maps | Non
         "height": height,
         "views": " ".join(view for view in ("best", "worst") if position in getattr(choice, view)),
         "drawn": choice.random.index(position) if position in choice.random else None,
-        "maps": None if maps is None else _encode_maps(maps),
+        "maps": None if maps is None or image is None else _encode_maps(maps),
     }
 
 

@@ -94,7 +94,7 @@ def show() -> None:
     with left:
         _show_caption(result)
     # The attention maps.
-    if served.captioner.decoder.has_attention and result.text:
+    if served.captioner.has_maps and result.text:
         with served.turn:
             weights = maps.attention_of(served.captioner, content, result.text)
         overlays = maps.overlay_attention(content, served.captioner.vocabulary.spell(result.text), weights)

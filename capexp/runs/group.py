@@ -31,7 +31,14 @@ SEEDS, SEED, MEMBER = "seeds", "seed", "member"
 _EPOCH_METRICS = ("dev_loss", "dev_perplexity")  # logged after each epoch: they are not results of the run
 _ENSEMBLE = "ensemble"  # the folder of the ensemble's bundle, inside the run's folder
 # Settings in which a reusable run may differ from a member: they do not change the captioner.
-_FREE = {"captions.root", "features.weights", "features.cache", "features.batch_size", "training.device"} | {
+_FREE = {
+    "captions.root",
+    "features.weights",
+    "features.file",
+    "features.cache",
+    "features.batch_size",
+    "training.device",
+} | {
     *("training.keep", "training.save_steps", "registry.model", "registry.metric"),
 }
 
@@ -178,7 +185,7 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
     by the member's number and name.
     """
     experiment, data = plan.experiment, plan.data
-    encoder = encoder_weights(experiment)
+    encoder = encoder_weights(plan)
     with opened(plan, resume) as run:
         members: dict[str, str] = {}
         captioners: list[Captioner] = []
@@ -192,7 +199,7 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
         run.tracked.set_tags({f"{MEMBER}_{number}": run_id for number, run_id in enumerate(members.values(), start=1)})
         captioner = Captioner.ensemble(captioners, experiment.decoding)
         loss = cross_entropy(captioner.decoder, data.batches("dev", experiment.training).in_order()).per_token
-        captioner.splits = data.drawn
+        captioner.splits, captioner.reference = data.drawn, data.reference
         captioner.record = TrainingRecord(
             epoch=None, train_loss=None, dev_loss=loss, dev_digest=data.splits["dev"].digest()
         )

@@ -11,13 +11,14 @@ from typing import Any
 
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import Evaluation
+from capexp.data.feature_files import FileIdentity
 from capexp.data.vgg16 import encoder_at_hand, load_encoder
 from capexp.data.vgg16_weights import State
 from capexp.errors import InputError, Unsent
 from capexp.report.model_card import model_card
 from capexp.runs.conclusion import evaluate_on_dev
-from capexp.runs.lifecycle import OpenRun
-from capexp.settings import WEIGHTS, Experiment
+from capexp.runs.lifecycle import OpenRun, Plan
+from capexp.settings import WEIGHTS
 from capexp.tracking import registry
 from capexp.tracking.known_runs import git_commit
 from capexp.tracking.outbox import Point
@@ -90,7 +91,7 @@ def register_bundle(run: OpenRun, bundle: Path, points: Sequence[Point]) -> Vers
     assert captioner.record is not None
     at = time.time_ns() // 1_000_000
     logged = run.tracked.log_metrics(evaluation.metrics(), captioner.record.epoch or 0, at)
-    return register(run, captioner, evaluation, encoder_weights(run.plan.experiment), [*points, *logged])
+    return register(run, captioner, evaluation, encoder_weights(run.plan), [*points, *logged])
 
 
 def log_interrupted(tracked: TrackedRun, captioner: Captioner, encoder: State | None) -> None:
@@ -140,13 +141,14 @@ def delete_bundle(folder: Path) -> None:
     shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
 
 
-def encoder_weights(experiment: Experiment) -> State | None:
-    """Return the layers of VGG16 that the captioner needs; None if they are not on this machine.
+def encoder_weights(plan: Plan) -> State | None:
+    """Return the layers of VGG16 that the captioner needs; None if they are not on this machine, or not known.
 
     Nothing is downloaded. If published weights are damaged, log a warning and return None.
     """
-    config = experiment.features
-    if not encoder_at_hand(config):
+    config, identity = plan.experiment.features, plan.data.encoder
+    is_unknown = isinstance(identity, FileIdentity) and identity.encoder is None
+    if is_unknown or not encoder_at_hand(config):
         return None
     try:
         return load_encoder(config).weights()

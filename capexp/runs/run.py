@@ -73,9 +73,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
     interrupted, the run ends KILLED; with ``plan.registers`` the best captioner so far is logged, but not registered.
     """
     experiment = plan.experiment
-    encoder = (
-        encoder_weights(experiment) if plan.registers else None
-    )  # read before hours of training: it may be damaged
+    encoder = encoder_weights(plan) if plan.registers else None  # read before hours of training: it may be damaged
     parameters = check_fits(experiment, plan.data)
     check_disk_space(plan.folder, parameters, experiment.training)
     with opened(plan, resume) as run:
@@ -159,7 +157,7 @@ def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: W
     """
     experiment, data = plan.experiment, plan.data
     captioner = Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, experiment.seed)
-    captioner.splits = data.drawn
+    captioner.splits, captioner.reference = data.drawn, data.reference
     config = experiment.training
     training = Training(
         captioner, data.batches("train", config), data.batches("dev", config), config, experiment.seed, device, world

@@ -169,7 +169,7 @@ def _serve(task: Task, threads: int, connection: Connection, program: Program) -
         try:
             data = Dataset.read(task.experiment)
             study = task.open(comparable_settings(task.experiment, data))
-            trials = Trials(task.experiment, data.with_features(task.experiment), study, task.study)
+            trials = Trials(task.experiment, data.with_features(), study, task.study)
             with closing(work(task, trials)) as lines:
                 for line in lines:
                     connection.send(line)
