@@ -57,7 +57,7 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return [_record(photo if isinstance(photo, InputError) else next(results)) for photo in photos]
 
     def _decoding(self, params: dict[str, Any]) -> DecodingConfig:
-        """Return the bundle's decoding settings with those of a request."""
+        """Return the bundle's decoding settings, overridden by the request's params."""
         given = {name: value for name, value in params.items() if value is not None}
         try:
             decoding = DecodingConfig.model_validate(self.captioner.decoding.model_dump() | given)
