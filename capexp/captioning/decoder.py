@@ -80,13 +80,13 @@ class RecurrentDecoder(Decoder):
 
     embedding: nn.Embedding
     vocabulary: VocabularyLayer
-    """From the output of a step to the logits of the next word."""
+    """The layer that turns the output of a step into the logits of the next word."""
 
     @abstractmethod
     def read(self, state: DecoderState, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, DecoderState]:
         """Read packed words ``(M,)``; return the outputs ``(M, H)`` before the vocabulary layer, and the final state.
 
-        The given state has one row for each caption that has a first word, and so has the final one.
+        Both the given and the final state have one row for each caption.
         """
 
     def outputs(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
@@ -122,7 +122,7 @@ class Packed:
     rows: Tensor  # (M,): the caption of each word
     steps: Tensor  # (M,): the position of each word in its caption
     words: Tensor  # (M,)
-    counts: list[int]  # number of words at each step
+    counts: list[int]  # the number of words at each step
 
     @classmethod
     def of(cls, words: Tensor) -> "Packed":
