@@ -178,8 +178,8 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
     settings is resumed if its folder is in ``checkpoints/`` on this machine. Every other member is trained as a run
     nested under the ensemble's run. Only the ensemble is registered.
 
-    ``resume`` is the id of an ensemble's run to continue. Returns the ensemble's result, and the run id of each member
-    by the member's number and name.
+    ``resume`` is the id of an ensemble's run to continue. Returns the ensemble's result, and the members' run ids,
+    keyed by the member's number and name.
     """
     experiment, data = plan.experiment, plan.data
     encoder = encoder_weights(experiment)
