@@ -126,7 +126,7 @@ def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object])
 
 def to_toml(experiment: Experiment) -> str:
     """Return the experiment as TOML text with absolute paths; loading it gives an equal experiment."""
-    import tomli_w  # imported here, because a served model does not need it and does not require it
+    import tomli_w  # imported here: a served model needs no TOML, and tomli_w is not among its requirements
 
     unused = None if experiment.is_ensemble else {"ensemble"}
     settings = experiment.model_dump(mode="json", exclude_none=True, exclude=unused)

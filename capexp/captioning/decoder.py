@@ -3,8 +3,8 @@
 Decoding, scoring and training use decoders through this interface alone, step by step or a whole caption at once.
 
 Captions are read as a packed batch, without padding: the captions are sorted by length, the longest first; the batch
-holds the first word of each caption, then the second word of each caption that has one, and so on. ``counts[t]`` is the
-number of captions that have a t-th word.
+contains the first word of each caption, then the second word of each caption that has one, and so on. ``counts[t]`` is
+the number of captions that have a t-th word.
 
 Shapes: N photos, B captions, M words, T steps, V vocabulary, P grid positions, F feature, H hidden.
 """
@@ -66,7 +66,7 @@ class Decoder(nn.Module, ABC):
     def attention_maps(self, features: Tensor, words: Tensor) -> Tensor:
         """Return the attention weights ``(N, T, P)`` for each word ``(N, T)`` of a caption of each photo ``(N, P, F)``.
 
-        The weights are meaningless where a caption has ended and holds PAD. Only for a decoder with attention.
+        The weights are meaningless at PAD, where a caption has ended. Only for a decoder with attention.
         """
         raise NotImplementedError
 

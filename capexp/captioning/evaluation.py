@@ -51,7 +51,7 @@ class Loss:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Return the exponential of a cross-entropy in nats per token, capped at exp(709): a float holds no more."""
+    """Return the exponential of a cross-entropy in nats per token, capped at exp(709): a float overflows soon after."""
     return math.exp(min(nats_per_token, 709.0))
 
 

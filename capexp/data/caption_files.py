@@ -241,7 +241,7 @@ def _header(line: str, separator: str) -> list[str]:
 
 
 def _read_csv(path: Path, content: bytes) -> CaptionsFile:
-    """Read a table with a header. A blank caption cell is skipped if another cell of its row has a caption.
+    """Read a table with a header. An empty caption cell is skipped if another cell of its row has a caption.
 
     A row of Flickr30k's ``results.csv`` lacks the pipe after the caption's number. It is read as meant, with a warning.
     """

@@ -63,7 +63,7 @@ def meteor(
                         if not counts[-1]:
                             raise EOFError("no answer")
                     print(" ||| ".join(["EVAL", *counts]), file=java.stdin, flush=True)
-                    for _ in range(len(requests) + 1):  # a score per photo, then that of the corpus
+                    for _ in range(len(requests) + 1):  # a score per photo, then the corpus's
                         answer = java.stdout.readline().strip()
                 finally:
                     java.kill()

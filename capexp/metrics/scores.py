@@ -169,7 +169,7 @@ class Difference:
 
 
 def paired_difference(a: PhotoScores, b: PhotoScores, samples: int = 10_000, seed: int = 1) -> dict[str, Difference]:
-    """Return each score of ``a`` minus that of ``b`` on the same photos, by a paired bootstrap (Koehn, EMNLP 2004).
+    """Return each score of ``a`` minus ``b``'s on the same photos, by a paired bootstrap (Koehn, EMNLP 2004).
 
     Both are scored on the same resamples. With d the difference in a resample, the p-value is
     ``min(1, 2 (1 + min(#(d <= 0), #(d >= 0))) / (S + 1))``: twice the share of resamples on the rarer side of zero,

@@ -143,7 +143,7 @@ class JournalStudyStorage(StudyStorage):
 
 
 class DatabaseStudyStorage(StudyStorage):
-    """A PostgreSQL database, locked by its advisory locks, with Optuna's heartbeats."""
+    """A PostgreSQL database, with its advisory locks and with Optuna's heartbeats."""
 
     is_shared = True
 
