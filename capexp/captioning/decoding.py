@@ -103,8 +103,9 @@ def _beam(
         ended = ended.gather(1, origin) | (words == EOS)
         earlier = sequences.gather(1, origin.unsqueeze(2).expand(-1, -1, sequences.shape[2]))
         sequences = torch.cat([earlier, words.unsqueeze(2)], 2)
-        # Select the state of the hypotheses that are not finished.
-        state_rows = torch.empty(photos * width, dtype=torch.long, device=device)  # (N,): rows in the state, if active
+        # Select the state of the hypotheses that are not finished. ``state_rows`` ``(N,)`` is the row in the state of
+        # each active hypothesis.
+        state_rows = torch.empty(photos * width, dtype=torch.long, device=device)
         state_rows[active] = torch.arange(len(active), device=device)
         active = (~ended).flatten().nonzero().squeeze(1)
         if len(active) == 0:
