@@ -124,7 +124,10 @@ def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: d
 
 
 def _drawn_before(run_id: str | None) -> "PhotosBySplit | None":
-    """Return the random splits of the run to resume, if it has drawn some: there may be more photos by now."""
+    """Return the random splits of the run to resume; None if it has none.
+
+    They are not drawn again, because photos may have been added since.
+    """
     if run_id is None:
         return None
     from capexp.runs.folder import RunFolder
@@ -155,7 +158,7 @@ def _print_dry_run(experiment: "Experiment", data: "Dataset") -> None:
     if not experiment.features.from_photos:
         print(f"features come from {data.encoder}")
     elif uncached and not encoder_at_hand(experiment.features):
-        print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
+        print(f"VGG16's weights are not on this machine: {experiment.features.weights} will be fetched (528 MB)")
 
 
 def _print_data(experiment: "Experiment", data: "Dataset", parameters: int) -> None:

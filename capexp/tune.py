@@ -58,7 +58,7 @@ def tune(argv: list[str] | None = None) -> int:
     from capexp.settings import NAME
 
     if not re.fullmatch(NAME, arguments.study or "study"):
-        parser.error(f"--study {arguments.study!r}: letters, digits, blanks and . _ - only")
+        parser.error(f"--study {arguments.study!r}: letters, digits, spaces and . _ - only")
     experiment = load_experiment(find_experiment(arguments.experiment), settings)
     check_search_space(experiment)
     name = arguments.study or experiment.name

@@ -263,7 +263,7 @@ ROWS = {
         "--captions.captions deep.json",
     ),
     "neither this nor that": Row(
-        ("prose.txt, line 1: 'Once upon a time' begins no known form of captions",),
+        ("prose.txt, line 1: 'Once upon a time' begins no known format of captions",),
         lambda: replace("data/prose.txt", b"Once upon a time\n, 3 dogs ... ran.\n"),
         "--captions.captions prose.txt",
     ),

@@ -1,4 +1,4 @@
-"""Attention maps of a caption: for each word the photo, bright where the attention was; all of them also as one PNG."""
+"""Attention maps of a caption: per word a copy of the photo, bright where the attention was; also all in one PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,7 +16,7 @@ _COLUMNS, _SIDE = 5, 360  # panels per row; the longer side of a panel in pixels
 
 
 def require_attention(captioner: Captioner) -> None:
-    """Refuse a captioner without an attention decoder, or with one on features that are not a grid."""
+    """Raise InputError if a captioner has no attention decoder, or if its features are not a grid."""
     if not captioner.has_maps:
         raise InputError(
             f"--maps: the captioner looks at the photo as a whole ({captioner.encoder_identity}); give one with "

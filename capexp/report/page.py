@@ -21,7 +21,7 @@ _PHOTO_PIXELS = 1200  # the longer side of the photo on the page
 
 @dataclass(frozen=True)
 class ServedCaptioner:
-    """The captioner of the page, the name by which the user asked for it, and its default decoding settings."""
+    """The captioner of the page, the ``--model`` that names it, and its default decoding settings."""
 
     captioner: Captioner
     model: str
@@ -121,7 +121,7 @@ def _percent(log_probability: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape text for Markdown: a vocabulary may hold any character."""
+    """Escape text for Markdown: a vocabulary may contain any character."""
     return re.sub(r"([^\w\s])", r"\\\1", text)
 
 

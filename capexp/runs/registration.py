@@ -48,7 +48,7 @@ class Registration:
     points: list[Point] = field(default_factory=list)
     """The run's final metrics, to be linked to the logged model; earlier versions of the project stored none."""
     dataset: tuple[str, str] = ("", "")
-    """Name and digest of the dev split in MLflow."""
+    """The name and digest of the dev split in MLflow."""
 
 
 def register(
@@ -84,7 +84,7 @@ def register(
 def register_bundle(run: OpenRun, bundle: Path, points: Sequence[Point]) -> Version:
     """Evaluate a captioner that a nested run has trained, and register it under the parent run ``run``.
 
-    ``points`` are metrics that the parent run has logged, to be linked to the model beside those of the evaluation.
+    ``points`` are metrics that the parent run has logged. They are linked to the model, as are the evaluation's.
     """
     captioner = Captioner.load(bundle, run.device)
     evaluation = evaluate_on_dev(run.plan, captioner)
@@ -105,7 +105,7 @@ def _deliver(
 ) -> Version | None:
     """Save the bundle in the run's folder, carry out the registration, and delete the bundle.
 
-    Raises :class:`Unsent` if the server is unreachable for so many ``seconds``; the bundle is then kept.
+    Raises :class:`Unsent` if the server is unreachable for ``seconds`` seconds; the bundle is then kept.
     """
     captioner.save(tracked.folder / _BUNDLE, encoder)
     version = tracked.run_when_sent(asdict(registration), lambda: carry_out(tracked, registration), seconds)
