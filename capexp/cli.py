@@ -30,7 +30,7 @@ if TYPE_CHECKING:
 R = TypeVar("R")
 USAGE, UNSENT, INTERRUPTED = 2, 3, 130
 """Exit statuses: a user's mistake; a run that was not completely sent to MLflow's server; an interrupt."""
-_RECENT = 3600  # seconds since a folder was made
+_RECENT = 3600  # seconds; a stray folder is removed only if it is younger than this
 
 
 class Parser(argparse.ArgumentParser):
@@ -57,7 +57,7 @@ class Parser(argparse.ArgumentParser):
         self.exit(USAGE, line if World.from_environment().is_main else None)
 
     def parse(self, argv: list[str] | None) -> tuple[argparse.Namespace, dict[str, str]]:
-        """Return the values of the command's own flags, and the texts of the given settings by dotted name."""
+        """Return the values of the command's own flags, and the given settings as text, keyed by dotted name."""
         argv = sys.argv[1:] if argv is None else argv
         settings: dict[str, str] = {}
         others: list[str] = []
@@ -111,7 +111,7 @@ class Parser(argparse.ArgumentParser):
 
 
 def _is_used(name: str, used: tuple[str, ...]) -> bool:
-    """Return whether a setting is in ``used``, by its name or by its section."""
+    """Return whether ``used`` contains a setting or its section."""
     return any(name == entry or (entry.endswith(".") and name.startswith(entry)) for entry in used)
 
 
@@ -126,7 +126,7 @@ def _value_of(flag: str, words: list[str]) -> str | None:
 
 
 def _settings_help(used: tuple[str, ...] | None, experiment: "Experiment | None") -> str:
-    """Return the help of the used settings by section: each with its type, meaning, bounds, and value or default."""
+    """Return the help of the used settings, grouped by section: type, meaning, bounds, and value or default of each."""
     from pydantic import BaseModel
 
     from capexp.settings import Experiment
@@ -235,7 +235,7 @@ def add_split(parser: argparse.ArgumentParser) -> None:
     parser.add_argument(
         "--experiment",
         metavar="NAME|FILE",
-        help="the experiment whose data is used (default: scenes, only if the captioner was trained on it)",
+        help="the experiment whose data is used (default: scenes; required if the captioner was trained on other data)",
     )
     parser.add_argument(
         "--split", choices=("train", "dev", "test"), default="dev", help="split to use (default: %(default)s)"
@@ -347,9 +347,10 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
 
 
 def _remove_stray_folder() -> None:
-    """Remove the empty folder that ``mlflow run`` makes if the path of the project's folder holds a blank or an umlaut.
+    """Remove the empty folder that ``mlflow run`` makes if the project's path contains a space or an umlaut.
 
-    MLflow takes the percent-encoded path of its default store for a path, and creates it before this process starts.
+    MLflow does not decode the percent-encoded path of its default store, and creates a folder with the encoded name
+    before this process starts.
     """
     with contextlib.suppress(OSError, UnicodeEncodeError):  # there is none, or it is not empty
         folder = Path(quote(str(Path.cwd())))

@@ -5,7 +5,7 @@ from dataclasses import asdict
 
 from capexp import cli
 
-_SHOWN = 5  # photos printed from each end of the list, which is sorted by the difference in CIDEr
+_SHOWN = 5  # the number of photos printed from each end of the list that is sorted by the difference in CIDEr
 
 
 def compare(argv: list[str] | None = None) -> int:
@@ -44,7 +44,7 @@ def compare(argv: list[str] | None = None) -> int:
             f"{name:12}{before:8.3f}{after:8.3f}{difference.value:+9.3f}   "
             f"{difference.low:+.3f} to {difference.high:+.3f}   {difference.p:.4f}"
         )
-    print(f"\n{len(compared.most):,} photos have other captions; where they differ most in CIDEr:")
+    print(f"\n{len(compared.most):,} photos have different captions; those that differ most in CIDEr:")
     ends = compared.most if len(compared.most) <= 2 * _SHOWN else compared.most[:_SHOWN] + compared.most[-_SHOWN:]
     for photo in ends:
         print(photo.photo)

@@ -28,7 +28,8 @@ if TYPE_CHECKING:
     from capexp.settings import Precision
 
 T = TypeVar("T")
-_TIMEOUT = timedelta(hours=6)  # of collective operations: the other ranks wait while rank 0 evaluates or hashes photos
+# Collective operations time out after this: the other ranks wait while rank 0 evaluates or hashes photos.
+_TIMEOUT = timedelta(hours=6)
 _GRACE = 10.0  # seconds that other ranks wait for rank 0 to end first; torchrun usually ends them earlier
 
 
@@ -152,8 +153,8 @@ class World:
             # Ignore the SIGTERM that torchrun sends to all remaining ranks: rank 0 still has to close the run.
             signal.signal(signal.SIGTERM, lambda number, frame: None)
             raise Outage(
-                "another of torchrun's processes has gone; see what it or torchrun told, then resume the run with "
-                "--resume"
+                "another of torchrun's processes has gone; see what it or torchrun has printed, then resume the run "
+                "with --resume"
             ) from error
 
 
@@ -210,7 +211,7 @@ def choose_device(name: str) -> "torch.device":
     device = torch.device(name)
     count = torch.cuda.device_count()
     if device.type == "cuda" and (device.index or 0) >= count:
-        raise InputError(f"training.device = '{name}': {count} CUDA devices are here; use 'auto' or 'cpu'")
+        raise InputError(f"training.device = '{name}': this machine has {count} CUDA devices; use 'auto' or 'cpu'")
     return device
 
 

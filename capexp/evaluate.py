@@ -1,4 +1,4 @@
-"""Evaluate a captioner on a split: loss and scores, and the same with photos shuffled (image-blind baseline)."""
+"""Evaluate a captioner on a split: loss and scores, and loss and CIDEr with photos shuffled (image-blind baseline)."""
 
 import json
 import sys

@@ -13,7 +13,7 @@ from typing import Annotated, Any
 from pydantic import BaseModel, TypeAdapter, ValidationError
 
 from capexp.errors import InputError
-from capexp.settings import WEIGHTS, Choices, DecodingConfig, Experiment, cache_home, flatten
+from capexp.settings import NO_FILE, UNKNOWN_WEIGHTS, WEIGHTS, Choices, DecodingConfig, Experiment, cache_home, flatten
 
 _CHECKOUT = Path(__file__).parents[1]
 
@@ -27,7 +27,7 @@ def _experiments() -> Path:
 
 
 FOLDER = _experiments()
-"""The folder in which experiments are found by name. Installed ones are only read."""
+"""The folder in which experiments are found by name. Installed experiments are never written to."""
 CACHE = _CHECKOUT / "cache" if FOLDER.parent == _CHECKOUT else cache_home()
 """The folder of downloaded data: ``cache`` in a checkout, else the user's cache."""
 
@@ -41,11 +41,13 @@ _SHARED = (
     *("vocabulary.cleaning", "vocabulary.tokens", "vocabulary.minimum_count", "vocabulary.unknown"),
     *("features.layer", "features.pool", "features.size", "features.resize", "features.mirror"),
 )
-# What experiments recorded before these settings existed have, where it is not today's default.
+# The values of these settings in experiments that were recorded before the settings existed, where they differ from
+# today's defaults.
 _BEFORE = {"vocabulary.tokens": "whitespace"}
 # Settings of the ensemble that replace its members' own values. All settings of captions.* do so too.
 _IMPOSED = (
-    *("features.weights", "features.net", "features.cache", "features.precision", "features.batch_size"),
+    *("features.weights", "features.net", "features.file"),
+    *("features.cache", "features.precision", "features.batch_size"),
     "training.device",
 )
 
@@ -60,7 +62,7 @@ def find_experiment(name: str) -> Path:
 
 
 def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
-    """Read an experiment file; ``overrides`` replace its settings, by dotted name.
+    """Read an experiment file; ``overrides``, keyed by dotted name, replace its settings.
 
     Paths in the file are relative to the file's folder, paths in the overrides to the working directory. An override
     is a value, or text from the command line.
@@ -72,7 +74,7 @@ def load_experiment(path: Path, overrides: Mapping[str, object]) -> Experiment:
 
 
 def load_recorded(path: Path) -> Experiment:
-    """Read the settings that a run has written, maybe before some of today's settings existed."""
+    """Read the settings that a run has written, possibly before some of today's settings existed."""
     settings = _read(path)
     for name, value in _BEFORE.items():
         section, key = name.split(".")
@@ -128,7 +130,7 @@ def override_decoding(decoding: DecodingConfig, overrides: Mapping[str, object])
 
 def to_toml(experiment: Experiment) -> str:
     """Return the experiment as TOML text with absolute paths; loading it gives an equal experiment."""
-    import tomli_w  # here, because a served model has no use for it and does not require it
+    import tomli_w  # imported here: a served model needs no TOML, and tomli_w is not among its requirements
 
     unused = None if experiment.is_ensemble else {"ensemble"}
     settings = experiment.model_dump(mode="json", exclude_none=True, exclude=unused)
@@ -146,7 +148,7 @@ def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
     """
     settings = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
     imposed = {name: value for name, value in settings.items() if name.startswith("captions.") or name in _IMPOSED}
-    # The members of an ensemble from before are from before too.
+    # If the ensemble was recorded before a setting existed, so were its members.
     before = _BEFORE if experiment.vocabulary.tokens == _BEFORE["vocabulary.tokens"] else {}
     members: list[Experiment] = []
     for config in experiment.ensemble.members:
@@ -173,7 +175,7 @@ def member_name(member: Experiment) -> str:
 def _check_member(member: Experiment, ours: Mapping[str, object], name: str) -> None:
     """Reject a member that is an ensemble, or whose vocabulary or features differ from the ensemble's.
 
-    ``ours`` are the settings of the ensemble by dotted name, and ``name`` is its name.
+    ``ours`` are the ensemble's settings, keyed by dotted name. ``name`` is the ensemble's name.
     """
     if member.is_ensemble:
         raise InputError(f"ensemble.members: {member.name} is an ensemble itself; name its members in its place")
@@ -229,9 +231,10 @@ def setting_type(name: str) -> Any:
 
 
 def text_before(name: str) -> str | None:
-    """Return the value, as :meth:`Experiment.flat` writes it, that experiments from before a setting existed have.
+    """Return the value of a setting in experiments from before the setting existed.
 
-    It is the default, with few exceptions. None if the setting has no default or is unknown.
+    It is written as by :meth:`Experiment.flat`. It is the default, with few exceptions. None if the setting has no
+    default or is unknown.
     """
     if name in _BEFORE:
         return _BEFORE[name]
@@ -268,9 +271,10 @@ def _paths(settings: Settings) -> Iterator[tuple[Settings, str, str]]:
 
     Paths relative to ``captions.root`` are left out.
     """
-    for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights")):
+    names = {*WEIGHTS, UNKNOWN_WEIGHTS, NO_FILE}
+    for section, key in (("captions", "root"), ("features", "cache"), ("features", "weights"), ("features", "file")):
         table = settings.get(section)
-        if isinstance(table, dict) and isinstance(table.get(key), str) and table[key] not in WEIGHTS:
+        if isinstance(table, dict) and isinstance(table.get(key), str) and table[key] not in names:
             yield table, key, f"{section}.{key}"
     ensemble = settings.get("ensemble")
     members = ensemble.get("members") if isinstance(ensemble, dict) else None
@@ -283,7 +287,7 @@ def _paths(settings: Settings) -> Iterator[tuple[Settings, str, str]]:
 def _check_values(value: object, depth: int = 0, name: str = "") -> None:
     """Raise ValueError for values that are valid in TOML but not for settings.
 
-    These are dates, times, numbers of more than 64 bits and deeply nested tables or lists.
+    These are dates, times, numbers of more than 64 bits, and deeply nested tables or lists.
     """
     if depth > _DEPTH:
         raise ValueError("tables or lists too deep")

@@ -23,8 +23,7 @@ def extract(argv: list[str] | None = None) -> int:
 
     from capexp.data.cache import FeatureCache
     from capexp.data.captions import read_splits
-    from capexp.data.dataset import compute_split_features, encoder_passes
-    from capexp.data.vgg16 import identify
+    from capexp.data.sources import open_source
     from capexp.distributed import World
     from capexp.experiment import find_experiment, load_experiment
 
@@ -34,17 +33,19 @@ def extract(argv: list[str] | None = None) -> int:
     if not world.is_main:
         world.start()  # wait until rank 0 has checked settings and data, so that only it reports their errors
     experiment = load_experiment(find_experiment(arguments.experiment), settings)
-    splits = list(read_splits(experiment.captions, arguments.split).values())
-    identity = identify(experiment.features)
+    with_photos = experiment.features.from_photos
+    splits = list(read_splits(experiment.captions, arguments.split, with_photos=with_photos).values())
+    source = open_source(experiment)
+    _ = source.identity  # weights whose digest is not known are read, or fetched
     if world.is_main:
         world.start()
     start = time.perf_counter()
-    features = compute_split_features(experiment, splits, identity, recompute=arguments.clear, world=world)
+    features = source.compute(splits, recompute=arguments.clear, world=world)
     world.stop()
     seconds = time.perf_counter() - start
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     size = 0
-    for group, encoder in encoder_passes(splits, identity, experiment.features.mirror):
+    for group, encoder in source.passes(splits):
         cache = FeatureCache(experiment.features.cache, encoder)
         size += cache.path.stat().st_size
         count, names = sum(len(features[split.name]) for split in group), ", ".join(split.name for split in group)

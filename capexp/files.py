@@ -16,9 +16,9 @@ PICTURE_ENDINGS = frozenset(
         *(".heic", ".heif", ".hif", ".ppm", ".pgm", ".pbm", ".pnm", ".tga", ".ico"),
     }
 )
-"""The endings of files that hold pictures, in lower case."""
+"""The file extensions of pictures, in lower case."""
 
-_STREAMS = ("fd", "stdout", "stderr")  # names under /dev
+_STREAMS = ("fd", "stdout", "stderr")  # the names of this process's streams under /dev
 
 
 @contextmanager

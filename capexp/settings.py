@@ -37,6 +37,10 @@ WEIGHTS: Final[Mapping[str, tuple[Layer, ...]]] = {
     "KERAS": ("fc2", "conv5_3"),
 }
 """The layers that each set of published VGG16 weights contains, by its name."""
+NO_FILE: Final = "none"
+"""The value of ``features.file`` if features are computed from photos."""
+UNKNOWN_WEIGHTS: Final = "unknown"
+"""The value of ``features.weights`` for features from a file whose encoder is not known."""
 
 _STRIDE = 16  # pixels from one position of conv5_3's grid to the next
 # Side of the max-pooling window in grid positions; 1 if there is no max-pooling.
@@ -213,10 +217,14 @@ class FeaturesConfig(Section):
     weights: str = "IMAGENET1K_V1"
     """Published weights by name, downloaded at first use: ``IMAGENET1K_V1`` (torchvision's own net),
     ``IMAGENET1K_FEATURES`` (the Caffe net's convolutions, for conv5_3) or ``KERAS`` (the whole Caffe net, used by the
-    tutorial); or a file of VGG16's weights that PyTorch or Keras has written."""
+    tutorial); or a file of VGG16's weights that PyTorch or Keras has written. With ``file`` it is ``unknown`` by
+    default; if it is given and photos are at hand, the file is checked against it."""
     net: NetSetting = "auto"
     """Which net a file of weights holds, and so its preprocessing: ``caffe``, the net of VGG16's authors, which Keras
     has too, or ``torchvision``. ``auto`` recognises published weights; the net of others must be named."""
+    file: str = NO_FILE
+    """``none``, or a file of features that were computed elsewhere, to use instead of photos: the tutorial's
+    ``features.pkl``, MATLAB, ``.npz``, ``.npy`` with a list of names, HDF5 or safetensors, with an array per photo."""
     cache: Path = Field(default_factory=lambda: cache_home() / "features")
     """Folder of the cached features."""
     precision: Precision = "auto"
@@ -228,11 +236,31 @@ class FeaturesConfig(Section):
 
     @property
     def shape(self) -> tuple[int, int]:
-        """(P, F): the number of grid positions, and of features at each."""
+        """(P, F) of features that are computed from photos: the number of grid positions, and of features at each."""
         return grid_shape(self.layer, self.pool, self.size)
+
+    @property
+    def from_photos(self) -> bool:
+        """Whether the features are computed from photos, not read from a file."""
+        return self.file == NO_FILE
+
+    @model_validator(mode="before")
+    @classmethod
+    def _file_of_unknown_encoder(cls, settings: Any) -> Any:
+        if isinstance(settings, Mapping) and settings.get("file", NO_FILE) != NO_FILE:
+            return {"weights": UNKNOWN_WEIGHTS, **settings}
+        return settings
 
     @model_validator(mode="after")
     def _layer_fits(self) -> "FeaturesConfig":
+        if not self.from_photos and self.mirror:
+            raise ValueError("features.mirror: the file of features.file has no mirrored photos; set it to false")
+        if self.weights == UNKNOWN_WEIGHTS:
+            if self.from_photos:
+                raise ValueError(
+                    "features.weights = 'unknown' is for features of a file; set features.file, or weights"
+                )
+            return self
         if self.weights in WEIGHTS and self.layer not in WEIGHTS[self.weights]:
             raise ValueError(
                 f"features.layer = '{self.layer}' needs the fully connected layers, which "

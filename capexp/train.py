@@ -55,6 +55,8 @@ def train(argv: list[str] | None = None) -> int:
     parameters = check_fits(experiment, data)
     if arguments.dry_run:
         if arguments.decode:
+            if not experiment.features.from_photos:
+                parser.error("--decode: the features come from features.file, so no photo is opened; leave it out")
             require_readable([path for split in data.splits.values() for path in split.paths()])
         _print_dry_run(experiment, data)
         return 0
@@ -76,7 +78,7 @@ def train(argv: list[str] | None = None) -> int:
     world.start()
     world.broadcast(experiment.model_dump_json)
     world.broadcast(lambda: data.drawn)
-    data = data.with_features(experiment, world)
+    data = data.with_features(world)
     _print_data(experiment, data, parameters)
     plan = Plan(experiment, data, promote=arguments.promote)
     if arguments.seeds is not None:
@@ -84,10 +86,12 @@ def train(argv: list[str] | None = None) -> int:
         return 0
     if experiment.is_ensemble:
         result, members = cli.print_epochs(group.train_ensemble(plan, arguments.resume))
-        _print_result(result, go_there, [f"member      {member} (run {run_id})" for member, run_id in members.items()])
+        _print_result(
+            result, data, go_there, [f"member      {member} (run {run_id})" for member, run_id in members.items()]
+        )
         return 0
     result = cli.print_epochs(run.train(plan, arguments.resume, world))
-    _print_result(result, go_there)
+    _print_result(result, data, go_there)
     _print_next(arguments.experiment or experiment.name)
     return 0
 
@@ -120,7 +124,10 @@ def _experiment(parser: "cli.Parser", arguments: argparse.Namespace, settings: d
 
 
 def _drawn_before(run_id: str | None) -> "PhotosBySplit | None":
-    """Return the random splits of the run to resume, if it has drawn some: there may be more photos by now."""
+    """Return the random splits of the run to resume; None if it has none.
+
+    They are not drawn again, because photos may have been added since.
+    """
     if run_id is None:
         return None
     from capexp.runs.folder import RunFolder
@@ -138,7 +145,7 @@ def _follow(world: World) -> int:
     world.start()  # returns when rank 0 has checked settings and data; rank 0 reports their errors
     experiment = Experiment.model_validate_json(world.broadcast(str), strict=True)
     data = Dataset.read(experiment, drawn=world.broadcast(dict))
-    follow(Plan(experiment, data.with_features(experiment, world)), world)
+    follow(Plan(experiment, data.with_features(world)), world)
     return 0
 
 
@@ -148,8 +155,10 @@ def _print_dry_run(experiment: "Experiment", data: "Dataset") -> None:
     uncached = data.count_uncached()
     photos = sum(len(split.photos) for split in data.splits.values())
     print(f"dry run: settings and data are fine; {uncached:,} of {photos:,} photos have no features yet")
-    if uncached and not encoder_at_hand(experiment.features):
-        print(f"VGG16's weights are not here: {experiment.features.weights} will be fetched (528 MB)")
+    if not experiment.features.from_photos:
+        print(f"features come from {data.encoder}")
+    elif uncached and not encoder_at_hand(experiment.features):
+        print(f"VGG16's weights are not on this machine: {experiment.features.weights} will be fetched (528 MB)")
 
 
 def _print_data(experiment: "Experiment", data: "Dataset", parameters: int) -> None:
@@ -174,7 +183,7 @@ def _print_seeds(result: "SeedsResult") -> None:
     print(f"\nregistered  {result.version.describe()}")
 
 
-def _print_result(result: "Result", go_there: str | None, members: list[str] | None = None) -> None:
+def _print_result(result: "Result", data: "Dataset", go_there: str | None, members: list[str] | None = None) -> None:
     import os
 
     assert result.version is not None
@@ -199,13 +208,23 @@ def _print_result(result: "Result", go_there: str | None, members: list[str] | N
     if go_there is not None:
         print(f"  {go_there}")
         ui = "mlflow ui --backend-store-uri $MLFLOW_TRACKING_URI"
-    print(
-        f"""\
-  {ui:47}  the runs, their curves and captions
-  python -m capexp.caption --model {result.version.uri} {os.path.relpath(result.samples[0].photo)}
+    photo = result.samples[0].photo
+    caption = f"python -m capexp.caption --model {result.version.uri}"
+    print(f"  {ui:47}  the runs, their curves and captions")
+    if data.reference is not None:
+        print(
+            f"""\
+  {caption} --features.weights PATH PHOTO
+                                                   PATH: VGG16's weights that the features were computed with;
+                                                   they are checked on photos that are at hand"""
+        )
+    else:
+        print(
+            f"""\
+  {caption} {os.path.relpath(photo) if photo.is_file() else "PHOTO"}
                                                    a new photo needs VGG16's weights: fetched once (528 MB),
                                                    or --features.weights PATH"""
-    )
+        )
 
 
 def _way_to_run() -> str | None:

@@ -58,7 +58,7 @@ def tune(argv: list[str] | None = None) -> int:
     from capexp.settings import NAME
 
     if not re.fullmatch(NAME, arguments.study or "study"):
-        parser.error(f"--study {arguments.study!r}: letters, digits, blanks and . _ - only")
+        parser.error(f"--study {arguments.study!r}: letters, digits, spaces and . _ - only")
     experiment = load_experiment(find_experiment(arguments.experiment), settings)
     check_search_space(experiment)
     name = arguments.study or experiment.name
@@ -84,7 +84,7 @@ def tune(argv: list[str] | None = None) -> int:
     check_fits(experiment, data)
     known = comparable_settings(experiment, data)
     require_comparable(storage, name, known)
-    data = data.with_features(experiment)
+    data = data.with_features()
     deadline = None if arguments.timeout is None else time.time() + arguments.timeout
     task = Task(experiment, name, arguments.storage, deadline)
     study = task.open(known)

@@ -125,6 +125,19 @@ def huge(content: bytes) -> bytes:
     )
 
 
+def features(
+    name: str,
+    change: Callable[[bytes], bytes] = lambda content: content,
+    value: float = 1.0,
+    last: int = 8,
+    lists: tuple[str, ...] = ("train", "dev"),
+) -> None:
+    """Writes the tutorial's features.pkl for the photos of some lists."""
+    stems = [line.split(".")[0] for split in lists for line in Path(LISTS[split]).read_text().split()]
+    table = {stem: np.full((1, 8), value, np.float32) for stem in sorted(stems)}
+    replace(name, change(pickle.dumps(table | {max(table): np.ones((1, last), np.float32)})))
+
+
 class Code:
     """Pickled, it would make a file when it is loaded."""
 
@@ -178,6 +191,9 @@ class Row:
     command: str = "train"
     weights: bool = False
     """Whether the fault shows only with VGG16's weights at hand."""
+
+
+FILE = "--features.file "
 
 
 def first_line(content: bytes) -> bytes:
@@ -266,7 +282,7 @@ ROWS = {
         "--captions.captions deep.json",
     ),
     "neither this nor that": Row(
-        ("prose.txt, line 1: 'Once upon a time' begins no known form of captions",),
+        ("prose.txt, line 1: 'Once upon a time' begins no known format of captions",),
         lambda: replace("data/prose.txt", b"Once upon a time\n, 3 dogs ... ran.\n"),
         "--captions.captions prose.txt",
     ),
@@ -352,6 +368,59 @@ ROWS = {
     ),
     "no such net": Row(("features.net keras", "'caffe'"), arguments="--features.net keras"),
     "no such resizing": Row(("features.resize bicubic", "'nearest'"), arguments="--features.resize bicubic"),
+    "no file of features": Row(("features.file = 'none.pkl': no such file",), arguments="--features.file none.pkl"),
+    "features cut short": Row(
+        ("cut.pkl: ", "damaged or cut short"),
+        lambda: features("cut.pkl", lambda content: content[:-20]),
+        FILE + "cut.pkl",
+    ),
+    "features of another kind": Row(
+        ("text.pkl: begins with b'features', no known format of features",),
+        lambda: replace("text.pkl", b"features"),
+        FILE + "text.pkl",
+    ),
+    "features with code": Row(
+        ("evil.pkl: ", "posix.mkdir"), lambda: replace("evil.pkl", pickle.dumps({"a": Code()})), FILE + "evil.pkl"
+    ),
+    "features that are not finite": Row(
+        ("features.pkl: 'scene_0000': holds values that are not finite",),
+        lambda: features("features.pkl", value=float("nan")),
+        FILE + "features.pkl",
+    ),
+    "features of another length": Row(
+        ("features.pkl: 'scene_0799': an array (1, 9), where the first is (1, 8)",),
+        lambda: features("features.pkl", last=9),
+        FILE + "features.pkl",
+    ),
+    "features without a photo": Row(
+        ("features.pkl: has no features of 100 of the 100 photos of dev: ", " and 97 more", "take the photos out"),
+        lambda: features("features.pkl", lists=("train",)),
+        FILE + "features.pkl",
+    ),
+    "features of two photos of one stem": Row(
+        ("'scene_0000.png'", "'scene_0000.jpg'", "would both have the features of 'scene_0000'"),
+        both(
+            lambda: features("features.pkl"),
+            add(LISTS["train"], "scene_0000.png\n"),
+            add(TOKENS, "scene_0000.png#0\tA dog\n"),
+        ),
+        FILE + "features.pkl",
+    ),
+    "features of mirrored photos": Row(
+        ("features.mirror", "has no mirrored photos"), arguments=FILE + "x.pkl --features.mirror true"
+    ),
+    "photos that would not be opened": Row(
+        ("--decode", "features.file"), lambda: features("features.pkl"), FILE + "features.pkl --dry-run --decode"
+    ),
+    "a file of features for a captioner of photos": Row(
+        ("the captioner takes features of VGG16", "or features.file"),
+        lambda: features("features.pkl"),
+        "--model {bundle} " + FILE + "features.pkl",
+        command="evaluate",
+    ),
+    "weights of no encoder": Row(
+        ("features.weights = 'unknown'", "set features.file"), arguments="--features.weights unknown"
+    ),
     "weights not to be had": Row(
         ("IMAGENET1K_FEATURES", "CAPEXP_OFFLINE"), edit(PHOTO, lambda content: Path(OTHER).read_bytes() + b"\0")
     ),

@@ -41,7 +41,7 @@ def test_one_command_finds_one_member_trains_the_other_and_registers_them_as_one
 
     printed = folder.run("train", "--resume", together.info.run_id)  # with VGG16's weights, as it began
     assert f"scenes, seed 1: found, run {single.info.run_id}" in printed.stderr
-    assert f"scenes, seed 2: gone on with, run {other.info.run_id}" in printed.stderr
+    assert f"scenes, seed 2: resumed, run {other.info.run_id}" in printed.stderr
     assert [line.split("epoch")[1].split()[0] for line in printed.stdout.splitlines() if "seed 2   epoch" in line] == [
         "1", "2", "3",
     ]  # fmt: skip
@@ -104,7 +104,7 @@ def test_an_interrupt_ends_member_and_ensemble_killed_and_the_same_command_goes_
     together, first = folder.runs()
     assert [run.info.status for run in (together, first)] == ["KILLED"] * 2
     printed = folder.run("train", *TOGETHER)
-    assert f"scenes, seed 1: gone on with, run {first.info.run_id}" in printed.stderr
+    assert f"scenes, seed 1: resumed, run {first.info.run_id}" in printed.stderr
     _, _, second_try, other = folder.runs()
     assert second_try.data.tags["member_1"] == first.info.run_id
     assert second_try.data.tags["member_2"] == other.info.run_id
@@ -121,7 +121,7 @@ def test_a_member_that_was_interrupted_as_a_run_of_its_own_is_resumed(tmp_path: 
     (single,) = folder.runs()
     assert single.info.status == "KILLED"
     printed = folder.run("train", *TOGETHER)
-    assert f"scenes, seed 1: gone on with, run {single.info.run_id}" in printed.stderr
+    assert f"scenes, seed 1: resumed, run {single.info.run_id}" in printed.stderr
     single, together, _ = folder.runs()
     assert (single.info.status, together.info.status) == ("FINISHED", "FINISHED")
     assert single.info.experiment_id != together.info.experiment_id

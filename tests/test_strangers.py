@@ -12,20 +12,24 @@ import pickle
 import resource
 import shutil
 import struct
+import tempfile
 import tomllib
 import zipfile
 import zlib
 from collections import Counter
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager
+from functools import cache
 from pathlib import Path
 from typing import Any
 
 import h5py
 import numpy as np
 import pytest
+import scipy.io
 import tomli_w
 import torch
+from feature_formats import FORMATS, NAMES as NAMES_OF_FEATURES, table
 from hypothesis import HealthCheck, given, settings, strategies as st
 from PIL import Image
 from safetensors.torch import load_file, save_file
@@ -35,6 +39,7 @@ from capexp.captioning.captioner import Captioner
 from capexp.data.cache import FeatureCache
 from capexp.data.caption_files import read_captions, read_list
 from capexp.data.captions import read_splits
+from capexp.data.feature_files import FeatureFile
 from capexp.data.inert_pickle import read_arrays, read_tokenizer
 from capexp.data.photos import read_photo
 from capexp.data.tokenizer import split_characters, split_words
@@ -487,6 +492,52 @@ def test_pickles(tmp_path: Path, content: bytes) -> None:
             assert array.dtype.kind in "fiu" and array.nbytes <= len(content)
     with refusable("tokenizers"):
         assert all(number >= 1 for number in read_tokenizer(path).word_index.values())
+
+
+@cache
+def feature_file(kind: str) -> bytes:
+    with tempfile.TemporaryDirectory() as folder:
+        FORMATS[kind](Path(folder) / "features", table(8) if "matlab" in kind else table(2, 8))
+        return (Path(folder) / "features").read_bytes()
+
+
+@fuzz
+@given(st.sampled_from([*FORMATS]).map(feature_file).flatmap(damaged) | st.binary(max_size=200))
+def test_files_of_features(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "features"
+    path.write_bytes(content)
+    (tmp_path / "features.txt").write_text("\n".join(NAMES_OF_FEATURES))
+    with refusable("files of features"):
+        read_features(path)
+
+
+def read_features(path: Path) -> None:
+    file = FeatureFile.open(FeaturesConfig(file=str(path)), CaptionsConfig(root=path.parent))
+    for _, features in file.read(set(file.names)):
+        assert features.shape == file.identity.shape and np.isfinite(features).all()
+
+
+def test_features_that_swell_are_refused(tmp_path: Path) -> None:
+    path = tmp_path / "features"
+    for write in (swelling_npz, swelling_hdf5, swelling_matlab):
+        write(path)
+        assert path.stat().st_size < 10**7
+        with pytest.raises(InputError, match=r"features: .*"), refusable_raises():
+            read_features(path)
+
+
+def swelling_npz(path: Path) -> None:
+    with path.open("wb") as file:
+        np.savez_compressed(file, a=np.zeros((2, 2**28), np.int8))
+
+
+def swelling_hdf5(path: Path) -> None:
+    with h5py.File(path, "w") as file:
+        file.create_dataset("a.jpg", (2**12, 2**40), "<f4", chunks=(1, 2**20))
+
+
+def swelling_matlab(path: Path) -> None:
+    scipy.io.savemat(path, {"feats": np.zeros((2**10, 2**18))}, appendmat=False, do_compression=True)
 
 
 def pictures() -> list[bytes]:

@@ -47,7 +47,7 @@ class Grid:
         capacity = int(counts.max())
         order = photos.argsort(stable=True)
         first = counts.cumsum(0) - counts
-        rank = torch.empty_like(photos)  # (B,): of each caption among those of its photo
+        rank = torch.empty_like(photos)  # (B,): the rank of each caption among the captions of its photo
         rank[order] = torch.arange(len(photos), device=photos.device) - first[photos[order]]
         return replace(self, photos=photos, slots=photos * capacity + rank, capacity=capacity)
 
@@ -61,7 +61,7 @@ class Grid:
     def attend(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the attended features ``(B', H)`` and the attention weights ``(B', P)`` for queries ``(B', A)``.
 
-        The queries are those of the first B' captions; the others have ended.
+        There is one query for each of the first B' captions; the other captions have ended.
         """
         photos, positions, size = self.keys.shape
         # One matrix product for all captions of a photo, instead of a copy of the grid for each caption.
@@ -79,8 +79,8 @@ class AttentionState(DecoderState):
 
     grid: Grid
     gates: Tensor  # (N, 4H): the photo's contribution to the attention LSTM's gates
-    hidden: tuple[Tensor, Tensor]  # (B, H) each: of the attention LSTM, of the language LSTM
-    cells: tuple[Tensor, Tensor]  # (B, H) each
+    hidden: tuple[Tensor, Tensor]  # (B, H) each: the attention LSTM's and the language LSTM's
+    cells: tuple[Tensor, Tensor]  # (B, H) each: the same
     weights: Tensor  # (B, P): the attention weights with which the last output was computed; they sum to 1
 
     def select(self, rows: Tensor) -> "AttentionState":

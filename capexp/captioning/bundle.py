@@ -6,6 +6,8 @@ A bundle holds
 * ``vocabulary.json``;
 * ``decoder.safetensors``: the decoder's weights, float32;
 * optionally ``encoder.safetensors``: the VGG16 layers that it needs, float16, so that it works without downloads;
+* ``reference.safetensors``, if it was trained on features of a file whose encoder is not known: the features of some
+  train photos, float16, to check an encoder on;
 * ``manifest.json``: the version of the format, and the SHA-256 of each of the other files.
 
 The bundle of an ensemble holds the model settings of each member, and the weights of all members in one file.
@@ -20,11 +22,13 @@ from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
 import torch
-from pydantic import BaseModel, ConfigDict, Field, TypeAdapter, ValidationError
-from safetensors import SafetensorError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from safetensors import SafetensorError, safe_open
 from safetensors.torch import load_file, save_file
 
 from capexp.data.captions import PhotosBySplit
+from capexp.data.encoder_check import Reference
+from capexp.data.feature_files import FileIdentity
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.data.vocabulary import Vocabulary
 from capexp.data.weights_files import State
@@ -40,6 +44,8 @@ _SETTINGS = "captioner.json"
 _VOCABULARY = "vocabulary.json"
 _DECODER = "decoder.safetensors"
 _ENCODER = "encoder.safetensors"
+_REFERENCE = "reference.safetensors"
+_FOLDER = "folder"  # of the photos, in the metadata of the reference
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -56,6 +62,12 @@ class TrainingRecord(BaseModel):
     dev_digest: str = ""
 
 
+def _kind(identity: object) -> str:
+    """Return which kind of identity a JSON object or an object is."""
+    is_file = "digest" in identity if isinstance(identity, dict) else isinstance(identity, FileIdentity)
+    return "file" if is_file else "encoder"
+
+
 class Settings(BaseModel):
     """The content of ``captioner.json``."""
 
@@ -64,7 +76,9 @@ class Settings(BaseModel):
     model: ModelConfig | Annotated[tuple[ModelConfig, ...], Field(min_length=2)]
     """For an ensemble, one per member."""
     decoding: DecodingConfig
-    encoder: EncoderIdentity
+    encoder: Annotated[
+        Annotated[EncoderIdentity, Tag("encoder")] | Annotated[FileIdentity, Tag("file")], Discriminator(_kind)
+    ]
     training: TrainingRecord | None
     splits: PhotosBySplit | None = None
     """The photos of each split, if they were drawn at random; left out of the file otherwise."""
@@ -91,17 +105,26 @@ class Bundle:
     decoder: State
     decoder_path: Path
     encoder_path: Path | None
+    reference: Reference | None
 
 
 def write_bundle(
-    folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: State, encoder: State | None
+    folder: Path,
+    settings: Settings,
+    vocabulary: Vocabulary,
+    decoder: State,
+    encoder: State | None,
+    reference: Reference | None = None,
 ) -> None:
-    """Write a bundle atomically, with the encoder's weights if they are given."""
+    """Write a bundle atomically, with the encoder's weights and the reference if they are given."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(partial, ignore_errors=True)
     try:
         with writing(folder):
             _write(partial, settings, vocabulary, decoder, encoder)
+            if reference is not None:
+                _write_reference(partial / _REFERENCE, reference)
+            _write_manifest(partial, settings)
             shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
             partial.rename(folder)
             sync(folder.parent)
@@ -119,11 +142,31 @@ def _write(folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: St
     save_file(_contiguous(decoder), folder / _DECODER)
     if encoder is not None:
         save_file(_contiguous(encoder), folder / _ENCODER)
+
+
+def _write_manifest(folder: Path, settings: Settings) -> None:
     digests = {path.name: _sha256(path) for path in sorted(folder.iterdir())}
     manifest = {"format_version": min(len(settings.models), 2), "sha256": digests}
     (folder / _MANIFEST).write_text(json.dumps(manifest, indent=2) + "\n", encoding="utf-8")
     for path in folder.iterdir():
         sync(path)
+
+
+def _write_reference(path: Path, reference: Reference) -> None:
+    tensors = {name: torch.from_numpy(features.copy()) for name, features in reference.features.items()}
+    save_file(tensors, path, {_FOLDER: os.fsencode(reference.folder).decode(errors="replace")})
+
+
+def _read_reference(path: Path, shape: tuple[int, int]) -> Reference:
+    tensors = read_tensors(path)
+    wrong = [name for name, value in tensors.items() if value.shape != shape or value.dtype != torch.float16]
+    if wrong or not tensors:
+        raise InputError(
+            f"{path}: {wrong[0] if wrong else 'nothing'}: not features {shape} in float16; copy the bundle again"
+        )
+    with safe_open(path, "pt") as file:
+        folder = (file.metadata() or {}).get(_FOLDER, "")
+    return Reference(Path(folder), {name: value.numpy() for name, value in tensors.items()})
 
 
 def read_bundle(folder: Path) -> Bundle:
@@ -139,7 +182,8 @@ def read_bundle(folder: Path) -> Bundle:
     invalid = [name for name, value in decoder.items() if not value.isfinite().all()]
     if invalid:
         raise InputError(f"{path}: {invalid[0]} holds values that are not finite; take another captioner")
-    return Bundle(settings, vocabulary, decoder, path, folder / _ENCODER if _ENCODER in files else None)
+    reference = _read_reference(folder / _REFERENCE, settings.encoder.shape) if _REFERENCE in files else None
+    return Bundle(settings, vocabulary, decoder, path, folder / _ENCODER if _ENCODER in files else None, reference)
 
 
 def verify_bundle(folder: Path) -> set[str]:
@@ -150,7 +194,7 @@ def verify_bundle(folder: Path) -> set[str]:
     manifest = _parse(_Manifest, manifest_path)
     required = {_SETTINGS, _VOCABULARY, _DECODER}
     unlisted = sorted(required - set(manifest.sha256))
-    unknown = sorted(set(manifest.sha256) - required - {_ENCODER})
+    unknown = sorted(set(manifest.sha256) - required - {_ENCODER, _REFERENCE})
     if unlisted or unknown:
         raise InputError(f"{manifest_path}: {', '.join(unlisted + unknown)} should (not) be listed; copy it again")
     for name, digest in manifest.sha256.items():
@@ -167,7 +211,9 @@ def _parse(kind: type[M], path: Path) -> M:
         return kind.model_validate_json(path.read_bytes())
     except ValidationError as error:
         first = error.errors()[0]
-        where = ".".join(str(part) for part in first["loc"])
+        # The location of an identity includes the tag of its kind.
+        loc = first["loc"][:1] + first["loc"][2:] if first["loc"][:1] == ("encoder",) else first["loc"]
+        where = ".".join(str(part) for part in loc)
         if where == "format_version":
             raise InputError(
                 f"{path}: format_version {first['input']} is unknown to this capexp, which reads "

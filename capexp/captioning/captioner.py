@@ -1,6 +1,7 @@
 """The captioner: a decoder, its vocabulary and its encoder, which belong together and are saved in one bundle."""
 
 import hashlib
+import logging
 import math
 from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass, field, replace
@@ -20,8 +21,11 @@ from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.decoding import check_beam_width, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
+from capexp.data.cache import Identity
 from capexp.data.captions import PhotosBySplit
 from capexp.data.dataset import Dataset
+from capexp.data.encoder_check import Reference
+from capexp.data.feature_files import FileIdentity
 from capexp.data.photos import Photo, read_photo, squash
 from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
 from capexp.data.vgg16_weights import NETS, net_of
@@ -30,6 +34,8 @@ from capexp.data.weights_files import State
 from capexp.errors import InputError
 from capexp.experiment import members_of, override_decoding
 from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig
+
+log = logging.getLogger(__name__)
 
 _ENCODER_BATCH = 32  # photos
 _DECODER_BATCH = 256  # photos
@@ -57,7 +63,7 @@ class Captioner:
         models: tuple[ModelConfig, ...],
         decoder: Decoder,
         vocabulary: Vocabulary,
-        encoder: EncoderIdentity,
+        encoder: Identity,
         decoding: DecodingConfig,
         record: TrainingRecord | None = None,
     ) -> None:
@@ -69,6 +75,8 @@ class Captioner:
         self.record = record
         self.splits: PhotosBySplit | None = None
         """The photos of each split, if the training data was split at random; else None."""
+        self.reference: Reference | None = None
+        """What an encoder can be checked with, if the features came from a file and their encoder is not known."""
         self._encoder: Encoder | None = None
         self._bundled_encoder: Path | None = None
 
@@ -77,7 +85,7 @@ class Captioner:
         cls,
         model: ModelConfig,
         vocabulary: Vocabulary,
-        encoder: EncoderIdentity,
+        encoder: Identity,
         decoding: DecodingConfig,
         seed: int,
     ) -> "Captioner":
@@ -128,6 +136,12 @@ class Captioner:
         return cls(tuple(models), Ensemble(decoders), first.vocabulary, first.encoder_identity, decoding)
 
     @property
+    def has_maps(self) -> bool:
+        """Whether there are attention maps: the decoder attends to the positions of a square grid."""
+        positions = self.encoder_identity.shape[0]
+        return self.decoder.has_attention and math.isqrt(positions) ** 2 == positions
+
+    @property
     def device(self) -> torch.device:
         """Return the device of the decoder."""
         return next(self.decoder.parameters()).device
@@ -146,24 +160,50 @@ class Captioner:
             digest.update(value.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def use_encoder(self, weights: str | None = None) -> Encoder:
+    def use_encoder(self, weights: str | None = None, photos: Path | None = None) -> Encoder:
         """Return the encoder, loaded at the first call.
 
         Its weights are ``weights`` (a name or a path) if given, else those in the bundle, else torchvision's, which
         are downloaded if needed. If the captioner was trained with a weights file, that file must be given.
+
+        If the captioner was trained on a file of features whose encoder is not known, ``weights`` must be given. They
+        are checked on photos of the file that are at hand, in the folder ``photos`` or where they were.
         """
         if self._encoder is None:
-            if self._bundled_encoder is not None and weights is None:
-                encoder = self._read_encoder(self._bundled_encoder)
+            identity = self.encoder_identity
+            known = identity.encoder if isinstance(identity, FileIdentity) else identity
+            if known is None:
+                encoder = self._check_encoder(weights, photos)
+            elif self._bundled_encoder is not None and weights is None:
+                encoder = self._read_encoder(known, self._bundled_encoder)
             else:
-                encoder = load_encoder(self._features_config(weights))
-            if encoder.identity.key() != self.encoder_identity.key():
+                encoder = load_encoder(_features_config(known, weights))
+            if known is not None and encoder.identity.key() != known.key():
                 raise InputError(
-                    f"the captioner was trained on {self.encoder_identity}, "
+                    f"the captioner was trained on {known}, "
                     f"but these weights are {encoder.identity}; set features.weights to the same net"
                 )
             self._encoder = encoder.prepare(self.device, "auto")
         return self._encoder
+
+    def _check_encoder(self, weights: str | None, photos: Path | None) -> Encoder:
+        """Load the encoder of features that came from a file, and check it on the photos that are at hand."""
+        identity, reference = self.encoder_identity, self.reference
+        assert isinstance(identity, FileIdentity)
+        if weights is None or reference is None:
+            raise InputError(
+                f"the captioner was trained on features from the file {identity.name!r}, whose encoder is not known; "
+                "to caption photos give --features.weights, VGG16's weights that the features were computed with"
+            )
+        encoder = load_encoder(identity.claimed(weights)).prepare(self.device, "auto")
+        if reference.check(encoder, photos) == 0:
+            names = ", ".join(list(reference.features)[:3])
+            log.warning(
+                "features.weights = '%s': not checked, because none of the photos that it can be checked on is in %s "
+                "(%s, ...); give their folder with --captions.root and --captions.photos",
+                weights, reference.folder if photos is None else photos, names,
+            )  # fmt: skip
+        return encoder
 
     def caption_features(self, features: NDArray[np.float16], decoding: DecodingConfig | None = None) -> list[Caption]:
         """Return a caption of each photo from its features ``(B, P, F)``.
@@ -184,7 +224,7 @@ class Captioner:
         The captions are generated ones. There is one map for each of their words; its weights sum to 1. For an ensemble
         they are the mean over the members with attention.
         """
-        assert self.decoder.has_attention
+        assert self.has_maps
         words = [
             torch.tensor([self.vocabulary.entries.get(word, UNK) for word in self.vocabulary.spell(caption)]).long()
             for caption in captions
@@ -231,7 +271,7 @@ class Captioner:
 
     def _captions_of(self, photos: Iterator[Photo], decoding: DecodingConfig) -> Iterator[Caption]:
         while batch := list(islice(photos, _ENCODER_BATCH)):
-            for caption in self.caption_photos(batch, decoding, with_attention=self.decoder.has_attention):
+            for caption in self.caption_photos(batch, decoding, with_attention=self.has_maps):
                 if isinstance(caption, InputError):
                     raise caption
                 yield caption
@@ -275,7 +315,7 @@ class Captioner:
             training=self.record,
             splits=self.splits,
         )
-        write_bundle(folder, settings, self.vocabulary, self.decoder.state_dict(), encoder)
+        write_bundle(folder, settings, self.vocabulary, self.decoder.state_dict(), encoder, self.reference)
         return folder
 
     @classmethod
@@ -295,36 +335,39 @@ class Captioner:
             settings.models, decoder, bundle.vocabulary, settings.encoder, settings.decoding, settings.training
         )
         captioner.splits = settings.splits
+        captioner.reference = bundle.reference
         captioner._bundled_encoder = bundle.encoder_path
         return captioner
 
-    def _read_encoder(self, path: Path) -> Encoder:
+    @staticmethod
+    def _read_encoder(identity: EncoderIdentity, path: Path) -> Encoder:
         try:
-            return Encoder(self.encoder_identity, read_tensors(path))
+            return Encoder(identity, read_tensors(path))
         except RuntimeError as error:
             raise InputError(f"{path}: not VGG16's weights ({str(error).splitlines()[-1].strip()})") from None
 
-    def _features_config(self, weights: str | None) -> FeaturesConfig:
-        identity = self.encoder_identity
-        name = identity.weights if weights is None else weights
-        if weights is None and name not in NETS:
-            raise InputError(
-                f"the bundle holds no encoder, and its features came from a file named {name!r}; "
-                "give that file with --features.weights"
-            )
-        # The captioner knows the net of a file, because it knows the preprocessing.
-        net = "auto" if name in NETS else net_of(identity.mean, identity.std)
-        try:
-            return FeaturesConfig(
-                layer=identity.layer,
-                pool=identity.pool,
-                size=identity.size,
-                resize=identity.resize,
-                weights=name,
-                net=net,
-            )
-        except ValidationError as error:  # named weights without the fully connected layers
-            raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
+
+def _features_config(identity: EncoderIdentity, weights: str | None) -> FeaturesConfig:
+    """Return the settings of an encoder, with other weights if they are given."""
+    name = identity.weights if weights is None else weights
+    if weights is None and name not in NETS:
+        raise InputError(
+            f"the bundle holds no encoder, and its features came from a file named {name!r}; "
+            "give that file with --features.weights"
+        )
+    # The captioner knows the net of a file, because it knows the preprocessing.
+    net = "auto" if name in NETS else net_of(identity.mean, identity.std)
+    try:
+        return FeaturesConfig(
+            layer=identity.layer,
+            pool=identity.pool,
+            size=identity.size,
+            resize=identity.resize,
+            weights=name,
+            net=net,
+        )
+    except ValidationError as error:  # named weights without the fully connected layers
+        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def check_fits(experiment: Experiment, data: Dataset) -> int:
@@ -334,7 +377,8 @@ def check_fits(experiment: Experiment, data: Dataset) -> int:
     """
     check_beam_width(experiment.decoding, data.vocabulary)
     members = members_of(experiment) if experiment.is_ensemble else (experiment,)
-    shape, words = experiment.features.shape, len(data.vocabulary)
-    parameters = outline_decoder([one.model for one in members], shape, words).parameter_count()
-    _ = data.encoder  # last: weights whose digest is not known are read, or fetched
+    # Weights whose digest is not known are read, or fetched, only after the settings were checked.
+    shape = experiment.features.shape if experiment.features.from_photos else data.encoder.shape
+    parameters = outline_decoder([one.model for one in members], shape, len(data.vocabulary)).parameter_count()
+    _ = data.encoder
     return parameters

@@ -14,7 +14,7 @@ from capexp.metrics.cider import ORDERS, ngrams
 
 Tokens = tuple[int, ...]
 
-_SIGMA = 6.0  # of the Gaussian penalty on differences in length, in words
+_SIGMA = 6.0  # the standard deviation, in words, of the Gaussian penalty on differences in length
 
 
 def agreement(candidates: Sequence[Tokens], others: Sequence[Tokens]) -> NDArray[np.float64]:
@@ -22,8 +22,8 @@ def agreement(candidates: Sequence[Tokens], others: Sequence[Tokens]) -> NDArray
 
     The similarity is CIDEr-D (Vedantam et al., CVPR 2015) without TF-IDF weights, so that rare and frequent n-grams
     count alike: for each order, the cosine of the n-gram counts, with the candidate's counts clipped at the other
-    caption's, and reduced where the lengths differ. EOS counts as a word. The mean is taken only over the orders of
-    which the longer of the two captions has n-grams, so that a caption of one or two words has similarity 1 to itself.
+    caption's, and reduced if the lengths differ. EOS counts as a word. The mean is taken only over the orders for which
+    the longer of the two captions has n-grams, so that a caption of one or two words has similarity 1 to itself.
     """
     lengths = [
         np.array([len(tokens) + 1 for tokens in captions], dtype=np.float64) for captions in (candidates, others)

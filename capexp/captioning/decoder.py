@@ -3,8 +3,8 @@
 Decoding, scoring and training use decoders through this interface alone, step by step or a whole caption at once.
 
 Captions are read as a packed batch, without padding: the captions are sorted by length, the longest first; the batch
-holds the first word of each caption, then the second word of each caption that has one, and so on. ``counts[t]`` is the
-number of captions that have a t-th word.
+contains the first word of each caption, then the second word of each caption that has one, and so on. ``counts[t]`` is
+the number of captions that have a t-th word.
 
 Shapes: N photos, B captions, M words, T steps, V vocabulary, P grid positions, F feature, H hidden.
 """
@@ -66,7 +66,7 @@ class Decoder(nn.Module, ABC):
     def attention_maps(self, features: Tensor, words: Tensor) -> Tensor:
         """Return the attention weights ``(N, T, P)`` for each word ``(N, T)`` of a caption of each photo ``(N, P, F)``.
 
-        The weights are meaningless where a caption has ended and holds PAD. Only for a decoder with attention.
+        The weights are meaningless at PAD, where a caption has ended. Only for a decoder with attention.
         """
         raise NotImplementedError
 
@@ -80,13 +80,13 @@ class RecurrentDecoder(Decoder):
 
     embedding: nn.Embedding
     vocabulary: VocabularyLayer
-    """From the output of a step to the logits of the next word."""
+    """The layer that turns the output of a step into the logits of the next word."""
 
     @abstractmethod
     def read(self, state: DecoderState, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, DecoderState]:
         """Read packed words ``(M,)``; return the outputs ``(M, H)`` before the vocabulary layer, and the final state.
 
-        The given state has one row for each caption that has a first word, and so has the final one.
+        Both the given and the final state have one row for each caption.
         """
 
     def outputs(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
@@ -122,7 +122,7 @@ class Packed:
     rows: Tensor  # (M,): the caption of each word
     steps: Tensor  # (M,): the position of each word in its caption
     words: Tensor  # (M,)
-    counts: list[int]  # number of words at each step
+    counts: list[int]  # the number of words at each step
 
     @classmethod
     def of(cls, words: Tensor) -> "Packed":

@@ -17,7 +17,10 @@ from capexp.errors import InputError
 from capexp.settings import DecodingConfig
 
 _SAMPLED_LOGITS = 2**21
-"""Logits per step (8 MiB) of the captions that consensus samples at a time; sampling makes ten tables of this size."""
+"""The limit of logits per step (8 MiB in float32) when consensus samples.
+
+It decides how many photos are sampled at a time. Sampling allocates about ten tensors of this size.
+"""
 
 
 @dataclass(frozen=True)
@@ -49,10 +52,13 @@ def decode(
 
 
 def check_beam_width(config: DecodingConfig, vocabulary: Vocabulary) -> None:
-    """Refuse a beam that is wider than the number of words that may be emitted."""
-    words = len(vocabulary) - len(vocabulary.never_emitted)
-    if config.method in ("beam", "consensus") and config.beam_width > words:
-        raise InputError(f"decoding.beam_width = {config.beam_width}: only {words} words may follow; lower it")
+    """Raise InputError if the beam is wider than the number of entries that may be emitted."""
+    entries = len(vocabulary) - len(vocabulary.never_emitted)
+    if config.method in ("beam", "consensus") and config.beam_width > entries:
+        raise InputError(
+            f"decoding.beam_width = {config.beam_width}: only {entries} entries of the vocabulary can be emitted; "
+            "lower it"
+        )
 
 
 @torch.inference_mode()
@@ -61,7 +67,7 @@ def _beam(
 ) -> list[tuple[Hypothesis, ...]]:
     """Run beam search; width 1 is greedy. A finished hypothesis stays in the beam until better ones push it out.
 
-    Only the M unfinished hypotheses pass the decoder: before the first word one per photo.
+    The decoder runs only on the M unfinished hypotheses. Before the first word there is one per photo.
     """
     photos, device = len(features), features.device
     first_rows = torch.arange(photos, device=device).unsqueeze(1) * width  # (B, 1): each photo's first row among N
@@ -79,7 +85,7 @@ def _beam(
     unchanged = torch.full((width,), -torch.inf, device=device)
     unchanged[0] = 0
     for _ in range(config.maximum_length):
-        # The K best continuations of each hypothesis; a photo can take no more of one.
+        # The K best continuations of each hypothesis. More are not needed: a photo keeps only K in all.
         logits, state = decoder.step(state, words.flatten()[active])  # (M, V)
         log_probabilities = _log_probabilities(logits, forbidden, sequences.flatten(0, 1)[active], config)
         active_best, active_entries = log_probabilities.topk(width)  # (M, K)
@@ -90,15 +96,16 @@ def _beam(
         lengths = lengths + ~ended
         scores = candidates / lengths.unsqueeze(2) ** config.length_penalty
         chosen = scores.flatten(1).topk(width).indices  # (B, K), the best first
-        origin = chosen // width  # (B, K): the hypothesis that each continues
+        origin = chosen // width  # (B, K): the hypothesis that each chosen one continues
         words = entries.view(photos, -1).gather(1, chosen)
         total = candidates.flatten(1).gather(1, chosen)
         lengths = lengths.gather(1, origin)
         ended = ended.gather(1, origin) | (words == EOS)
         earlier = sequences.gather(1, origin.unsqueeze(2).expand(-1, -1, sequences.shape[2]))
         sequences = torch.cat([earlier, words.unsqueeze(2)], 2)
-        # The state of those that are not finished.
-        state_rows = torch.empty(photos * width, dtype=torch.long, device=device)  # (N,): each one's row in the state
+        # Select the state of the hypotheses that are not finished. ``state_rows`` ``(N,)`` is the row in the state of
+        # each active hypothesis.
+        state_rows = torch.empty(photos * width, dtype=torch.long, device=device)
         state_rows[active] = torch.arange(len(active), device=device)
         active = (~ended).flatten().nonzero().squeeze(1)
         if len(active) == 0:
@@ -113,8 +120,8 @@ def _sample(
 ) -> list[tuple[Hypothesis, ...]]:
     """Sample ``count`` captions of each photo (top-p: Holtzman et al., ICLR 2020).
 
-    Each photo has a random generator of its own, so that its captions do not depend on the batch. Only captions that
-    are not finished pass the decoder.
+    Each photo has a random generator of its own, so that its captions do not depend on the batch. The decoder runs only
+    on captions that are not finished.
     """
     photos, device = len(features), features.device
     uniform = torch.tensor(_uniform(features, config, count), dtype=torch.float32, device=device)  # (N, T)
@@ -155,8 +162,9 @@ def _consensus(
 ) -> list[tuple[Hypothesis, ...]]:
     """Rank the beam by minimum Bayes risk (Kumar and Byrne, 2004): by the mean similarity to other likely captions.
 
-    The most probable caption is often an unusual one. Devlin et al. (2015) choose by people's captions of similar
-    photos; here samples from the decoder, and the beam itself, take their place.
+    The most probable caption is often an unusual one. Devlin et al. (2015) choose the caption most similar to the
+    reference captions of similar photos. This function compares with the beam's hypotheses and with captions sampled
+    from the decoder instead.
     """
     ranked = []
     photos = max(_SAMPLED_LOGITS // len(vocabulary) // max(config.samples, 1), 1)
@@ -174,10 +182,10 @@ def _consensus(
 def sample_captions(
     decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int
 ) -> Tensor:
-    """Sample ``count`` captions of each photo by torch's global random generator, as targets for training.
+    """Sample ``count`` captions of each photo with torch's global random generator, as targets for training.
 
-    From features ``(N, P, F)``, return ``(N * count, T)``, the captions of one photo next to each other: words and EOS,
-    then PAD. Raises FloatingPointError if the decoder's logits are not finite.
+    Return ``(B * count, T)`` from features ``(B, P, F)``: the words, EOS, then PAD. The captions of a photo are
+    adjacent rows. Raises FloatingPointError if the decoder's logits are not finite.
     """
     state = decoder.start(features)
     state = state.repeat(count)
@@ -185,7 +193,7 @@ def sample_captions(
     words = torch.full((len(features) * count,), BOS, device=features.device)
     sampled: list[Tensor] = []
     for _ in range(maximum_length):
-        logits, state = decoder.step(state, words)  # (B, V)
+        logits, state = decoder.step(state, words)  # (N, V)
         if not logits.isfinite().all():
             raise FloatingPointError("logits are not finite")
         next_words = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
@@ -200,7 +208,7 @@ def sample_captions(
 def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray:
     """Return uniform random numbers in (0, 1], ``count`` rows per photo and one column per step.
 
-    They depend on the seed and on the photo's own features only.
+    A photo's numbers depend only on the seed and on its features.
     """
     checksums = [zlib.crc32(row.tobytes()) for row in features.float().cpu().numpy()]
     shape = (count, config.maximum_length)
@@ -210,7 +218,8 @@ def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray
 def _log_probabilities(logits: Tensor, forbidden: Tensor, sequences: Tensor, config: DecodingConfig) -> Tensor:
     """Return the log-probabilities ``(M, V)`` of the next word after the words so far, ``(M, T)``.
 
-    Forbidden entries have probability zero. So has, without ``repeat_trigrams``, a word that would repeat a trigram.
+    Forbidden entries have probability zero. If ``repeat_trigrams`` is false, a word that would repeat a trigram also
+    has probability zero.
     """
     values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
     if config.repeat_trigrams or sequences.shape[1] < 3:

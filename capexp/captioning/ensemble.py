@@ -52,7 +52,7 @@ class Ensemble(Decoder):
         return _geometric_mean(logits), EnsembleState(states)
 
     def logits(self, features: Tensor, photos: Tensor | None, words: Tensor, counts: Sequence[int]) -> Tensor:
-        """Return the log-probabilities ``(M, V)`` after each word, as :meth:`Decoder.logits` does logits."""
+        """Return the log-probabilities ``(M, V)`` after each word; arguments as in :meth:`Decoder.logits`."""
         return _geometric_mean([member.logits(features, photos, words, counts) for member in self._decoders()])
 
     def cross_entropy(
@@ -63,7 +63,7 @@ class Ensemble(Decoder):
 
     @torch.inference_mode()
     def attention_maps(self, features: Tensor, words: Tensor) -> Tensor:
-        """Return the mean of the attention weights of the members with attention, as :meth:`Decoder.attention_maps`."""
+        """Return the attention weights, averaged over the members with attention, as :meth:`Decoder.attention_maps`."""
         maps = [member.attention_maps(features, words) for member in self._decoders() if member.has_attention]
         return torch.stack(maps).mean(0)
 

@@ -20,11 +20,12 @@ from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.captions import Split, read_splits, read_texts
 from capexp.data.dataset import Dataset
 from capexp.data.features import Features
+from capexp.data.vgg16 import EncoderIdentity
 from capexp.errors import InputError
 from capexp.experiment import replace_settings
 from capexp.metrics.java import Unavailable, meteor, spice
 from capexp.metrics.scores import Difference, PhotoScores, paired_difference, score, tokenize, tutorial_bleu
-from capexp.settings import Experiment, SplitName, TokenRule
+from capexp.settings import NO_FILE, Experiment, SplitName, TokenRule
 
 log = logging.getLogger(__name__)
 
@@ -51,7 +52,7 @@ class Loss:
 
 
 def perplexity(nats_per_token: float) -> float:
-    """Return the exponential of a cross-entropy in nats per token, capped at exp(709): a float holds no more."""
+    """Return the exponential of a cross-entropy in nats per token, capped at exp(709): a float overflows soon after."""
     return math.exp(min(nats_per_token, 709.0))
 
 
@@ -81,7 +82,7 @@ SCORE_NAMES = {
     "bleu_1": "BLEU-1", "bleu_2": "BLEU-2", "bleu_3": "BLEU-3", "bleu_4": "BLEU-4",
     "rouge_l": "ROUGE-L", "cider": "CIDEr",
 }  # fmt: skip
-"""The scores that papers report: from the keys of ``PhotoScores.corpus`` to the papers' names."""
+"""The scores that papers report: maps keys of ``PhotoScores.corpus`` to the names used in papers."""
 
 
 @dataclass(frozen=True)
@@ -93,7 +94,7 @@ class CaptionScores:
     blind: PhotoScores
     """The image-blind baseline: the same captions, each scored against another photo's references."""
     summary: dict[str, float]
-    """The corpus scores and statistics by the names under which they are reported."""
+    """The corpus scores and statistics, keyed by the names under which they are reported."""
 
 
 def score_captions(
@@ -105,14 +106,15 @@ def score_captions(
 ) -> CaptionScores:
     """Score captions of a split's photos against its references, whose words are not limited to any vocabulary.
 
-    ``rule`` splits both into tokens; it should be that of the captioner's vocabulary.
+    ``rule`` says how captions and references are split into tokens; pass the captioner's ``vocabulary.tokens``.
 
-    The summary holds BLEU, ROUGE-L and CIDEr, and
+    The summary contains BLEU, ROUGE-L and CIDEr, and
 
+    * ``cider_plain``: CIDEr without clipping and length penalty;
     * ``cider_blind``: CIDEr with each caption scored against another photo's references;
     * ``distinct_captions``: the number of distinct captions divided by the number of captions;
     * ``words_used``: the number of distinct words in all captions;
-    * ``mean_length``: in tokens;
+    * ``mean_length``: the mean number of tokens per caption;
     * ``copied_from_train``, only with the ``train`` captions: the share of captions that occur in them word for word;
     * ``tutorial_bleu_1`` to ``4``: the tutorial's own protocol, comparable with the tutorial only.
     """
@@ -133,7 +135,7 @@ def score_captions(
 
 
 def _shuffled(photos: int, seed: int) -> NDArray[np.int64]:
-    """Return a random permutation of one cycle, so that no photo keeps its position (unless it is the only one)."""
+    """Return a random cyclic permutation: no photo keeps its position (unless there is only one)."""
     order = np.random.default_rng(seed).permutation(photos)
     shuffled = np.empty_like(order)
     shuffled[order] = np.roll(order, 1)
@@ -150,14 +152,14 @@ class Evaluation:
     scores: CaptionScores
 
     def metrics(self) -> dict[str, float]:
-        """Return the values by the names of MLflow's dev metrics."""
+        """Return the metrics to log, keyed by their MLflow names (``dev_...``)."""
         return {f"dev_{name}": value for name, value in self.scores.summary.items()} | {
             "dev_loss_blind": self.blind.per_token
         }
 
 
 def evaluate_dev(captioner: Captioner, batches: CaptionBatches, train: Iterable[str], seed: int) -> Evaluation:
-    """Evaluate a captioner on dev ``batches``; ``train`` are the train captions, for the share that is copied."""
+    """Evaluate a captioner on dev ``batches``; ``train`` are the train captions, for ``copied_from_train``."""
     blind = blind_cross_entropy(captioner.decoder, batches, seed)
     captions = caption_all(captioner, batches.features)
     scores = score_captions(captions, batches.split, seed, train, captioner.vocabulary.tokens)
@@ -170,33 +172,36 @@ def caption_all(captioner: Captioner, features: Features) -> list[Caption]:
 
 
 def require_trained_on(experiment: Experiment, captioner: Captioner) -> None:
-    """Raise InputError if a captioner was not trained with this experiment's dev split.
+    """Raise InputError if this experiment's dev split is not the one that was used in the captioner's training.
 
-    It is called where the user has not named the experiment.
+    Commands call this if the user has not named the experiment.
     """
-    digest = read_splits(experiment.captions, ("dev",), captioner.splits)["dev"].digest()
+    with_photos = experiment.features.from_photos
+    digest = read_splits(experiment.captions, ("dev",), captioner.splits, with_photos)["dev"].digest()
     if captioner.record is None or captioner.record.dev_digest != digest:
         raise InputError(
-            f"the captioner was not trained with the dev split of {experiment.name}; name the experiment that it was "
-            "trained with: --experiment NAME"
+            f"the captioner was not trained on the data of experiment {experiment.name} (its dev split differs or is "
+            "not recorded); give the experiment that it was trained on: --experiment NAME"
         )
 
 
 def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, java: bool = False) -> dict[str, object]:
-    """Return a captioner's losses on a split, and its captions' scores with intervals, decoding settings and speed.
+    """Return a captioner's losses on a split, scores of its captions with intervals, decoding settings, and speed.
 
-    With ``java`` also METEOR and SPICE. Where one of them cannot run, its value is None and the log gives the reason.
+    With ``java`` also METEOR and SPICE. If one of them cannot run, its value is None and the log gives the reason.
     """
     if experiment.captions.splits == "random" and captioner.splits is None:
-        log.warning("the captioner was trained with other splits: drawn photos may be among its train photos")
+        log.warning(
+            "the captioner was not trained on random splits: photos of this random split may be among its train photos"
+        )
     data = Dataset.read(experiment, (split,), captioner.vocabulary, captioner.splits)
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
             f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size, resize "
-            "and weights"
+            "and weights, or features.file"
         )
-    batches = data.with_features(experiment).batches(split, experiment.training)
+    batches = data.with_features().batches(split, experiment.training)
     loss = cross_entropy(captioner.decoder, batches.in_order())
     blind = blind_cross_entropy(captioner.decoder, batches, experiment.seed)
     start = time.perf_counter()
@@ -253,7 +258,7 @@ class Comparison:
     differences: dict[str, Difference]
     """For each score, the second captioner's minus the first's, with interval and p-value."""
     most: tuple[PhotoDifference, ...]
-    """All photos with different captions, by the difference in CIDEr: the second captioner's greatest lead first."""
+    """All photos with different captions, sorted by the second captioner's CIDEr minus the first's, largest first."""
 
 
 def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:
@@ -261,20 +266,30 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
 
     Each captioner has its own decoding settings, and the features of its own layer, pool, size and resize.
     """
-    # Each captioner's captions of all photos.
     rule = _common_rule(captioners)
     if experiment.captions.splits == "random" and captioners[0].splits != captioners[1].splits:
-        raise InputError("the captioners were trained with other random splits; compare captioners of the same splits")
+        raise InputError(
+            "the captioners were trained on different random splits; compare captioners that were trained on the same "
+            "splits"
+        )
+    # Caption all photos with each captioner.
     hypotheses = []
     for captioner in captioners:
         encoder = captioner.encoder_identity
-        own_features = {f"features.{name}": getattr(encoder, name) for name in ("layer", "pool", "size", "resize")}
+        own_features: dict[str, object] = {
+            "features.layer": encoder.layer,
+            "features.pool": encoder.pool,
+            "features.size": encoder.size,
+        }
+        if isinstance(encoder, EncoderIdentity):
+            own_features |= {"features.resize": encoder.resize, "features.file": NO_FILE}
         own = replace_settings(experiment, own_features)
         data = Dataset.read(own, (split,), captioner.vocabulary, captioner.splits)
         if data.encoder.key() != encoder.key():
-            raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.weights")
-        hypotheses.append(caption_all(captioner, data.with_features(own).features[split]))
-    # Their scores, and the photos by the difference in CIDEr.
+            setting = "weights" if isinstance(encoder, EncoderIdentity) else "file"
+            raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.{setting}")
+        hypotheses.append(caption_all(captioner, data.with_features().features[split]))
+    # Score the captions; sort the photos by the difference in CIDEr.
     photos, references = data.splits[split].photos, data.splits[split].references
     first, second = (score([caption.text for caption in captions], references, rule) for captions in hypotheses)
     order = np.argsort(first.cider - second.cider, kind="stable")
@@ -292,7 +307,7 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
 
 
 def _common_rule(captioners: tuple[Captioner, Captioner]) -> TokenRule:
-    """Return the rule by which the captions of both captioners are split for their scores."""
+    """Return the token rule with which the captions of both captioners are scored."""
     first, second = (captioner.vocabulary.tokens for captioner in captioners)
     if first == second:
         return first

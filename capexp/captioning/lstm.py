@@ -99,7 +99,7 @@ class _Lstm(torch.autograd.Function):
         torch.mul(_previous(cells, cell, counts, starts), forget_gate, out=forget_factor).mul_(1 - forget_gate)
         torch.mul(input_gate, 1 - candidate * candidate, out=candidate_factor)
         torch.mul(tanh_cells, output_gate, out=output_factor).mul_(1 - output_gate)
-        cell_factor = output_gate * (1 - tanh_cells * tanh_cells)  # from the gradient of the output to that of the cell
+        cell_factor = output_gate * (1 - tanh_cells * tanh_cells)  # turns the output's gradient into the cell's
         grad_gates = torch.empty_like(active)
         dh, dc = torch.zeros_like(hidden, dtype=torch.float32), torch.zeros_like(cell, dtype=torch.float32)
         # The first three gates act on the cell, the output gate on the output.
@@ -130,7 +130,7 @@ class _Lstm(torch.autograd.Function):
 def _previous(values: Tensor, first: Tensor, counts: Sequence[int], starts: Sequence[int]) -> Tensor:
     """Return the value before each word, ``(M, H)``.
 
-    ``values`` ``(M, H)`` are those after each word, ``first`` ``(B, H)`` are those before the first words.
+    ``values`` ``(M, H)`` are the values after each word, ``first`` ``(B, H)`` the values before the first words.
     """
     earlier = [first.float(), *(values[start:] for start in starts[:-2])]
     return torch.cat([part[:count] for part, count in zip(earlier, counts, strict=True)])

@@ -29,7 +29,7 @@ def build_decoder(config: ModelConfig, features: tuple[int, int], vocabulary_siz
 def outline_decoder(models: Sequence[ModelConfig], features: tuple[int, int], vocabulary_size: int) -> Decoder:
     """Return a decoder whose weights are on the meta device; several models make an ensemble.
 
-    It allocates no memory. It serves to count parameters, or to be filled with the weights of a file.
+    It allocates no memory. Use it to count parameters, or to fill it with the weights of a file.
     """
     with torch.device("meta"), _SkipInit():
         decoders = [build_decoder(model, features, vocabulary_size) for model in models]

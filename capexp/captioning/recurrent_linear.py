@@ -1,7 +1,6 @@
 """A linear layer for use in a loop over steps, whose weight gradient is computed once for all steps.
 
-Autograd would compute it step by step: one matrix product per step, each of few rows, and one sum per step, each as
-large as the weight.
+Autograd would compute it step by step: at each step a matrix product with few rows, and a sum as large as the weight.
 
 Shapes: B rows of one step, M rows of all steps, I inputs, O outputs.
 """
@@ -14,12 +13,12 @@ from torch import Tensor, nn
 
 
 class RecurrentLinear(nn.Linear):
-    """A linear layer; :meth:`over_steps` gives its form for a loop."""
+    """A linear layer; :meth:`over_steps` returns the function to call in a loop."""
 
     def over_steps(self) -> Callable[[Tensor], Tensor]:
         """Return a function from ``(B, I)`` to ``(B, O)``, for all steps of one forward pass.
 
-        It computes in the precision of autocast, where that is on.
+        It computes in the precision of autocast, if autocast is on.
         """
         if not torch.is_grad_enabled():
             return self
@@ -32,7 +31,7 @@ class RecurrentLinear(nn.Linear):
         return lambda values: _Step.apply(values.to(dtype), handle, weight, bias, steps)
 
 
-_Steps = list[tuple[Tensor, Tensor]]  # of each step, the inputs (B, I) and the gradient of the outputs (B, O)
+_Steps = list[tuple[Tensor, Tensor]]  # for each step, the inputs (B, I) and the gradient of the outputs (B, O)
 
 
 class _Weight(torch.autograd.Function):

@@ -31,9 +31,9 @@ class VocabularyLayer(nn.Linear):
         CVPR 2016), which spreads the share ``smoothing`` of each target's probability over the vocabulary; it is the
         one to minimise.
 
-        The ``(M, V)`` logits are never in memory all at once: each chunk passes the layer once, and the gradient of its
-        logits is not stored. Matrix products are in the precision of the surrounding autocast, everything else is in
-        float32.
+        The ``(M, V)`` logits are never in memory all at once: each chunk goes through the layer once, and the gradient
+        of its logits is not stored. Matrix products are in the precision of the surrounding autocast, everything else
+        is in float32.
         """
         kind = outputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
@@ -112,7 +112,7 @@ class _CrossEntropy(torch.autograd.Function):
             mean_weight = weight.mean(0)
             uniform = ((log_sum - outputs.float() @ mean_weight - bias.mean()) * shares).sum()
             smoothed = (1 - smoothing) * loss + smoothing * uniform
-        # The other terms of the gradients: of the target, and of the smoothing.
+        # The other two terms of the gradients: one for the target, one for the smoothing.
         if needs_gradient:
             assert grad_weight is not None
             share_column = shares.unsqueeze(1)  # (M, 1)
@@ -136,17 +136,17 @@ class _CrossEntropy(torch.autograd.Function):
 
 
 def _is_by_word(device: torch.device) -> bool:
-    """Return whether logits are laid out by word, ``(V, C)``, on a device, and not by output, ``(C, V)``."""
+    """Return whether logits on a device have the layout ``(V, C)``, a row per word, instead of ``(C, V)``."""
     return device.type == "cpu"
 
 
 Softmax = Callable[[Tensor], tuple[Tensor, Tensor, Tensor | None]]
-"""From outputs ``(C, H)`` to three results: the log-sum-exp of their logits, ``(C,)``; the probabilities ``(V, C)``;
-and, where these are not normalised, their sums ``(C,)``, else None."""
+"""A function of outputs ``(C, H)`` with three results: the log-sum-exp of their logits, ``(C,)``; the probabilities
+``(V, C)``; and the sums ``(C,)`` of the probabilities, or None if these are normalised."""
 
 
 def _softmax_by_word(outputs: Tensor, weight: Tensor, bias: Tensor, layer: Tensor, size: int) -> Softmax:
-    """Return a softmax over logits laid out by word: on a CPU the matrix product is faster that way round."""
+    """Return a softmax over logits ``(V, C)``: on a CPU the matrix product is faster in this layout."""
     buffer = weight.new_empty(len(weight) * size).view(len(weight), size)
     small = _logit_bound(outputs, weight, bias) < _SMALL
 
@@ -166,9 +166,9 @@ def _softmax_by_word(outputs: Tensor, weight: Tensor, bias: Tensor, layer: Tenso
 
 
 def _softmax_by_output(bias: Tensor, layer: Tensor, needs_gradient: bool) -> Softmax:
-    """Return a softmax over logits laid out by output, as torch's softmax on a GPU takes them.
+    """Return a softmax over logits ``(C, V)``, the layout that suits torch's softmax on a GPU.
 
-    Its second result holds probabilities only if a gradient is needed.
+    Its second result contains probabilities only if a gradient is needed.
     """
     # The vocabulary is padded with words of probability zero: matrix products of uneven width take six times as long.
     padded_bias = nn.functional.pad(bias, (0, len(layer) - len(bias)), value=-torch.inf)

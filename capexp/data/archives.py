@@ -27,7 +27,7 @@ from capexp.errors import InputError, listed
 log = logging.getLogger(__name__)
 
 _CHUNK = 1 << 16
-_START = b"PK\x03\x04"  # of a zip archive that is not empty
+_START = b"PK\x03\x04"  # the first bytes of a zip archive that is not empty
 _TRANSIENT = (429, 500, 502, 503, 504)  # HTTP statuses after which a retry may succeed
 
 
@@ -59,12 +59,12 @@ def fetch(url: str, path: Path, timeout: float = 30, pauses: tuple[float, ...] =
     """Download a zip archive to ``path``; resume where an earlier call or a broken connection stopped.
 
     An interrupted download is retried, with ``pauses`` (in seconds) between retries, until as many retries in a row
-    have brought nothing. ``timeout`` is the time without an answer, in seconds, after which a connection is given up.
+    have received nothing. ``timeout`` is the time without an answer, in seconds, after which a connection is given up.
     The disk must have room for the archive and for its content.
     """
     part = path.with_name(f"{path.name}.part")
     most = first = _size(part)  # bytes
-    failures = 0  # in a row
+    failures = 0  # tries in a row that received nothing new
     while True:
         try:
             _download(url, part, timeout)
@@ -75,8 +75,8 @@ def fetch(url: str, path: Path, timeout: float = 30, pauses: tuple[float, ...] =
             received = _size(part)
             failures = 0 if received > most else failures + 1
             most = max(most, received)
-            kept = f"; {_readable(received)} are here" if received else ""
-            # A first try that has brought nothing is not repeated: a second later it seldom succeeds.
+            kept = f"; {_readable(received)} are kept" if received else ""
+            # If the first try has received nothing, do not retry: a second later it seldom succeeds.
             if most == received == first or failures >= len(pauses):
                 raise InputError(f"{url}: {reason}{kept}; when it can be reached, the same command goes on") from None
             log.info("%s: %s%s; going on in %g s", url, reason, kept, pauses[failures])
@@ -86,7 +86,7 @@ def fetch(url: str, path: Path, timeout: float = 30, pauses: tuple[float, ...] =
 
 
 def _download(url: str, part: Path, timeout: float) -> None:
-    """Download what ``part`` lacks, in one connection."""
+    """Download the bytes that ``part`` lacks, in one connection."""
     import requests
     from urllib3.exceptions import HTTPError
 
@@ -102,8 +102,8 @@ def _download(url: str, part: Path, timeout: float) -> None:
         with requests.get(url, headers=headers, stream=True, timeout=timeout) as answer:
             start, remote = _check_answer(url, part, answer.status_code, answer.headers, known)
             if received and not start:
-                log.info("%s: another file than before, or a server without ranges; starting again", url)
-            if remote.size is not None:  # twice: compression hardly makes photos smaller
+                log.info("%s: the file has changed, or the server supports no ranges; starting again", url)
+            if remote.size is not None:  # twice the size: unpacked photos are about as large as their archive
                 _require_room(part.parent, 2 * remote.size - start, "fetch and unpack it")
             _receive(answer.raw, part, start, remote)
     except (requests.ConnectionError, requests.Timeout, HTTPError) as error:
@@ -141,7 +141,7 @@ def _check_answer(
     if headers.get("Content-Encoding", "identity") != "identity":
         raise InputError(f"{url}: it comes encoded as {headers['Content-Encoding']}; take another --source")
     etag = headers.get("ETag", "W/")
-    # A weak ETag (W/) may be the same for other bytes.
+    # A weak ETag (W/) may be the same for different bytes.
     return 0, _Remote(url, headers.get("Last-Modified") if etag.startswith("W/") else etag, length)
 
 
@@ -157,7 +157,7 @@ def _receive(body: Any, part: Path, start: int, remote: _Remote) -> None:
             desc=name, total=remote.size, initial=start, unit="B", unit_scale=True, unit_divisor=1024
         ) as progress,
     ):
-        # After the old bytes were truncated, before the first new byte.
+        # Write the record after the old bytes were truncated and before the first new byte.
         _record_of(part).write_text(json.dumps(asdict(remote)))
         file.seek(start)
         while chunk:
@@ -205,8 +205,8 @@ def unpack(
 ) -> None:
     """Unpack a zip archive into ``folder``; it must contain the names ``needed`` at its top level.
 
-    Its content appears in ``folder`` only when all of it is unpacked and agrees with its checksums, the names
-    ``needed`` last. ``__MACOSX`` and names that start with a dot are left out.
+    Its content appears in ``folder`` only when all of it is unpacked and agrees with its checksums; the names
+    ``needed`` appear last. ``__MACOSX`` and names that start with a dot are left out.
 
     Raises:
         ArchiveError: it is damaged or encrypted, lacks a name that is needed, has a name that leaves the folder or an
@@ -246,7 +246,7 @@ def unpack(
 
 
 def _declared_entries(archive: Path) -> int:
-    """Return the number of entries by the record at the end of the archive, which zipfile does not check."""
+    """Return the number of entries that the record at the archive's end declares; zipfile does not check it."""
     with archive.open("rb") as file:
         file.seek(-min(archive.stat().st_size, 22 + 0xFFFF), 2)  # the record, and a comment of any length
         end = file.read()

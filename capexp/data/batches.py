@@ -1,7 +1,8 @@
 """Teacher-forced batches: captions in random order, with the features of their photos.
 
-A packed batch has no padding; it can be made for each of several ranks. Padded batches have few shapes and are gathered
-on a device that holds all captions and features.
+Packed batches have no padding and can be sharded across ranks. Padded batches all have the same number of captions and
+are gathered on a device that holds all captions and features. A view is a photo or its mirror image
+(:mod:`capexp.data.features`).
 
 Shapes: B captions, N photos, K captions of a photo, M targets, T steps, S batches of an epoch, P grid positions,
 F feature.
@@ -25,10 +26,11 @@ from capexp.data.vocabulary import BOS, EOS, Vocabulary
 from capexp.distributed import ALONE, World
 from capexp.settings import Order
 
-_PREFETCHED = 2  # batches that are ready, or being made, while one is learnt from
-_EVALUATED_CAPTIONS = 1024  # of a batch that is evaluated on a GPU, at most,
-_EVALUATED_BYTES = 2**26  # and bytes of its features in float32
-_PRELOADED_PHOTOS = 1000  # whose features are moved to a device together
+_PREFETCHED = 2  # batches that are prepared ahead while the model trains on one
+_PRELOADED_PHOTOS = 1000  # photos whose features are moved to the device at a time
+# Limits of an evaluation batch on a GPU, unless training batches are larger:
+_EVALUATED_CAPTIONS = 1024
+_EVALUATED_BYTES = 2**26  # of float32 features
 T = TypeVar("T")
 
 
@@ -43,8 +45,8 @@ class Batch:
     photos: Tensor  # (B,): the row in features of each caption's photo
     words: Tensor  # (M,): the inputs, BOS and the words of each caption
     targets: Tensor  # (M,): the words of each caption, and EOS
-    counts: tuple[int, ...]  # T numbers of captions that have an input at each step
-    share: float = 1.0  # of this rank, in the targets of the batch of all ranks
+    counts: tuple[int, ...]  # (T,): how many captions have an input at each step, as batch_sizes of a PackedSequence
+    share: float = 1.0  # this rank's targets divided by the targets of all ranks; 0 if the shard does not count
 
     def to(self, device: torch.device) -> "Batch":
         """Return the batch on a device, the features in float32."""
@@ -64,7 +66,7 @@ class PhotoBatch(NamedTuple):
 def on_device(value: Tensor, device: torch.device) -> Tensor:
     """Return a tensor on a device, without waiting for the copy."""
     if device.type == "cuda" and value.device.type == "cpu":
-        value = value.pin_memory()  # a copy from other memory would be waited for
+        value = value.pin_memory()  # a copy from pageable memory would block
     return value.to(device, non_blocking=True)
 
 
@@ -75,7 +77,7 @@ class CaptionBatches:
     order ``photos`` the captions of a photo stay together, so that its features are read and projected once.
 
     The tokens are in memory as one flat array (four bytes a token). Features are read from their file for each batch,
-    by a thread that is a few batches ahead, or gathered on a device that they were loaded onto before.
+    by a thread that is a few batches ahead. After :meth:`preload` they are gathered on the device instead.
     """
 
     def __init__(
@@ -89,7 +91,8 @@ class CaptionBatches:
         self.features = features
         self.order = order
         self._tokens = np.fromiter((token for words in encoded for token in (BOS, *words, EOS)), np.int32)
-        # Of each caption: the number of its inputs, which is that of its targets; its first token; its photo.
+        # For each caption: the number of inputs (equal to the number of targets), the position of its first token, and
+        # its photo.
         self._lengths = np.array([len(words) + 1 for words in encoded], dtype=np.int64)
         self._starts = np.concatenate(([0], np.cumsum(self._lengths + 1)))
         self._photos = np.repeat(np.arange(len(split.photos)), counts)
@@ -110,21 +113,21 @@ class CaptionBatches:
 
     @property
     def targets(self) -> int:
-        """Targets in an epoch: the known words of each caption, and EOS."""
+        """The number of targets in an epoch: the encoded words of each caption, and EOS."""
         return int(self._lengths.sum())
 
     @property
     def longest(self) -> int:
-        """Tokens of the longest caption, BOS and EOS included."""
+        """The number of tokens of the longest caption, BOS and EOS included."""
         return int(self._lengths.max()) + 1
 
     def epoch(self, seed: int, number: int, world: World = ALONE, done: int = 0) -> Iterator[Batch]:
         """Yield the packed batches of an epoch, without the first ``done``; their order follows from seed and number.
 
-        Each rank gets its shard of every batch. A rank for which a batch is too small repeats another's unit, with a
-        share of 0.
+        Each rank gets its shard of every batch. If a batch has fewer units (captions, or photos with all their
+        captions) than there are ranks, each rank left over repeats the first unit with share 0.
         """
-        targets = np.add.reduceat(self._lengths, self._bounds[:-1])  # of each unit
+        targets = np.add.reduceat(self._lengths, self._bounds[:-1])  # the number of targets of each unit
         views = self.features.draw_views(seed, number)
 
         def pack(units: NDArray[np.int64]) -> Batch:
@@ -140,13 +143,13 @@ class CaptionBatches:
         With ``photos``, the captions of photo i get the features of photo ``photos[i]``.
         """
         views = np.arange(len(self.features)) if photos is None else photos
-        longest = np.maximum.reduceat(self._lengths, self._bounds[:-1])  # of each unit
+        longest = np.maximum.reduceat(self._lengths, self._bounds[:-1])  # the inputs of each unit's longest caption
         units = world.shard(np.argsort(longest, kind="stable"))
         size = self._batch_units if self._preloaded is None else self._evaluated_units
         return _prefetched(lambda part: self._pack(_concatenate_ranges(self._bounds, part), views), units, size)
 
     def captions_of(self, photos: NDArray[np.int64], seed: int, number: int) -> Batch:
-        """Return all captions of some photos as a packed batch, with the views of an epoch."""
+        """Return all captions of some photos as a packed batch, with the views that are drawn for epoch ``number``."""
         return self._pack(_concatenate_ranges(self._photo_bounds, photos), self.features.draw_views(seed, number))
 
     def photo_batches(
@@ -154,8 +157,8 @@ class CaptionBatches:
     ) -> Iterator[PhotoBatch]:
         """Yield all photos of an epoch, ``size`` at a time, without the first ``done`` batches.
 
-        The order follows from seed and number. Each rank gets its shard of every batch; a rank for which a batch is too
-        small repeats another's photo.
+        The order follows from seed and number. Each rank gets its shard of every batch. If a batch has fewer photos
+        than there are ranks, each rank left over repeats the first photo, with ``is_own`` False.
         """
         views = self.features.draw_views(seed, number)
 
@@ -182,7 +185,7 @@ class CaptionBatches:
         """Return the padded batches on a device that has room for all features."""
         is_preloaded = self.preload(device)
         assert is_preloaded and self._preloaded is not None
-        lengths = np.append(self._lengths, 0)  # of each caption, and of "no caption"
+        lengths = np.append(self._lengths, 0)  # the last entry is for "no caption"
         return PaddedBatches(
             self,
             self._preloaded,
@@ -192,15 +195,15 @@ class CaptionBatches:
         )
 
     def padding(self) -> float:
-        """Return the ratio of all inputs of padded batches to their real inputs."""
+        """Return how many inputs padded batches have, padding included, per real input."""
         _, captions, lengths = self.padded_indices(0, 0)
         return float((captions[0].size * lengths.max((1, 2))).sum() / self.targets)
 
     def padded_indices(self, seed: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
         """Return the batches of :meth:`epoch` as indices, padded.
 
-        These are the views of their photos ``(S, N)``, their captions ``(S, N, K)`` and the captions' lengths
-        ``(S, N, K)``, K being the most captions of a photo. The index after the last caption means "no caption".
+        Return the views ``(S, N)``, the captions ``(S, N, K)`` and the captions' lengths ``(S, N, K)``, where K is the
+        largest number of captions in a unit. The index after the last caption means "no caption".
         """
         order = self._order(seed, number)
         units = np.pad(order, (0, -len(order) % self._batch_units)).reshape(-1, self._batch_units)  # (S, N)
@@ -214,8 +217,9 @@ class CaptionBatches:
         return views, captions, np.append(self._lengths, 0)[captions]
 
     def _order(self, seed: int, number: int) -> NDArray[np.int64]:
-        """Return the units of an epoch, in its order."""
-        # Batches of captions of similar length need less padding, but learn worse: 0.05 nats a token on Flickr8k.
+        """Return the units of an epoch in their random order."""
+        # Grouping captions of similar length needs less padding, but gives a loss 0.05 nats per token worse on Flickr8k
+        # (BENCHMARKS.md).
         return _permutation(len(self._bounds) - 1, seed, number)
 
     def _pack(self, captions: NDArray[np.int64], views: NDArray[np.int64], share: float = 1.0) -> Batch:
@@ -248,8 +252,8 @@ class PaddedEpoch:
 
     views: Tensor  # (S, N): rows in the features
     captions: Tensor  # (S, N * K)
-    lengths: list[int]  # S numbers of inputs of the longest caption of a batch
-    targets: list[int]  # S numbers of targets of a batch
+    lengths: list[int]  # (S,): the number of inputs of each batch's longest caption
+    targets: list[int]  # (S,): the number of targets of each batch
 
 
 class PaddedBatch(NamedTuple):
@@ -269,24 +273,25 @@ class PaddedBatches:
     """
 
     batches: CaptionBatches
-    features: Tensor  # of all views, float16
-    tokens: Tensor  # of all captions, with BOS and EOS
-    starts: Tensor  # position of each caption's first token
-    lengths: Tensor  # inputs of each caption, and 0 of "no caption"
+    features: Tensor  # the features of all views, float16
+    tokens: Tensor  # the tokens of all captions, with BOS and EOS
+    starts: Tensor  # the position of each caption's first token
+    lengths: Tensor  # the number of inputs of each caption; last, 0 for "no caption"
 
     @property
     def longest(self) -> int:
-        """Inputs of the longest caption of the split."""
+        """The number of inputs of the longest caption of the split."""
         return self.batches.longest - 1
 
     def epoch(self, seed: int, number: int) -> PaddedEpoch:
         """Return the same batches of an epoch as :meth:`CaptionBatches.epoch`, padded."""
         views, captions, lengths = self.batches.padded_indices(seed, number)
         flat = captions.reshape(len(captions), -1)
-        views_here, captions_here = (
+        views_on_device, captions_on_device = (
             on_device(torch.from_numpy(value), self.features.device) for value in (views, flat)
         )
-        return PaddedEpoch(views_here, captions_here, lengths.max((1, 2)).tolist(), lengths.sum((1, 2)).tolist())
+        longest, targets = lengths.max((1, 2)).tolist(), lengths.sum((1, 2)).tolist()
+        return PaddedEpoch(views_on_device, captions_on_device, longest, targets)
 
     def gather(self, views: Tensor, captions: Tensor, length: int) -> PaddedBatch:
         """Return a batch of views ``(N,)`` and captions ``(B,)``, padded to ``length`` steps."""
@@ -310,18 +315,21 @@ def _permutation(count: int, seed: int, number: int) -> NDArray[np.int64]:
 
 
 def _concatenate_ranges(bounds: NDArray[np.int64], indices: NDArray[np.int64]) -> NDArray[np.int64]:
-    """Return the numbers from ``bounds[i]`` to ``bounds[i + 1]`` of each index i."""
+    """Return the concatenation of ``range(bounds[i], bounds[i + 1])`` for each index i."""
     return np.concatenate([np.arange(bounds[i], bounds[i + 1]) for i in indices])
 
 
 def _shard(batch: NDArray[np.int64], world: World) -> tuple[NDArray[np.int64], bool]:
-    """Return a rank's shard of a batch, and whether it counts: an empty shard is replaced, as each rank must work."""
+    """Return a rank's shard of a batch, and whether it counts.
+
+    An empty shard is replaced by the batch's first item, because every rank must take part in the all-reduce.
+    """
     shard = world.shard(batch)
     return (shard, True) if len(shard) else (batch[:1], False)
 
 
 def _prefetched(make: Callable[[NDArray[np.int64]], T], order: NDArray[np.int64], size: int) -> Iterator[T]:
-    """Yield ``make`` of every ``size`` items of an order, computed ahead of need by a thread."""
+    """Call ``make`` on every ``size`` consecutive items of ``order`` in a background thread; yield results in order."""
     with ThreadPoolExecutor(1) as pool:
         parts = (order[start : start + size] for start in range(0, len(order), size))
         yield from prefetch(pool, make, parts, 1 + _PREFETCHED)

@@ -12,10 +12,9 @@ import mmap
 import os
 import zlib
 from collections import deque
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor, wait
 from contextlib import ExitStack, closing, contextmanager
-from dataclasses import asdict
 from functools import partial
 from io import FileIO
 from itertools import islice
@@ -28,6 +27,7 @@ from filelock import FileLock, Timeout
 from numpy.typing import NDArray
 
 from capexp.data.extraction import compute_features
+from capexp.data.feature_files import FileIdentity
 from capexp.data.features import Features, release_pages
 from capexp.data.photos import digest_photos
 from capexp.data.pixels import decoding_processes
@@ -46,6 +46,8 @@ _BEHIND = 4  # batches that are computed and not yet written, at most
 _BLOCK = 2**23  # bytes of records that a thread checks at a time
 _BLOCKS = 8  # checked in parallel, at most, before their pages are released
 
+Identity = EncoderIdentity | FileIdentity
+"""What features depend on: the encoder that computes them, or the file that they are from."""
 _Batch = dict[bytes, NDArray[np.float16]]
 """Features (P, F) by the photo's digest."""
 
@@ -53,9 +55,9 @@ _Batch = dict[bytes, NDArray[np.float16]]
 class FeatureCache:
     """The features of photos by one encoder, in a file in ``folder``."""
 
-    def __init__(self, folder: Path, identity: EncoderIdentity) -> None:
+    def __init__(self, folder: Path, identity: Identity) -> None:
         self.identity = identity
-        self.path = folder / f"{identity.layer}-{identity.pool}-{identity.key()}.features"
+        self.path = folder / f"{identity.label}-{identity.key()}.features"
         # Little-endian and unpadded: the file means the same on every machine.
         self._record = np.dtype([("photo", "S32"), ("check", "<u4"), ("features", "<f2", identity.shape)])
 
@@ -88,13 +90,8 @@ class FeatureCache:
         the new one is complete, and also if a photo cannot be read.
         """
         assert encoder.identity.key() == self.identity.key()
-        with ExitStack() as stack:
-            with self._opening():
-                self.path.parent.mkdir(parents=True, exist_ok=True)
-                stack.enter_context(self._lock())
-            absent = set(digests)
-            if not recompute:
-                absent -= {digest for digest, row in zip(digests, self.lookup(digests), strict=True) if row >= 0}
+        with self._locked():
+            absent = self._absent(digests, recompute)
             # Equal files under several names have one digest and are computed once.
             paths: dict[bytes, list[Path]] = {}
             for path, digest in zip(photos, digests, strict=True):
@@ -104,6 +101,46 @@ class FeatureCache:
                 with self._replacing(absent) if recompute else self._open_to_append() as file:
                     self._compute(paths, encoder, batch_size, file)
             return len(paths)
+
+    def copy(
+        self,
+        digests: Mapping[str, bytes],
+        read: Callable[[set[str]], Iterator[tuple[str, NDArray[np.float16]]]],
+        recompute: bool = False,
+    ) -> None:
+        """Copy the features that the cache lacks, or all of them with ``recompute``, from a file of features.
+
+        ``digests`` holds the digest of each photo by its name, and ``read`` yields names with features (P, F). If a
+        photo's features are refused, the cache stays as it was.
+        """
+        with self._locked():
+            absent = self._absent(list(digests.values()), recompute)
+            names = {name for name, digest in digests.items() if digest in absent}
+            if not names:
+                return
+            with (
+                self._replacing(absent) as file,
+                progress_bar(total=len(names), unit="photo", desc="features") as progress,
+                self._writer(file) as writer,
+            ):
+                read_features = read(names)
+                while batch := {digests[name]: features for name, features in islice(read_features, _COPIED)}:
+                    writer.add(batch)
+                    progress.update(len(batch))
+
+    @contextmanager
+    def _locked(self) -> Iterator[None]:
+        """Make the folder where it is missing, and lock the cache."""
+        with ExitStack() as stack:
+            with self._opening():
+                self.path.parent.mkdir(parents=True, exist_ok=True)
+                stack.enter_context(self._lock())
+            yield
+
+    def _absent(self, digests: list[bytes], recompute: bool) -> set[bytes]:
+        """Return the digests of the photos to compute: those that the cache lacks, or all with ``recompute``."""
+        found = () if recompute else zip(digests, self.lookup(digests), strict=True)
+        return set(digests) - {digest for digest, row in found if row >= 0}
 
     def shard(self, rank: int) -> "FeatureCache":
         """Return the cache that one rank writes its shard to, until :meth:`merge_shards`."""
@@ -156,9 +193,7 @@ class FeatureCache:
         return self.path.with_suffix(".part")
 
     def _header(self) -> bytes:
-        identity = asdict(self.identity)
-        del identity["weights"]  # tells where the weights are from, and is not part of the identity
-        return (_MAGIC + json.dumps(identity, sort_keys=True).encode()).ljust(_HEADER, b"\0")
+        return (_MAGIC + json.dumps(self.identity.record(), sort_keys=True).encode()).ljust(_HEADER, b"\0")
 
     def _map_records(self) -> tuple[NDArray[Any], mmap.mmap | None]:
         """Return the whole records of the file, memory-mapped, and the memory map, if there is one."""

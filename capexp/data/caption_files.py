@@ -2,8 +2,8 @@
 
 * ``flickr8k``: lines ``name.jpg#2<TAB>A dog runs .`` (Hodosh, Young and Hockenmaier, JAIR 2013). Flickr30k's
   ``.token`` file has them too.
-* ``descriptions``: lines ``name A dog runs``: a photo's name, mostly without its ending, and a caption. The tutorial
-  writes its cleaned captions so.
+* ``descriptions``: lines ``name A dog runs``: a photo's name, usually without its file extension, and a caption. The
+  tutorial writes its cleaned captions in this format.
 * ``csv``: a table with a header that names a column of photos and one or several of captions. Columns are separated by
   commas, semicolons, tabs or pipes (``|``, as in Flickr30k's ``results.csv``).
 * ``json``: records with a photo and its captions: JSON lines (``metadata.jsonl`` of a Hugging Face imagefolder), a JSON
@@ -21,7 +21,7 @@ import re
 import unicodedata
 from collections.abc import Callable, Iterator, Mapping, Sequence
 from contextlib import suppress
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 from pathlib import Path, PurePosixPath
 from typing import Any, Final
 
@@ -40,7 +40,7 @@ SPLIT_NAMES: Final[Mapping[str, SplitName]] = {
 }
 """The split for each split name that a captions file may use: Karpathy's names and common variants."""
 
-# Names of columns and keys, in lower case with blanks and hyphens as underscores. The first that is there is taken.
+# Names of columns and keys, in lower case, with underscores for spaces and hyphens. The first one found is used.
 _PHOTO_NAMES = (
     *("file_name", "filename", "image_name", "image_file", "image_path", "image", "file", "file_path", "filepath"),
     *("photo", "photo_name", "picture", "path", "img", "img_name", "img_path", "image_id", "img_id", "name", "id"),
@@ -57,7 +57,7 @@ _LINES_TO_RECOGNISE = 20
 _NUMBERED_TEXT = re.compile(r"(\d+)\s+(\S.*)")
 _EXAMPLES = (
     "lines 'photo.jpg#0<TAB>caption' (flickr8k) or 'photo caption' (descriptions), a table with a header like "
-    "'image,caption' (csv), JSON lines (json), COCO's or Karpathy's JSON; captions.format names the form"
+    "'image,caption' (csv), JSON lines (json), COCO's or Karpathy's JSON; captions.format names the format"
 )
 
 
@@ -66,21 +66,23 @@ class CaptionsFile:
     """The content of a captions file."""
 
     captions: dict[str, tuple[str, ...]]
-    """By photo name, in the order of the file; names and captions are in Unicode's composed form (NFC)."""
+    """Keyed by photo name, in the order of the file; names and captions are in Unicode's composed form (NFC)."""
     splits: dict[SplitName, tuple[str, ...]]
     """The photo names of each split, if the file assigns photos to splits."""
     split_fault: str | None = None
-    """The error message about the file's splits, to be raised if they are used; None if they are valid."""
+    """The error message to raise if the file's splits are used; None if they are valid."""
+    images: tuple[str, ...] | None = None
+    """The names of all images in order, those without captions included, in COCO's and Karpathy's formats."""
 
 
 def read_captions(path: Path, form: CaptionsFormat = "auto") -> CaptionsFile:
-    """Read all captions of a file in the given form; ``auto`` recognises the form by the content."""
+    """Read all captions of a file in the format ``form``; ``auto`` recognises the format by the content."""
     content = read_bytes(path, "captions file").removeprefix(codecs.BOM_UTF8)
     return _READERS[_recognise(path, content) if form == "auto" else form](path, content)
 
 
 def _recognise(path: Path, content: bytes) -> CaptionsFormat:
-    """Return the form of a captions file, by its first lines."""
+    """Return the format of a captions file, recognised by its first lines."""
     if content.lstrip()[:1] in (b"{", b"["):
         return _recognise_json(content)
     first = decoded_lines(path, content)[:_LINES_TO_RECOGNISE]
@@ -93,7 +95,7 @@ def _recognise(path: Path, content: bytes) -> CaptionsFormat:
     if all(_DESCRIPTION_LINE.fullmatch(line) for _, line in first):
         return "descriptions"
     number, line = first[0]
-    raise InputError(f"{path}, line {number}: {line[:60]!r} begins no known form of captions; give {_EXAMPLES}")
+    raise InputError(f"{path}, line {number}: {line[:60]!r} begins no known format of captions; give {_EXAMPLES}")
 
 
 def _recognise_json(content: bytes) -> CaptionsFormat:
@@ -101,7 +103,7 @@ def _recognise_json(content: bytes) -> CaptionsFormat:
     with suppress(ValueError):
         whole = from_json(content)
         return "coco" if isinstance(whole, dict) and isinstance(whole.get("images"), list) else "json"
-    # JSON lines, or a file that is not whole.
+    # JSON lines, or an incomplete file.
     with suppress(ValueError):
         return "coco" if "images" in from_json(content.strip().splitlines()[0]) else "json"
     return "coco" if b'"images"' in content else "json"
@@ -187,7 +189,7 @@ def _read_descriptions(path: Path, content: bytes) -> CaptionsFile:
 
 @dataclass(frozen=True)
 class _Columns:
-    """Which columns of a table, or keys of a record, hold the photo's name, its captions and its split."""
+    """The columns of a table, or keys of a record, that contain the photo's name, its captions and its split."""
 
     photo: str
     captions: tuple[str, ...]
@@ -195,7 +197,7 @@ class _Columns:
 
     @classmethod
     def find(cls, names: Sequence[str], where: str) -> "_Columns":
-        """Return the columns among ``names``, or refuse them with the names that are known."""
+        """Find the columns among ``names``; raise InputError if the photo's name or its captions have no column."""
         photo, captions = _photo_column(names), _caption_columns(names)
         if photo is None or not captions:
             wanted = "a photo's name (image, file_name, ...)" if photo is None else "captions (caption, text, ...)"
@@ -214,7 +216,7 @@ def _photo_column(names: Sequence[str]) -> str | None:
 
 
 def _caption_columns(names: Sequence[str]) -> tuple[str, ...]:
-    """Return the columns with the first known caption name: ``caption_0``, ``caption_1``, but not also ``title``."""
+    """Return the columns of the first caption name that occurs: ``caption_0`` and ``caption_1``, but not ``title``."""
     kinds: dict[str, list[str]] = {}
     for name in names:
         match = _CAPTION_NAME.fullmatch(_plain(name))
@@ -228,7 +230,7 @@ def _one_line(text: str) -> str:
 
 
 def _separator(header: str) -> str | None:
-    """Return what separates the columns of a table with this header; None if it is no such header."""
+    """Return the separator of the columns of a table with this header; None if the line is not a header."""
     for separator in _SEPARATORS:
         names = _header(header, separator)
         if len(names) > 1 and (_photo_column(names) is not None or _caption_columns(names)):
@@ -241,7 +243,7 @@ def _header(line: str, separator: str) -> list[str]:
 
 
 def _read_csv(path: Path, content: bytes) -> CaptionsFile:
-    """Read a table with a header. A blank caption cell is skipped if another cell of its row has a caption.
+    """Read a table with a header. An empty caption cell is skipped if another cell of its row has a caption.
 
     A row of Flickr30k's ``results.csv`` lacks the pipe after the caption's number. It is read as meant, with a warning.
     """
@@ -309,7 +311,7 @@ def _texts(value: object) -> list[str]:
     if value is None:
         return []
     if isinstance(value, str) and value.startswith("[") and value.endswith("]"):
-        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a caption may begin so
+        with suppress(ValueError, SyntaxError, MemoryError, RecursionError):  # a caption may begin with [
             written = ast.literal_eval(value)
             value = written if isinstance(written, list) else value
     if isinstance(value, str):
@@ -400,7 +402,7 @@ class _Coco(BaseModel):
 
 
 def _read_coco(path: Path, content: bytes) -> CaptionsFile:
-    """Read COCO's form, or Karpathy's, which holds the sentences in the images."""
+    """Read COCO's format, or Karpathy's, in which each image contains its sentences."""
     try:
         coco = _Coco.model_validate_json(content)
     except ValidationError as error:
@@ -411,16 +413,16 @@ def _read_coco(path: Path, content: bytes) -> CaptionsFile:
             "Karpathy's format (images with sentences); for a list of records set captions.format = 'json'"
         ) from None
     found = _Captions(path)
-    names: set[str] = set()
+    image_names: dict[str, None] = {}
     by_id: dict[int | str, str] = {}
     for number, image in enumerate(coco.images):
         where = f"{path}, images.{number}"
         if not (image.file_name or image.filename):
             raise InputError(f"{where}: has no file_name (COCO) nor filename (Karpathy); add it")
         name = checked_name(image.name, where)
-        if name in names:
+        if name in image_names:
             raise InputError(f"{where}: {name!r} is there already; delete one")
-        names.add(name)
+        image_names[name] = None
         found.add(name, [_one_line(sentence.raw) for sentence in image.sentences], where, image.split)
         if image.id is not None:
             if image.id in by_id:
@@ -431,7 +433,7 @@ def _read_coco(path: Path, content: bytes) -> CaptionsFile:
         if annotation.image_id not in by_id:
             raise InputError(f"{where}: no image has the id {annotation.image_id!r}; correct it, or add the image")
         found.add(by_id[annotation.image_id], [_one_line(annotation.caption)], where)
-    return found.result()
+    return replace(found.result(), images=tuple(image_names))
 
 
 _READERS: Final[Mapping[CaptionsFormat, Callable[[Path, bytes], CaptionsFile]]] = {
@@ -445,7 +447,7 @@ _READERS: Final[Mapping[CaptionsFormat, Callable[[Path, bytes], CaptionsFile]]] 
 
 
 def read_list(path: Path) -> tuple[str, ...]:
-    """Read the photo names in a split's list, one a line; the ending may be missing."""
+    """Read the photo names in a split's list, one per line; file extensions may be missing."""
     names: dict[str, int] = {}
     for number, line in decoded_lines(path, read_bytes(path, "list of photos")):
         name = checked_name(line.strip(), f"{path}, line {number}")

@@ -48,11 +48,13 @@ def read_splits(
     config: CaptionsConfig,
     wanted: Iterable[SplitName] | None = None,
     drawn: PhotosBySplit | None = None,
+    with_photos: bool = True,
 ) -> dict[SplitName, Split]:
     """Read the splits in ``wanted``, by default all there are.
 
     Of other splits only the photos' names are read: a photo in two splits is refused. All photos without captions or
-    without a file are refused together. Random splits are ``drawn``, by default drawn now.
+    without a file are refused together; unless ``with_photos``, the photo files may be missing. Random splits are
+    ``drawn``, by default drawn now.
     """
     if not config.root.is_dir():
         raise InputError(f"{config.root}: no such folder; set captions.root to the folder that holds the data")
@@ -60,14 +62,16 @@ def read_splits(
     _refuse_overlap(sources)
     chosen = list(sources if wanted is None else wanted)
     for name in chosen:
-        if not sources[name].folder.is_dir():
+        if with_photos and not sources[name].folder.is_dir():
             setting = f"captions.{name}_photos" if config.splits == "files" else "captions.photos"
             raise InputError(f"{sources[name].folder}: no such folder of photos; set captions.root or {setting}")
     splits, faults = {}, []
     for name in chosen:
         source = sources[name]
-        files = _Files(source.folder)
+        files = PhotoFiles(source.folder)
         found = [files.find(file_name, source.origin) for file_name in source.names]
+        if not with_photos:
+            found = [file or (file_name, file_name) for file_name, file in zip(source.names, found, strict=True)]
         uncaptioned = [photo for photo in source.photos if photo not in source.captions]
         missing = [file_name for file_name, file in zip(source.names, found, strict=True) if file is None]
         where = f"{source.origin}: {{}} of its {name} photos"
@@ -156,7 +160,7 @@ def _sources(
 def _listed_source(config: CaptionsConfig, name: SplitName, file: CaptionsFile) -> _Source:
     """Return the split of a list. Either the list or the captions file may leave out the endings of names."""
     path = config.list_of(name)
-    captioned = _Names(file.captions)
+    captioned = Names(file.captions)
     listed_as: dict[str, str] = {}
     for listed_name in read_list(path):
         photo = captioned.find(listed_name, path) or listed_name
@@ -222,7 +226,7 @@ def _refuse_overlap(sources: Mapping[SplitName, _Source]) -> None:
         )
 
 
-class _Names:
+class Names:
     """Names of photos, found with or without their ending."""
 
     def __init__(self, names: Iterable[str]) -> None:
@@ -250,12 +254,12 @@ def _stem(name: str) -> str:
     return str(path.with_suffix("")) if path.suffix.lower() in PICTURE_ENDINGS and path.stem else name
 
 
-class _Files:
+class PhotoFiles:
     """The files of a photo folder, which is listed only if a name is not found as it is spelled."""
 
     def __init__(self, folder: Path) -> None:
         self._folder = folder
-        self._listings: dict[str, tuple[_Names, dict[str, str]]] = {}
+        self._listings: dict[str, tuple[Names, dict[str, str]]] = {}
 
     def find(self, photo: str, where: object) -> tuple[str, str] | None:
         """Return the photo's name with its ending in NFC, and the file's name on disk; None if there is no file."""
@@ -269,12 +273,17 @@ class _Files:
         name = names.find(photo, where)
         return None if name is None else (name, on_disk[name])
 
-    def _list(self, parent: str) -> tuple[_Names, dict[str, str]]:
+    def path(self, photo: str) -> Path | None:
+        """Return the path of a photo's file, or None if there is none."""
+        found = self.find(photo, self._folder)
+        return None if found is None else self._folder / found[1]
+
+    def _list(self, parent: str) -> tuple[Names, dict[str, str]]:
         folder = self._folder / parent
         prefix = "" if parent == "." else f"{parent}/"
         files = [f"{prefix}{path.name}" for path in folder.iterdir() if path.is_file()] if folder.is_dir() else []
         on_disk = {unicodedata.normalize("NFC", name): name for name in files}
-        return _Names(on_disk), on_disk
+        return Names(on_disk), on_disk
 
 
 def _as_split(name: SplitName, source: _Source, found: list[tuple[str, str]]) -> Split:

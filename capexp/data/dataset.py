@@ -2,28 +2,34 @@
 
 import hashlib
 import logging
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Sequence
+from dataclasses import dataclass
 from functools import cached_property
-from pathlib import Path
-
-import torch
 
 from capexp.data.batches import CaptionBatches
-from capexp.data.cache import FeatureCache, cache_features
+from capexp.data.cache import Identity
 from capexp.data.captions import PhotosBySplit, Split, draw_splits, read_splits
+from capexp.data.encoder_check import Reference
 from capexp.data.features import Features
-from capexp.data.photos import digest_photos
-from capexp.data.vgg16 import Encoder, EncoderIdentity, identify, load_encoder
+from capexp.data.sources import FileSource, Source, open_source
 from capexp.data.vocabulary import Vocabulary, build_vocabulary, tokenize
-from capexp.distributed import ALONE, World, choose_device
-from capexp.errors import InputError
-from capexp.settings import Experiment, FeaturesConfig, Order, SplitName, TrainingConfig
+from capexp.distributed import ALONE, World
+from capexp.settings import Experiment, Order, SplitName, TrainingConfig
 
 log = logging.getLogger(__name__)
 
 
+@dataclass(frozen=True)
+class Loaded:
+    """The features of all splits, their identity, and what an encoder that is not known can be checked with."""
+
+    features: dict[SplitName, Features]
+    identity: Identity
+    reference: Reference | None = None
+
+
 class Dataset:
-    """Splits of photos with captions, the vocabulary, the encoder's identity and the photos' features.
+    """Splits of photos with captions, the vocabulary, the features' identity and the photos' features.
 
     :meth:`read` reads and checks captions and lists, before anything expensive is computed. :meth:`with_features` reads
     the photos and computes the features that the cache lacks.
@@ -33,16 +39,14 @@ class Dataset:
         self,
         splits: dict[SplitName, Split],
         vocabulary: Vocabulary,
-        config: FeaturesConfig,
-        features: dict[SplitName, Features] | None = None,
+        source: Source | Loaded,
         drawn: PhotosBySplit | None = None,
     ) -> None:
         self.splits = splits
         self.vocabulary = vocabulary
-        self.config = config
-        self.features = features or {}
         self.drawn = drawn
         """The photos of all splits, if they were drawn at random."""
+        self._source = source
         self._batches: dict[SplitName, tuple[tuple[int, Order], CaptionBatches]] = {}
 
     @classmethod
@@ -63,34 +67,48 @@ class Dataset:
             drawn = draw_splits(experiment.captions)
             sizes = ", ".join(f"{len(photos):,} {name}" for name, photos in drawn.items())
             log.info("photos drawn at random by captions.split_seed = %d: %s", experiment.captions.split_seed, sizes)
-        splits = read_splits(experiment.captions, names, drawn)
+        splits = read_splits(experiment.captions, names, drawn, with_photos=experiment.features.from_photos)
         if vocabulary is None:
             captions = (caption for captions in splits["train"].references for caption in captions)
             vocabulary = build_vocabulary(captions, experiment.vocabulary)
             _warn_of_long_tokens(splits["train"], vocabulary)
-        choose_device(experiment.training.device)  # refuses a device that does not exist
-        return cls(splits, vocabulary, experiment.features, drawn=drawn)
+        source = open_source(experiment)
+        if isinstance(source, FileSource):
+            source.find(list(splits.values()))  # refuses a file that lacks photos
+        return cls(splits, vocabulary, source, drawn)
 
     @cached_property
-    def encoder(self) -> EncoderIdentity:
-        """The encoder's identity; weights whose digest is not known are read, or fetched first."""
-        return identify(self.config)
+    def encoder(self) -> Identity:
+        """The identity of the features: of the encoder, or of the file that they are from.
 
-    def with_features(self, experiment: Experiment, world: World = ALONE) -> "Dataset":
-        """Return the dataset with features, cached or computed now; each rank computes a shard."""
-        features = compute_split_features(experiment, list(self.splits.values()), self.encoder, world=world)
-        dataset = Dataset(self.splits, self.vocabulary, self.config, features, self.drawn)
-        dataset.encoder = self.encoder  # lest weights be read and hashed again
-        return dataset
+        Weights whose digest is not known are read, or fetched first.
+        """
+        return self._source.identity
+
+    @property
+    def features(self) -> dict[SplitName, Features]:
+        """The features of each split, after :meth:`with_features`."""
+        assert isinstance(self._source, Loaded)
+        return self._source.features
+
+    @property
+    def reference(self) -> Reference | None:
+        """What an encoder can be checked with, for features from a file whose encoder is not known."""
+        return self._source.reference if isinstance(self._source, Loaded) else None
+
+    def with_features(self, world: World = ALONE) -> "Dataset":
+        """Return the dataset with features, from the cache or computed now; each rank computes a shard."""
+        assert isinstance(self._source, Source)
+        splits = list(self.splits.values())
+        features = self._source.compute(splits, world=world)
+        return Dataset(
+            self.splits, self.vocabulary, Loaded(features, *self._source.check(splits, features)), self.drawn
+        )
 
     def count_uncached(self) -> int:
         """Return the number of photos whose features the cache lacks."""
-        uncached: set[Path] = set()
-        for splits, identity in encoder_passes(list(self.splits.values()), self.encoder, self.config.mirror):
-            paths = _paths(splits)
-            rows = FeatureCache(self.config.cache, identity).lookup(digest_photos(paths))
-            uncached |= {path for path, row in zip(paths, rows, strict=True) if row < 0}
-        return len(uncached)
+        assert isinstance(self._source, Source)
+        return self._source.count_uncached(list(self.splits.values()))
 
     def batches(self, name: SplitName, config: TrainingConfig) -> CaptionBatches:
         """Return a split's captions as batches; runs with the same batch size and order share them."""
@@ -115,91 +133,3 @@ def _warn_of_long_tokens(split: Split, vocabulary: Vocabulary) -> None:
             "captions have %.1f tokens each; if their words are not separated by blanks, set "
             "vocabulary.tokens = 'characters'", tokens,
         )  # fmt: skip
-
-
-def encoder_passes(
-    splits: list[Split], identity: EncoderIdentity, mirror: bool
-) -> Iterator[tuple[list[Split], EncoderIdentity]]:
-    """Yield the splits to encode with each encoder: all with ``identity``; with ``mirror`` train mirrored as well."""
-    yield splits, identity
-    train = [split for split in splits if split.name == "train"]
-    if mirror and train:
-        yield train, identity.mirrored()
-
-
-def compute_split_features(
-    experiment: Experiment,
-    splits: list[Split],
-    identity: EncoderIdentity,
-    *,
-    recompute: bool = False,
-    world: World = ALONE,
-) -> dict[SplitName, Features]:
-    """Return the features of splits, cached or computed now; each rank computes a shard.
-
-    With ``features.mirror`` the train features include those of the mirrored photos. ``recompute`` replaces the cached
-    features.
-    """
-    config, device = experiment.features, choose_device(experiment.training.device)
-    features: dict[SplitName, Features] = {}
-    for group, encoder in encoder_passes(splits, identity, config.mirror):
-
-        def load(encoder: EncoderIdentity = encoder) -> Encoder:
-            log.info("computing features with %s on %s", encoder, device)
-            return load_encoder(config, encoder.is_mirrored).prepare(device, config.precision)
-
-        cache = FeatureCache(config.cache, encoder)
-        if world.size > 1:
-            assert not recompute, "refused by the command"
-            cached = _cache_by_shards(_paths(group), cache, load, config.batch_size, world)
-        else:
-            cached = cache_features(_paths(group), cache, load, config.batch_size, recompute)
-        start = 0
-        for split in group:
-            part = cached.slice(start, start + len(split.photos))
-            features[split.name] = features[split.name].with_mirrored(part) if encoder.is_mirrored else part
-            start += len(split.photos)
-    return features
-
-
-def _paths(splits: list[Split]) -> list[Path]:
-    return [path for split in splits for path in split.paths()]
-
-
-def _cache_by_shards(
-    paths: list[Path], cache: FeatureCache, load: Callable[[], Encoder], batch_size: int, world: World
-) -> Features:
-    """Return features as :func:`cache_features`; each rank computes a shard into its own file, rank 0 merges them."""
-    digests = [bytes(row) for row in world.broadcast(lambda: _as_tensor(digest_photos(paths))).numpy()]
-    if world.is_main:
-        cache.clean_up()
-    world.barrier()
-    rows = cache.lookup(digests)
-    uncached = {digest: path for digest, path, row in zip(digests, paths, rows, strict=True) if row < 0}
-    shard = world.shard(list(uncached.items()))
-    fault: InputError | None = None  # raised after the barrier, at which the other ranks wait
-    if shard:
-        try:
-            cache.shard(world.rank).extend(
-                [path for _, path in shard], [digest for digest, _ in shard], load(), batch_size
-            )
-        except InputError as error:
-            fault = error
-    world.barrier()
-    if fault is not None:
-        raise fault
-    if world.is_main:
-        cache.merge_shards()
-    world.barrier()
-    features = cache.find(digests)
-    if features is None:
-        raise InputError(
-            f"features.cache = '{cache.path.parent}': lacks what other processes have computed; "
-            "give a folder that all machines share"
-        )
-    return features
-
-
-def _as_tensor(digests: list[bytes]) -> torch.Tensor:
-    """Return digests as a tensor ``(photos, 32)`` that can be broadcast."""
-    return torch.frombuffer(bytearray(b"".join(digests)), dtype=torch.uint8).view(len(digests), -1)

@@ -1,7 +1,7 @@
 """Features of photos from their files, as fast as the machine can.
 
-On a CPU each core takes its own photos all the way, so that none waits for another. For a GPU, threads or processes
-decode ahead, and each batch is launched before the features of the batch before are waited for.
+On a CPU each core processes its own photos from file to features, so that no core waits for another. For a GPU, threads
+or processes decode ahead, and each batch is launched before the program waits for the features of the previous batch.
 
 Shapes: B batch, P grid positions, F feature.
 """
@@ -29,7 +29,7 @@ Results = Generator[list[Result], None, None]
 def compute_features(photos: Iterable[Path], encoder: Encoder, batch_size: int, processes: int = 0) -> Results:
     """Yield the features of photos, in order, at most ``batch_size`` at a time; ``photos`` is read a little ahead.
 
-    Photos are decoded by ``processes`` processes, or by threads if that is 0.
+    Photos are decoded by ``processes`` processes, or by threads if ``processes`` is 0.
 
     Raises:
         Outage: a process was killed.
@@ -63,7 +63,7 @@ def _core_by_core(photos: Iterable[Path], encoder: Encoder, batch_size: int) -> 
 
 
 def _batch_by_batch(decoded: Iterator[Pixels], encoder: Encoder, batch_size: int) -> Results:
-    """Launch each batch before the features of the batch before are waited for."""
+    """Launch each batch before waiting for the features of the previous batch."""
     launched = _launch_batches(decoded, encoder, batch_size)
     finish = next(launched, None)
     while finish is not None:

@@ -12,11 +12,11 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-_MIRROR = 7  # makes this draw independent of the shuffling of captions by the same seed and epoch
+_MIRROR = 7  # makes this draw independent of the shuffling of captions with the same seed and epoch
 
 
 class Features:
-    """The features of a list of photos, and of their mirror images where there are any."""
+    """The features of a list of photos, and of their mirror images if there are any."""
 
     def __init__(
         self,

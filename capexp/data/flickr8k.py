@@ -41,12 +41,15 @@ class Contents:
     test: int = 1000
 
     def lists(self) -> dict[str, int]:
-        """Return the number of photos in each list, by file name."""
+        """Return the number of photos in each list, keyed by file name."""
         counts = {"train": self.train, "dev": self.dev, "test": self.test}
         return {f"Flickr_8k.{split}Images.txt": count for split, count in counts.items() if count}
 
     def archives(self, only: Part | None = None) -> dict[str, tuple[str, ...]]:
-        """Return what each archive (or that of ``only``) must contain at its top level, by the archive's name."""
+        """Return the names that each archive must contain at its top level, keyed by the archive's name.
+
+        With ``only``, return only that archive.
+        """
         text = {"Flickr8k_text.zip": (CAPTIONS, *self.lists())}
         photos: dict[str, tuple[str, ...]] = {"Flickr8k_Dataset.zip": (PHOTOS,)}
         return text | photos if only is None else {"text": text, "photos": photos}[only]
@@ -105,14 +108,14 @@ def _find(name: str, source: str, output: Path) -> Path:
         if not _is_url(source):
             raise InputError(f"{archive}: no such archive; --source names the folder that holds it, or an http(s) URL")
         if os.environ.get("CAPEXP_OFFLINE"):
-            raise InputError(f"{archive}: not here, and CAPEXP_OFFLINE forbids fetching; name a folder with --source")
+            raise InputError(f"{archive}: missing, and CAPEXP_OFFLINE forbids fetching; name a folder with --source")
     return archive
 
 
 def check(folder: Path, contents: Contents = Contents(), only: Part | None = None) -> str:
     """Check that a folder holds all of ``contents``, and that listed photos have a file and captions.
 
-    Returns a line with the counts. With ``only`` no more than that part is checked.
+    Returns a line with the counts. With ``only``, only that part is checked.
     """
     remedy = f"delete what is in {folder}, then give the same command again, or with another --source"
     photos = {path.name for path in (folder / PHOTOS).glob("*.jpg")}
@@ -137,7 +140,7 @@ def check(folder: Path, contents: Contents = Contents(), only: Part | None = Non
         read_splits(CaptionsConfig(root=folder), wanted)
     except InputError as error:
         raise InputError(f"{error}; {remedy}") from None
-    # Flickr8k has captions of two photos that it lacks, one by the odd key 2258277193_586949ec62.jpg.1#0.
+    # Flickr8k has captions of two photos whose files it lacks; one has the odd key 2258277193_586949ec62.jpg.1#0.
     absent = {line.partition("\t")[0].rpartition("#")[0] for line in lines} - photos
     assert not absent & listed_photos
     summary = f"{folder}: {len(photos):,} photos, {len(lines):,} captions, lists of {lists} photos"

@@ -26,10 +26,10 @@ if TYPE_CHECKING:  # a process that decodes photos has no use for pydantic
 log = logging.getLogger(__name__)
 
 MAXIMUM_PIXELS = 100_000_000  # a 100-megapixel photo; more is a decompression bomb, or no photo
-MAXIMUM_UPLOAD = 20 * 2**20  # bytes of a photo that a stranger sends
+MAXIMUM_UPLOAD = 20 * 2**20  # the largest size in bytes of a photo that a client or visitor sends
 _BLOCK = 2**20  # bytes of a file that are read at a time
-_FILES_PER_TASK = 64  # at most: to hand a file to a thread takes as long as to read it
-_TASKS = 256  # at least, if there are so many files, so that every thread has some
+_FILES_PER_TASK = 64  # the most files per task; single files would take as long to hand to a thread as to read
+_TASKS = 256  # the fewest tasks if there are as many files, so that every thread gets some
 _HEIF = frozenset({".heic", ".heif", ".hif"})
 _HEIF_REMEDY = "pip install pillow-heif, which reads HEIC"
 
@@ -41,7 +41,7 @@ Photo = Path | str | bytes | bytearray | memoryview | BinaryIO | Image.Image | N
 def read_photo(source: Photo) -> Image.Image:
     """Return a photo as an upright RGB image: first frame, EXIF rotation applied, transparency over white.
 
-    What cannot be decoded as a picture is refused, and so is a picture of more than 100 megapixels.
+    Raise InputError if it cannot be decoded as a picture, or if it has more than 100 megapixels.
     """
     _with_heif()
     if isinstance(source, np.ndarray):
@@ -115,19 +115,19 @@ def _with_heif() -> bool:
     return True
 
 
-def _readable_endings() -> set[str]:
-    """Return the endings, in lower case, of the formats that can be read here."""
+def _readable_extensions() -> set[str]:
+    """Return the file extensions, in lower case, of the formats that can be read on this machine."""
     with_heif = _with_heif()  # first: it registers formats
     formats = Image.registered_extensions()
-    endings = {ending for ending in PICTURE_ENDINGS if formats.get(ending) in Image.OPEN}
-    return endings if with_heif else endings - _HEIF
+    extensions = {extension for extension in PICTURE_ENDINGS if formats.get(extension) in Image.OPEN}
+    return extensions if with_heif else extensions - _HEIF
 
 
 def find_photos(names: list[str]) -> list[Path]:
     """Return photo files by path, by pattern (``holiday/*.jpg``), or all pictures in a folder and below, in order.
 
-    In folders, hidden files and folders are skipped, and files of other formats are left out with a warning. All names
-    without a photo are refused together.
+    In folders, hidden files and folders are skipped, and files of other formats are left out with a warning. One error
+    names all ``names`` without a photo.
     """
     found: list[Path] = []
     missing: list[str] = []
@@ -152,7 +152,7 @@ def find_photos(names: list[str]) -> list[Path]:
 
 def _photos_in(folder: Path) -> list[Path]:
     """Return all pictures in a folder and below; warn of files that are left out."""
-    readable = _readable_endings()
+    readable = _readable_extensions()
     files = [
         file
         for file in sorted(folder.rglob("*"))
@@ -169,7 +169,7 @@ def _photos_in(folder: Path) -> list[Path]:
 
 
 def require_readable(paths: list[Path]) -> None:
-    """Open and decode each photo; refuse all that cannot be read together."""
+    """Open and decode each photo; raise one InputError that names all unreadable photos."""
     unread: list[str] = []
     with ThreadPoolExecutor() as pool, progress_bar(total=len(paths), unit="photo", desc="decoding") as progress:
         for path, is_read in zip(paths, pool.map(_is_readable, paths), strict=True):
@@ -202,13 +202,13 @@ def squash(image: Image.Image, size: int, resize: "PhotoResize" = "bilinear") ->
 def digest_photos(paths: list[Path]) -> list[bytes]:
     """Return the SHA-256 of each file's bytes: a photo is identified by its content, so a changed photo is a new one.
 
-    All files that cannot be read are refused together.
+    Raise one InputError that names all files that cannot be read.
     """
 
     def digest(path: Path) -> bytes | None:
         sha256 = hashlib.sha256()
         try:
-            # Without a file object, which takes as long to make as a small photo to read.
+            # Read without a Python file object: creating one takes as long as reading a small photo.
             file = os.open(path, os.O_RDONLY | getattr(os, "O_BINARY", 0))
             try:
                 while block := os.read(file, _BLOCK):

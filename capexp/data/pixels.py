@@ -31,16 +31,16 @@ Pixels = NDArray[np.uint8] | InputError
 """A photo squashed to (size, size, 3), or the error of a photo that cannot be read."""
 
 TASKS_PER_WORKER: Final = 2  # for each thread or process: one that it works on, one that waits
-PHOTOS_PER_TASK: Final = 16  # of a process
-_MAXIMUM_PROCESSES: Final = 32  # as many feed the fastest GPU
-_CORES_FOR_THREADS: Final = 4  # up to so many cores, threads decode as fast as processes
+PHOTOS_PER_TASK: Final = 16  # photos in one task of a process
+_MAXIMUM_PROCESSES: Final = 32  # enough to feed the fastest GPU
+_CORES_FOR_THREADS: Final = 4  # with at most this many cores, threads decode as fast as processes
 _PHOTOS_FOR_PROCESSES: Final = 1000  # fewer are decoded in less time than processes take to start
 
 
 def decoding_processes(photos: int, size: int) -> int:
-    """Return the number of processes that should decode ``photos`` photos for a GPU; 0 where threads do as well.
+    """Return the number of processes that should decode ``photos`` photos for a GPU; 0 if threads are as fast.
 
-    Threads share one interpreter, which a GPU outpaces; a process costs its start.
+    Threads share one interpreter, which cannot keep up with a GPU. Processes take time to start.
     """
     cores = len(os.sched_getaffinity(0)) if hasattr(os, "sched_getaffinity") else os.cpu_count() or 1
     if cores <= _CORES_FOR_THREADS or photos < _PHOTOS_FOR_PROCESSES or multiprocessing.current_process().daemon:
@@ -72,7 +72,8 @@ def decode_by_processes(
 ) -> Iterator[Pixels]:
     """Yield the pixels of photos, in order, decoded by processes that end with this one, however it ends.
 
-    Pixels come through shared memory: to read them from pipes would take this process longer than all else it does.
+    Pixels are passed through shared memory: reading them from pipes would take this process longer than all its other
+    work.
 
     Raises:
         Outage: a process was killed.

@@ -12,7 +12,7 @@ _NEVER = 1e9  # seconds until tqdm's own thread redraws a bar that stands still
 
 def progress_bar(**options: Any) -> "tqdm[Any]":
     """Return tqdm's bar on stderr, with tqdm's options."""
-    from tqdm import tqdm  # here, because a served model has no use for it and does not require it
+    from tqdm import tqdm  # imported here: a served model needs no bars, and tqdm is not among its requirements
 
     class Lines(tqdm):  # type: ignore[type-arg]
         """A bar that writes lines instead of redrawing itself."""

@@ -1,9 +1,10 @@
 """Splits captions into tokens.
 
 COCO's scorer runs the Penn Treebank tokenizer of Stanford CoreNLP over captions and references, lower-cases the tokens
-and drops punctuation (Chen et al., 2015). :func:`split_words` gives the same tokens. On 35,460 captions of Flickr8k, on
-the same with punctuation attached to the words, and on made-up English, at most one in a thousand differs. One does on
-purpose: ``rif=ding`` stays a word, as it was before captions were split so.
+and drops punctuation (Chen et al., 2015). :func:`split_words` gives the same tokens. At most one in a thousand captions
+is split differently: of Flickr8k's 35,000 train and dev captions, of the same captions with punctuation attached to the
+words, and of made-up captions (``tests/metrics/test_java.py``). One differs on purpose: ``rif=ding`` stays one word, as
+in earlier versions of the project.
 """
 
 import re
@@ -25,13 +26,13 @@ def _marks() -> str:
 _LETTER = r"[^\W\d_]"
 _CHARACTER = rf"(?:[^\W_]|[{_marks()}])"  # a letter, a digit or a combining mark
 _APOSTROPHE = r"['’]"
-_END = rf"(?![\w/-]|{_APOSTROPHE}\w)"  # of a word that is split in two
+_END = rf"(?![\w/-]|{_APOSTROPHE}\w)"  # the end of a word that is split in two
 _ABBREVIATIONS = (
     "mr|mrs|ms|dr|drs|prof|st|sr|jr|ave|blvd|rd|etc|vs|inc|ltd|corp|co|bros|dept|ft|gen|col|capt|lt|sgt|gov|sen|rep|rev"
     "|hon|messrs|esq|ph\\.d|univ|assn|govt|mt|cie|alex|wm|jos|cf|al|ed|eds|est|tel|ca|pp|op"
 )
 _CAPITAL_ABBREVIATIONS = "Jan|Feb|Mar|Apr|Jun|Jul|Aug|Sept?|Oct|Nov|Dec|Mon|Tues?|Wed|Thurs?|Fri|Sat|Sun"
-# Words that begin a sentence: a stop between a single letter and one of them ends the sentence before.
+# Words that begin a sentence: a full stop between a single letter and one of them ends a sentence.
 _SENTENCE_STARTS = (
     "A|About|After|An|As|At|But|He|Her|Here|However|If|In|It|Last|Many|More|Mr|Ms|Now|Once|One|Other|Our|She|Since|So"
     "|Some|Such|That|The|Their|Then|There|These|They|This|We|When|While|What|Yet|You"
@@ -112,7 +113,7 @@ def split_words(caption: str) -> list[str]:
 
 
 def split_characters(caption: str) -> list[str]:
-    """Return each letter and digit in lower case, with its combining marks; blanks and punctuation are dropped."""
+    """Return each letter and digit in lower case, with its combining marks; spaces and punctuation are dropped."""
     tokens: list[str] = []
     for character in lower(caption):
         if tokens and unicodedata.category(character).startswith("M"):

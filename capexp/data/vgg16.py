@@ -95,11 +95,20 @@ class EncoderIdentity:
         """Return the identity of the same encoder for mirrored photos."""
         return replace(self, transform=_TRANSFORMS[self.resize, True])
 
-    def key(self) -> str:
-        """Return a short digest of the identity, without the name of the weights."""
+    @property
+    def label(self) -> str:
+        """The beginning of the name of the cache's file."""
+        return f"{self.layer}-{self.pool}"
+
+    def record(self) -> dict[str, object]:
+        """Return what identifies the features, for digests and the cache's header: all but where weights are from."""
         record = asdict(self)
         del record["weights"]
-        return hashlib.sha256(json.dumps(record, sort_keys=True).encode()).hexdigest()[:16]
+        return record
+
+    def key(self) -> str:
+        """Return a short digest of the identity, without the name of the weights."""
+        return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
         mirrored = ", mirrored" if self.is_mirrored else ""

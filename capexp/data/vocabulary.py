@@ -24,8 +24,8 @@ _NO_PUNCTUATION = str.maketrans("", "", string.punctuation)
 def tokenize(caption: str, cleaning: Cleaning, rule: TokenRule) -> list[str]:
     """Return the tokens of a caption.
 
-    Cleaning ``standard`` splits by ``rule`` and drops tokens without a letter or digit, and brackets. ``tutorial``
-    splits at blanks, removes punctuation, and drops tokens that hold anything but letters, or fewer than two.
+    Cleaning ``standard`` splits by ``rule`` and drops brackets and tokens without a letter or digit. ``tutorial``
+    splits at whitespace, removes punctuation, and drops tokens of one character and tokens with anything but letters.
     """
     if rule == "characters":
         return split_characters(caption)
@@ -88,10 +88,13 @@ class Vocabulary:
         return split_characters(caption) if self.tokens == "characters" else caption.split()
 
     def digest(self) -> str:
-        """Return the hexadecimal SHA-256 of all that decides entries; losses can be compared only if it is equal."""
+        """Return the hexadecimal SHA-256 of all that determines the entries.
+
+        Losses can be compared only between vocabularies with the same digest.
+        """
         record = self._record()
         if self.cleaning == "tutorial":
-            record.pop("tokens", None)  # it splits at blanks, whatever the rule for scores is
+            record.pop("tokens", None)  # it splits at whitespace anyway: the rule affects only scores
         return hashlib.sha256(json.dumps(record, ensure_ascii=False).encode()).hexdigest()
 
     def to_json(self) -> str:

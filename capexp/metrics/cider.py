@@ -12,7 +12,7 @@ Tokens = tuple[str, ...]
 
 ORDERS = 4  # n-grams of 1 to 4 words
 
-_SIGMA = 6.0  # of the Gaussian length penalty
+_SIGMA = 6.0  # the standard deviation of the Gaussian length penalty
 
 
 @dataclass(frozen=True)
@@ -51,7 +51,7 @@ class CiderReferences:
         clipped, plain = 0.0, 0.0
         for reference in self._references[photo]:
             penalty = math.exp(-((own.length - reference.length) ** 2) / (2 * _SIGMA**2))
-            for ngram, value in own.vector.items():  # in a fixed order, so that the sum is always rounded alike
+            for ngram, value in own.vector.items():  # in a fixed order: the sum's rounding depends on it
                 norm = own.norms[len(ngram) - 1] * reference.norms[len(ngram) - 1]
                 if norm and ngram in reference.vector:
                     clipped += penalty * min(value, reference.vector[ngram]) * reference.vector[ngram] / norm

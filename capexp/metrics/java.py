@@ -1,8 +1,8 @@
 """METEOR, SPICE and the PTB tokenizer: the field's Java programs, if pycocoevalcap and Java are installed.
 
-pycocoevalcap contains the programs. They are started here and not by its classes, because those write into the
-package's folder, print to the terminal, and (METEOR) hang when Java dies. A program that cannot run gives
-``Unavailable``.
+pycocoevalcap contains the programs. This module starts them itself instead of using its classes, because those write
+into the package's folder, print to the terminal, and (METEOR) hang when Java dies. If a program cannot run,
+``Unavailable`` is returned.
 """
 
 import importlib.util
@@ -63,7 +63,7 @@ def meteor(
                         if not counts[-1]:
                             raise EOFError("no answer")
                     print(" ||| ".join(["EVAL", *counts]), file=java.stdin, flush=True)
-                    for _ in range(len(requests) + 1):  # a score per photo, then that of the corpus
+                    for _ in range(len(requests) + 1):  # a score per photo, then the corpus's
                         answer = java.stdout.readline().strip()
                 finally:
                     java.kill()
@@ -78,9 +78,9 @@ def spice(
 ) -> float | Unavailable:
     """Return SPICE 1.0 (Anderson et al., ECCV 2016): the mean over photos of the F-measure of scene graphs.
 
-    SPICE parses with Stanford CoreNLP 3.6.0, whose models (half a gigabyte) pycocoevalcap does not contain. They are
-    never downloaded from here; the reason of ``Unavailable`` names the command for it. A photo for which SPICE gives no
-    number, because its captions have no scene graph, counts as 0.
+    SPICE parses with Stanford CoreNLP 3.6.0, whose models (half a gigabyte) pycocoevalcap does not contain. This
+    function never downloads them; the reason of ``Unavailable`` names the command that does. A photo for which SPICE
+    gives no number, because its captions have no scene graph, counts as 0.
     """
     photos = [
         {"image_id": position, "test": " ".join(hypothesis), "refs": [" ".join(reference) for reference in captions]}
@@ -92,7 +92,7 @@ def spice(
     for name in ("stanford-corenlp-3.6.0.jar", "stanford-corenlp-3.6.0-models.jar"):
         if not (jar.parent / "lib" / name).is_file():
             return Unavailable(
-                f"SPICE's {name} is not here; `python -m pycocoevalcap.spice.get_stanford_models` downloads it"
+                f"SPICE's {name} is missing; `python -m pycocoevalcap.spice.get_stanford_models` downloads it"
             )
     with tempfile.TemporaryDirectory() as folder:
         requests, answers = Path(folder, "photos.json"), Path(folder, "scores.json")
@@ -109,7 +109,7 @@ def spice(
 def ptb_tokenize(captions: Sequence[str]) -> list[str] | Unavailable:
     """Tokenize captions as COCO's evaluation does: lower-case Penn Treebank tokens, without punctuation.
 
-    Return each caption's tokens, joined by blanks. Brackets stay, as ``-lrb-`` and ``-rrb-``: COCO's list of
+    Return each caption's tokens, joined by spaces. Brackets stay, as ``-lrb-`` and ``-rrb-``: COCO's list of
     punctuation has them in capitals only.
     """
     jar = _program("tokenizer/stanford-corenlp-3.4.1.jar")
@@ -138,7 +138,7 @@ def _program(jar: str) -> Path | Unavailable:
     """Return the path of a program within pycocoevalcap, if Java is installed too."""
     package = importlib.util.find_spec("pycocoevalcap")
     if package is None or not package.submodule_search_locations:
-        return Unavailable("the package pycocoevalcap is not here; pip install pycocoevalcap")
+        return Unavailable("the package pycocoevalcap is not installed; pip install pycocoevalcap")
     if shutil.which("java") is None:
         return Unavailable(
             "no `java` on the PATH; install a Java runtime, for instance the package default-jre-headless"

@@ -68,13 +68,13 @@ class PhotoScores:
     """The counts and scores of each photo, from which corpus scores are computed."""
 
     matches: NDArray[np.int64]
-    """(N, 4): by order, n-grams of the hypothesis that match, clipped at their highest count in one reference."""
+    """(N, 4): for each order, the hypothesis's n-grams that match, clipped at their highest count in one reference."""
     guesses: NDArray[np.int64]
-    """(N, 4): by order, n-grams of the hypothesis."""
+    """(N, 4): for each order, the number of n-grams of the hypothesis."""
     lengths: NDArray[np.int64]
-    """(N,): tokens of the hypothesis."""
+    """(N,): the number of tokens of the hypothesis."""
     closest_lengths: NDArray[np.int64]
-    """(N,): tokens of the reference closest in length to the hypothesis, of equally close ones the shorter."""
+    """(N,): the length of the reference closest in length to the hypothesis; of equally close ones, the shorter."""
     rouge_l: NDArray[np.float64]
     """(N,): ROUGE-L."""
     cider: NDArray[np.float64]
@@ -91,8 +91,8 @@ class PhotoScores:
         """Return each corpus score for S bootstrap resamples of the photos, ``(S,)`` per key.
 
         The resamples depend only on the seed and the number of photos, so that two captioners can be compared on the
-        same ones. CIDEr's document frequencies are always those of all photos: a resample changes the weights of the
-        photos, it does not count document frequencies again.
+        same ones. CIDEr's document frequencies are always counted over all photos: a resample changes only the weights
+        of the photos.
         """
         assert samples > 0, samples
         random, photos = np.random.default_rng(seed), len(self.lengths)
@@ -106,7 +106,7 @@ class PhotoScores:
         return {key: np.concatenate([block[key] for block in blocks]) for key in blocks[0]}
 
     def intervals(self, samples: int = 1000, seed: int = 1) -> dict[str, tuple[float, float]]:
-        """Return 95% bootstrap percentile intervals: the variation of the scores by the choice of photos alone."""
+        """Return 95% bootstrap percentile intervals: how much the scores vary with the choice of photos alone."""
         bounds = {key: np.quantile(values, [0.025, 0.975]) for key, values in self.resampled(samples, seed).items()}
         return {key: (float(low), float(high)) for key, (low, high) in bounds.items()}
 
@@ -132,12 +132,12 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], rule: 
     * BLEU: Papineni et al., ACL 2002, at corpus level, with the closest reference length.
     * ROUGE-L: Lin, 2004, with beta 1.2, from the best precision and the best recall over the references.
     * CIDEr and CIDEr-D: Vedantam et al., CVPR 2015, times ten, without stemming. Document frequencies are counted in
-      the references given here, so a score depends on which photos are scored together. For a single photo it is 0,
-      because every n-gram occurs in all documents.
+      ``references``, so a score depends on which photos are scored together. For a single photo it is 0, because every
+      n-gram occurs in all documents.
 
     Conventions of the COCO scorer: an empty caption has ROUGE-L 1 against an empty reference, and an n-gram that
-    occurs in the references of every photo counts nothing in CIDEr. Where the COCO scorer crashes, because no reference
-    has a token, CIDEr is 0.
+    occurs in the references of every photo does not count in CIDEr. If no reference has a token,
+    the COCO scorer crashes; this function returns CIDEr 0.
     """
     photos = tokenized(hypotheses, references, rule)
     bleu = [_bleu_counts(*photo) for photo in photos]
@@ -169,7 +169,7 @@ class Difference:
 
 
 def paired_difference(a: PhotoScores, b: PhotoScores, samples: int = 10_000, seed: int = 1) -> dict[str, Difference]:
-    """Return each score of ``a`` minus that of ``b`` on the same photos, by a paired bootstrap (Koehn, EMNLP 2004).
+    """Return each score of ``a`` minus ``b``'s on the same photos, by a paired bootstrap (Koehn, EMNLP 2004).
 
     Both are scored on the same resamples. With d the difference in a resample, the p-value is
     ``min(1, 2 (1 + min(#(d <= 0), #(d >= 0))) / (S + 1))``: twice the share of resamples on the rarer side of zero,
@@ -219,7 +219,7 @@ def tutorial_bleu(hypotheses: Sequence[str], references: Sequence[Sequence[str]]
 
 
 def _bleu_counts(hypothesis: Tokens, references: list[Tokens]) -> tuple[list[int], list[int], int]:
-    """Return the clipped matches and the n-grams of the hypothesis by order, and the closest reference length."""
+    """Return the numbers of clipped matches and of n-grams for each order, and the closest reference length."""
     allowed: Counter[Tokens] = Counter()
     for reference in references:
         allowed |= ngrams(reference)

@@ -1,4 +1,4 @@
-"""Attention maps of a caption: for each word the photo, bright where the attention was; all of them also as one PNG."""
+"""Attention maps of a caption: per word a copy of the photo, bright where the attention was; also all in one PNG."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -16,8 +16,8 @@ _COLUMNS, _SIDE = 5, 360  # panels per row; the longer side of a panel in pixels
 
 
 def require_attention(captioner: Captioner) -> None:
-    """Refuse a captioner without an attention decoder, or with one on features that are not a grid."""
-    if not captioner.decoder.has_attention:
+    """Raise InputError if a captioner has no attention decoder, or if its features are not a grid."""
+    if not captioner.has_maps:
         raise InputError(
             f"--maps: the captioner looks at the photo as a whole ({captioner.encoder_identity}); give one with "
             "model.decoder = 'attention' on a grid"
@@ -26,9 +26,9 @@ def require_attention(captioner: Captioner) -> None:
 
 def attention_of(captioner: Captioner, photo: Path | bytes, caption: str) -> NDArray[np.float32]:
     """Return the attention weights over the grid, ``(T, side, side)``, for each word of a photo's caption."""
-    encoder = captioner.encoder_identity
-    pixels = squash(read_photo(photo), encoder.size, encoder.resize)
-    (maps,) = captioner.attention_maps(captioner.use_encoder().encode([pixels]), [caption])
+    encoder = captioner.use_encoder()
+    pixels = squash(read_photo(photo), encoder.identity.size, encoder.identity.resize)
+    (maps,) = captioner.attention_maps(encoder.encode([pixels]), [caption])
     return maps
 
 

@@ -1,6 +1,6 @@
 
 "use strict";
-// Shows, searches and orders the cards that stand in the page; without it all of them stand there, the best first.
+// Shows, searches and sorts the cards of the page. Without this script the page shows all cards, the best first.
 (() => {
   const main = document.querySelector("main");
   const find = (id) => document.getElementById(id);
@@ -30,7 +30,7 @@
     return (a, b) => sign * (key === "name" ? a.name.localeCompare(b.name) : a[key] - b[key]);
   };
 
-  // Whether the text holds the sought one from a word's beginning: "tree" is in "trees", not in "street".
+  // Return whether the sought text is at the beginning of a word of the text: "tree" is in "trees", not in "street".
   const holds = (text, sought) => {
     const inner = /[a-z0-9]/;
     for (let at = text.indexOf(sought); at >= 0; at = text.indexOf(sought, at + 1)) {
@@ -58,11 +58,11 @@
     find("count").textContent = `${found.length} of ${held.length} photos`;
   };
 
-  // Where the captioner looked: a caption's words become buttons, and the photo stays lit where each was looked for.
+  // Attention maps: a caption's words become buttons, which light the photo where the attention was for the word.
   const digits = "ABCDEFGHIJKLMNOPQRSTUVWXYZabcdefghijklmnopqrstuvwxyz0123456789+/";
 
   const darken = (canvas, levels, side) => {
-    const grid = new ImageData(side, side); // black, the less of it the brighter a place is
+    const grid = new ImageData(side, side); // black; the brighter the map, the more transparent
     levels.forEach((level, place) => (grid.data[4 * place + 3] = 255 * 0.85 * (1 - level / 63)));
     const small = Object.assign(document.createElement("canvas"), { width: side, height: side });
     small.getContext("2d").putImageData(grid, 0, 0);
@@ -115,7 +115,7 @@
   main.querySelectorAll("article[data-looked]:not([data-looked=''])").forEach(tellWords);
 
   find("controls").addEventListener("input", update);
-  for (const id of ["order", "score"]) find(id).addEventListener("change", update); // what WebDriver fires alone
+  for (const id of ["order", "score"]) find(id).addEventListener("change", update); // WebDriver fires only this event
   find("clear").addEventListener("click", () => {
     for (const id of ["search", "least", "most", "order"]) find(id).value = "";
     find("score").selectedIndex = 0;

@@ -34,7 +34,7 @@ _BEST = 60
 _WORST = 60
 _RANDOM = 120
 _SIDE = 224  # the longer side of an inlined photo in pixels
-_QUALITY = 75  # of its JPEG
+_QUALITY = 75  # the JPEG quality of an inlined photo
 _MAP_SIDE = 7  # the largest side of a map in the page, in grid positions
 _BASE64 = string.ascii_uppercase + string.ascii_lowercase + string.digits + "+/"
 
@@ -45,7 +45,7 @@ _NO_MAPS: Mapping[int, Maps] = {}
 
 @dataclass(frozen=True)
 class GalleryCard:
-    """A photo, the captioner's caption, people's captions, and the scores of the first against the others."""
+    """A photo, the captioner's caption, people's captions, and the scores of the captioner's against people's."""
 
     photo: Path
     name: str
@@ -131,8 +131,8 @@ def write_gallery(
 ) -> Path:
     """Write the page and return ``path``.
 
-    The photos in it are newly encoded small JPEGs without any metadata of the originals. ``maps`` holds attention maps
-    by the positions of their cards, which the page's script shows word by word. ``seed`` is that of the bootstrap.
+    The photos in it are newly encoded small JPEGs without any metadata of the originals. ``maps`` are attention maps,
+    keyed by the positions of their cards; the page's script shows them word by word. ``seed`` is the bootstrap's.
     """
     style, script = _part("gallery.css"), _part("gallery.js")
     templates = Environment(loader=FileSystemLoader(Path(__file__).parent), autoescape=True)
@@ -157,7 +157,7 @@ def _part(name: str) -> str:
 
 
 def _hash(text: str) -> str:
-    """Return the hash by which a Content-Security-Policy allows an inline script or style."""
+    """Return the hash with which a Content-Security-Policy allows an inline script or style."""
     return "sha256-" + base64.b64encode(hashlib.sha256(text.encode()).digest()).decode()
 
 
@@ -171,14 +171,15 @@ def _describe_choice(choice: Choice, count: int) -> str:
 
 
 def _score_rows(scores: CaptionScores, seed: int) -> list[tuple[str, float, float, float, float]]:
-    """Return each score's name, value, ends of the interval, and value with photos shuffled."""
+    """Return each score's name, value, the two ends of its interval, and its value with photos shuffled."""
     values, intervals, blind = scores.photos.corpus(), scores.photos.intervals(seed=seed), scores.blind.corpus()
     return [(name, values[key], *intervals[key], blind[key]) for key, name in SCORE_NAMES.items()]
 
 
 def _parts_of(card: GalleryCard, position: int, choice: Choice, maps: Maps | None) -> dict[str, Any]:
     """Return what the template shows of a card."""
-    image, width, height = _inlined(card.photo)
+    # Where features come from a file, the photos may not be at hand.
+    image, width, height = _inlined(card.photo) if card.photo.is_file() else (None, 0, 0)
     return {
         "of": card,
         "image": image,
@@ -186,7 +187,7 @@ def _parts_of(card: GalleryCard, position: int, choice: Choice, maps: Maps | Non
         "height": height,
         "views": " ".join(view for view in ("best", "worst") if position in getattr(choice, view)),
         "drawn": choice.random.index(position) if position in choice.random else None,
-        "maps": None if maps is None else _encode_maps(maps),
+        "maps": None if maps is None or image is None else _encode_maps(maps),
     }
 
 

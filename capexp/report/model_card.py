@@ -11,7 +11,7 @@ from capexp.experiment import member_name, members_of
 from capexp.settings import Experiment
 from capexp.tracking.known_runs import git_commit
 
-_SETTING_LENGTH = 80  # characters of a setting on the card, which can hold 5,000 in all
+_SETTING_LENGTH = 80  # a setting's value is cut to so many characters: a card can have 5,000 in all
 
 
 def model_card(experiment: Experiment, data: Dataset, captioner: Captioner, evaluation: Evaluation) -> str:
@@ -63,7 +63,7 @@ mlflow.pyfunc.load_model("models:/{model}@champion").predict(pandas.DataFrame({{
 mlflow.MlflowClient().set_registered_model_alias("{model}", "champion", "1")  # go back to version 1
 ```
 
-Settings; the whole of them is `experiment.toml` among the run's artifacts:
+Settings; all of them, uncut, are in `experiment.toml` among the run's artifacts:
 
 ```
 {settings}
@@ -77,7 +77,7 @@ def describe_run(experiment: Experiment, data: Dataset, lines: Sequence[str] = (
 
 
 def describe_result(experiment: Experiment, record: TrainingRecord, evaluation: Evaluation) -> str:
-    """Return a captioner's losses and scores on dev in a line."""
+    """Return a captioner's losses and scores on dev in one line."""
     summary = evaluation.scores.summary
     return (
         f"Dev loss {record.dev_loss:.4f} nats per token ({evaluation.blind.per_token:.4f} image-blind), CIDEr "
@@ -86,13 +86,13 @@ def describe_result(experiment: Experiment, record: TrainingRecord, evaluation: 
 
 
 def describe_use(model: str) -> str:
-    """Return how to use a model, by its bundle's folder or by its URI."""
+    """Return how to use a model, which is given as its bundle's folder or its URI."""
     use = f"Caption a photo with `python -m capexp.caption --model {model} PHOTO`"
     return f"{use}; serve it with `mlflow models serve -m {model} --env-manager local`." if ":/" in model else f"{use}."
 
 
 def _headline(experiment: Experiment, data: Dataset) -> str:
-    """Return the experiment, its decoder and its encoder in a sentence."""
+    """Return a sentence that names the experiment, its decoder and its encoder."""
     if experiment.is_ensemble:
         decoders = sorted({member.model.decoder for member in members_of(experiment)})
         kind = f"ensemble of {' and '.join(decoders)} decoders"

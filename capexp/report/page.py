@@ -21,7 +21,7 @@ _PHOTO_PIXELS = 1200  # the longer side of the photo on the page
 
 @dataclass(frozen=True)
 class ServedCaptioner:
-    """The captioner of the page, the name by which the user asked for it, and its default decoding settings."""
+    """The captioner of the page, the ``--model`` that names it, and its default decoding settings."""
 
     captioner: Captioner
     model: str
@@ -94,7 +94,7 @@ def show() -> None:
     with left:
         _show_caption(result)
     # The attention maps.
-    if served.captioner.decoder.has_attention and result.text:
+    if served.captioner.has_maps and result.text:
         with served.turn:
             weights = maps.attention_of(served.captioner, content, result.text)
         overlays = maps.overlay_attention(content, served.captioner.vocabulary.spell(result.text), weights)
@@ -121,7 +121,7 @@ def _percent(log_probability: float) -> str:
 
 
 def _plain(text: str) -> str:
-    """Escape text for Markdown: a vocabulary may hold any character."""
+    """Escape text for Markdown: a vocabulary may contain any character."""
     return re.sub(r"([^\w\s])", r"\\\1", text)
 
 

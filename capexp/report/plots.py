@@ -1,4 +1,4 @@
-"""Plots of a run: losses by epoch, scores beside the image-blind baseline, a histogram of CIDEr."""
+"""Plots of a run: losses per epoch, scores beside the image-blind baseline, a histogram of CIDEr."""
 
 from collections.abc import Sequence
 from pathlib import Path
@@ -15,11 +15,11 @@ if TYPE_CHECKING:
     from matplotlib.figure import Figure
 
 _OURS, _BLIND, _BEST = "#1f6feb", "#9aa5b1", "#d1242f"
-_BINS = 30  # of the histogram
+_BINS = 30  # the number of bins of the histogram
 
 
 def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
-    """Plot train and dev loss by epoch, with the best epoch marked, as a PNG; return ``path``."""
+    """Plot train and dev loss per epoch, with the best epoch marked, as a PNG; return ``path``."""
     from matplotlib.ticker import MaxNLocator
 
     numbers = [epoch.number for epoch in epochs]
@@ -43,7 +43,7 @@ def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
 def draw_scores(scores: CaptionScores, seed: int, title: str, path: Path) -> Path:
     """Plot BLEU, ROUGE-L and CIDEr with 95% intervals, beside the image-blind baseline, as a PNG; return ``path``.
 
-    CIDEr has axes of its own, because its values have another range.
+    CIDEr has axes of its own, because its values have a different range.
     """
     figure = _figure()
     bleu_rouge, cider = figure.subplots(1, 2, width_ratios=(4, 1))

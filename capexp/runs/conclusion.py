@@ -47,7 +47,7 @@ def conclude(
         scores=evaluation.scores,
     )
     maps = {}
-    if captioner.decoder.has_attention and captioner.vocabulary.tokens != "characters":  # the page takes words
+    if captioner.has_maps and captioner.vocabulary.tokens != "characters":  # the page takes words
         features = data.features["dev"].gather(np.array(choice.shown))
         shown_maps = captioner.attention_maps(features, [cards[position].caption for position in choice.shown])
         maps = dict(zip(choice.shown, shown_maps, strict=True))

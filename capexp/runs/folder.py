@@ -26,8 +26,8 @@ SETTINGS = "experiment.toml"
 """The file in a run's folder that holds the settings of the run. A run without it cannot be resumed."""
 STUDY = "study"
 """The tag of a study's run; its value is the study's name."""
-_SELF_CRITICAL = "self-critical"  # the folder of that phase's checkpoints, inside the run's folder
-_SECOND_PHASE = "training.self_critical."  # the prefix of that phase's settings
+_SELF_CRITICAL = "self-critical"  # the folder of the self-critical phase's checkpoints, inside the run's folder
+_SECOND_PHASE = "training.self_critical."  # the prefix of the self-critical phase's settings
 # Settings that every resumed run may change.
 _ALWAYS_FREE = ("training.epochs", "training.patience", "training.save_steps", f"{_SECOND_PHASE}epochs")
 
@@ -47,8 +47,8 @@ class RunFolder:
     def to_resume(cls, run_id: str) -> "RunFolder":
         """Return the folder of the run that ``--resume`` names.
 
-        Raise InputError if there is no such run, if its folder is not here, or if the run belongs to a group of runs or
-        a study, which must be resumed instead.
+        Raise InputError if there is no such run, if its folder is not on this machine, or if the run belongs to a group
+        of runs or a study, which must be resumed instead.
         """
         status, folder = run_status(run_id), cls(CHECKPOINTS / run_id)
         instead = folder.resumed_otherwise()
@@ -72,7 +72,8 @@ class RunFolder:
                 if path.parent.name == run_id:
                     return cls(path.parent)
         raise InputError(
-            f"run {run_id}: has no {JOURNAL} under {CHECKPOINTS} or {STUDIES} here; start where it was trained"
+            f"run {run_id}: has no {JOURNAL} under {CHECKPOINTS} or {STUDIES} in this folder; "
+            "start where it was trained"
         )
 
     def resumed_otherwise(self) -> str | None:
@@ -120,7 +121,7 @@ class RunFolder:
         return write_whole(self.path / SETTINGS, to_toml(experiment))
 
     def write_splits(self, splits: PhotosBySplit) -> list[Path]:
-        """Write a list of photos for each split, in the form that ``captions.train`` names; return the files."""
+        """Write a list of photos for each split, in the format of ``captions.train``; return the files."""
         files = []
         for name, photos in splits.items():
             if not photos:
@@ -132,7 +133,7 @@ class RunFolder:
         return files
 
     def splits(self) -> PhotosBySplit | None:
-        """Return the photos of each split that the run has drawn at random; None if it has drawn none."""
+        """Return the photos of each random split of the run; None if the run has no random splits."""
         files = sorted((self.path / "splits").glob("*.txt"))
         drawn: dict[SplitName, tuple[str, ...]] = dict.fromkeys(SPLITS, ())
         for name in SPLITS:

@@ -30,9 +30,9 @@ SEEDS, SEED, MEMBER = "seeds", "seed", "member"
 """Tags: the number of seeds of a parent run, the seed of a nested run, the name of an ensemble's member."""
 _EPOCH_METRICS = ("dev_loss", "dev_perplexity")  # logged after each epoch: they are not results of the run
 _ENSEMBLE = "ensemble"  # the folder of the ensemble's bundle, inside the run's folder
-# Settings in which a reusable run may differ from a member: they do not change the captioner.
+# Settings that are ignored in the search for a run to use as a member: they do not change the captioner.
 _FREE = {"captions.root", "features.cache", "features.batch_size", "training.device"} | {
-    *("features.weights", "features.net"),
+    *("features.weights", "features.net", "features.file"),
     *("training.keep", "training.save_steps", "registry.model", "registry.metric"),
 }
 
@@ -52,9 +52,9 @@ class SeedsResult:
 
     run_id: str
     metrics: dict[int, dict[str, float]]
-    """The metrics of each seed, by their names in MLflow."""
+    """The metrics of each seed, keyed by their names in MLflow."""
     spreads: dict[str, Spread]
-    """By the metrics' names in MLflow."""
+    """Keyed by the metrics' names in MLflow."""
     version: Version
     """The registered version: the captioner of the best seed."""
 
@@ -75,7 +75,9 @@ def check_count(count: int, experiment: Experiment) -> None:
     if count < 2:
         raise InputError(f"--seeds {count}: fewer than two seeds have no spread; give 2 or more")
     if experiment.seed + count > 2**31:
-        raise InputError(f"--seeds {count}: from seed = {experiment.seed} on there are not so many; lower seed")
+        raise InputError(
+            f"--seeds {count}: with seed = {experiment.seed} the last seed would be 2^31 or more; lower seed"
+        )
 
 
 def train_seeds(plan: Plan, count: int, resume: str | None = None) -> Generator[Update, None, SeedsResult]:
@@ -92,7 +94,9 @@ def train_seeds(plan: Plan, count: int, resume: str | None = None) -> Generator[
     seeds = {
         seed: replace_settings(experiment, {"seed": seed}) for seed in range(experiment.seed, experiment.seed + count)
     }
-    if resume is not None:  # raises InputError for unsuitable settings, before they are written
+    if resume is not None:
+        # Check the settings against each earlier seed's checkpoints: is_complete raises InputError. ``opened`` would
+        # already write them to the run's folder.
         for seed, run_id in _runs_by_seed(resume).items():
             seed_experiment = replace_settings(experiment, {"seed": seed})
             RunFolder(plan.folder / resume / run_id).is_complete(seed_experiment)
@@ -118,7 +122,7 @@ def _runs_by_seed(run_id: str) -> dict[int, str]:
 
 
 def _earlier_run(plan: Plan, run_id: str | None) -> EarlierRun | None:
-    """Return the earlier run of a seed, with its captioner if the run is complete; None without a run id."""
+    """Return the earlier run of a seed, with its captioner if the run is complete; None if ``run_id`` is None."""
     if run_id is None:
         return None
     folder = RunFolder(plan.folder / run_id)
@@ -172,14 +176,14 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
 
     A finished run is reused as a member if it has the member's settings, data, vocabulary and encoder, and its
     captioner is still available. It may be in any MLflow experiment of the store. An interrupted run with these
-    settings is resumed if its checkpoints are here. Every other member is trained as a run nested under the ensemble's
-    run. Only the ensemble is registered.
+    settings is resumed if its folder is in ``checkpoints/`` on this machine. Every other member is trained as a run
+    nested under the ensemble's run. Only the ensemble is registered.
 
-    ``resume`` is the id of an ensemble's run to continue. Returns the ensemble's result, and the run id of each member
-    by the member's number and name.
+    ``resume`` is the id of an ensemble's run to continue. Returns the ensemble's result, and the members' run ids,
+    keyed by the member's number and name.
     """
     experiment, data = plan.experiment, plan.data
-    encoder = encoder_weights(experiment)
+    encoder = encoder_weights(plan)
     with opened(plan, resume) as run:
         members: dict[str, str] = {}
         captioners: list[Captioner] = []
@@ -193,7 +197,7 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
         run.tracked.set_tags({f"{MEMBER}_{number}": run_id for number, run_id in enumerate(members.values(), start=1)})
         captioner = Captioner.ensemble(captioners, experiment.decoding)
         loss = cross_entropy(captioner.decoder, data.batches("dev", experiment.training).in_order()).per_token
-        captioner.splits = data.drawn
+        captioner.splits, captioner.reference = data.drawn, data.reference
         captioner.record = TrainingRecord(
             epoch=None, train_loss=None, dev_loss=loss, dev_digest=data.splits["dev"].digest()
         )
@@ -222,14 +226,14 @@ def _earlier_member(member: Experiment, data: Dataset) -> EarlierRun | None:
     """Return the run to reuse or to resume as a member; None if the member must be trained.
 
     It is the newest finished run with the member's settings whose captioner is available. If there is none, it is the
-    newest unfinished one whose folder is here.
+    newest unfinished one whose folder is on this machine.
     """
     candidates = _matching_runs(member, data)
     for run in candidates:
         if run.is_finished and (bundle := _available_bundle(run, member)) is not None:
             return EarlierRun(run.run_id, bundle)
     for run in candidates:
-        # Started here, by itself or for an ensemble, and interrupted.
+        # An interrupted run of this machine: an ordinary run, or a member of an ensemble.
         if not run.is_finished and (CHECKPOINTS / run.run_id / SETTINGS).is_file():
             return EarlierRun(run.run_id)
     return None
@@ -257,7 +261,7 @@ def _has_settings(run_id: str, member: Experiment) -> bool:
         run_settings, member_settings = load_recorded(path).flat(), member.flat()
     except InputError:  # written by another version of the project
         return False
-    # The tutorial's cleaning splits at blanks, whatever the rule for scores is.
+    # With cleaning 'tutorial' the vocabulary is split at whitespace anyway: ``vocabulary.tokens`` affects only scores.
     free = _FREE | ({"vocabulary.tokens"} if member.vocabulary.cleaning == "tutorial" else set())
     return all(run_settings.get(name) == value for name, value in member_settings.items() if name not in free)
 

@@ -26,7 +26,7 @@ from capexp.tracking.store import prepare_store, store_faults, without_credentia
 log = logging.getLogger(__name__)
 
 _VERSION = "capexp_version"  # a tag that every run of this project has from its start
-_CONTEXTS: Mapping[SplitName, str] = {"train": "training", "dev": "validation"}  # MLflow's names of the splits
+_CONTEXTS: Mapping[SplitName, str] = {"train": "training", "dev": "validation"}  # MLflow's names for the splits
 
 
 @dataclass(frozen=True)
@@ -154,7 +154,7 @@ def comparable_tags(data: Dataset) -> dict[str, str]:
 
 
 def _require_same_data(run_id: str, data: Dataset) -> None:
-    """Raise InputError if a run was started with other data, another vocabulary or another encoder."""
+    """Raise InputError if a run was started with different data, or with a different vocabulary or encoder."""
     before, now = run_tags(run_id), comparable_tags(data)
     for name in now:
         if name in before and before[name] != now[name]:

@@ -11,13 +11,14 @@ from typing import Any
 
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import Evaluation
+from capexp.data.feature_files import FileIdentity
 from capexp.data.vgg16 import encoder_at_hand, load_encoder
 from capexp.data.weights_files import State
 from capexp.errors import InputError, Unsent
 from capexp.report.model_card import model_card
 from capexp.runs.conclusion import evaluate_on_dev
-from capexp.runs.lifecycle import OpenRun
-from capexp.settings import WEIGHTS, Experiment
+from capexp.runs.lifecycle import OpenRun, Plan
+from capexp.settings import WEIGHTS
 from capexp.tracking import registry
 from capexp.tracking.known_runs import git_commit
 from capexp.tracking.outbox import Point
@@ -47,7 +48,7 @@ class Registration:
     points: list[Point] = field(default_factory=list)
     """The run's final metrics, to be linked to the logged model; earlier versions of the project stored none."""
     dataset: tuple[str, str] = ("", "")
-    """Name and digest of the dev split in MLflow."""
+    """The name and digest of the dev split in MLflow."""
 
 
 def register(
@@ -83,14 +84,14 @@ def register(
 def register_bundle(run: OpenRun, bundle: Path, points: Sequence[Point]) -> Version:
     """Evaluate a captioner that a nested run has trained, and register it under the parent run ``run``.
 
-    ``points`` are metrics that the parent run has logged, to be linked to the model beside those of the evaluation.
+    ``points`` are metrics that the parent run has logged. They are linked to the model, as are the evaluation's.
     """
     captioner = Captioner.load(bundle, run.device)
     evaluation = evaluate_on_dev(run.plan, captioner)
     assert captioner.record is not None
     at = time.time_ns() // 1_000_000
     logged = run.tracked.log_metrics(evaluation.metrics(), captioner.record.epoch or 0, at)
-    return register(run, captioner, evaluation, encoder_weights(run.plan.experiment), [*points, *logged])
+    return register(run, captioner, evaluation, encoder_weights(run.plan), [*points, *logged])
 
 
 def log_interrupted(tracked: TrackedRun, captioner: Captioner, encoder: State | None) -> None:
@@ -104,7 +105,7 @@ def _deliver(
 ) -> Version | None:
     """Save the bundle in the run's folder, carry out the registration, and delete the bundle.
 
-    Raises :class:`Unsent` if the server is unreachable for so many ``seconds``; the bundle is then kept.
+    Raises :class:`Unsent` if the server is unreachable for ``seconds`` seconds; the bundle is then kept.
     """
     captioner.save(tracked.folder / _BUNDLE, encoder)
     version = tracked.run_when_sent(asdict(registration), lambda: carry_out(tracked, registration), seconds)
@@ -140,13 +141,14 @@ def delete_bundle(folder: Path) -> None:
     shutil.rmtree(folder / _BUNDLE, ignore_errors=True)
 
 
-def encoder_weights(experiment: Experiment) -> State | None:
-    """Return the layers of VGG16 that the captioner needs; None if they are not on this machine.
+def encoder_weights(plan: Plan) -> State | None:
+    """Return the layers of VGG16 that the captioner needs; None if they are not on this machine, or not known.
 
     Nothing is downloaded. If published weights are damaged, log a warning and return None.
     """
-    config = experiment.features
-    if not encoder_at_hand(config):
+    config, identity = plan.experiment.features, plan.data.encoder
+    is_unknown = isinstance(identity, FileIdentity) and identity.encoder is None
+    if is_unknown or not encoder_at_hand(config):
         return None
     try:
         return load_encoder(config).weights()

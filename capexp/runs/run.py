@@ -56,7 +56,7 @@ class Result:
     dev_loss: float | None = None
     """The best captioner's dev loss in nats per token; None for a pruned run, and for an earlier run that is reused."""
     dev_loss_blind: float | None = None
-    """The dev loss of the image-blind baseline; None in the same cases."""
+    """The dev loss of the image-blind baseline; None if ``dev_loss`` is None."""
     version: Version | None = None
     """The registered version; None if nothing was registered."""
     samples: tuple[GalleryCard, ...] = ()
@@ -73,9 +73,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
     interrupted, the run ends KILLED; with ``plan.registers`` the best captioner so far is logged, but not registered.
     """
     experiment = plan.experiment
-    encoder = (
-        encoder_weights(experiment) if plan.registers else None
-    )  # read before hours of training: it may be damaged
+    encoder = encoder_weights(plan) if plan.registers else None  # read before hours of training: it may be damaged
     parameters = check_fits(experiment, plan.data)
     check_disk_space(plan.folder, parameters, experiment.training)
     with opened(plan, resume) as run:
@@ -136,13 +134,13 @@ def follow(plan: Plan, world: World) -> None:
 def child(plan: Plan, earlier: EarlierRun | None = None) -> Generator[Update, None, Result]:
     """Yield the epochs of a nested run and return its result.
 
-    ``earlier`` is reused if it has finished, else it is continued. Without it a new run is trained.
+    ``earlier`` is reused if it has finished, else it is resumed. Without it a new run is trained.
     """
     await_store()
     if earlier is None:
         action = "trained now"
     else:
-        action = f"{'gone on with' if earlier.bundle is None else 'found'}, run {earlier.run_id}"
+        action = f"{'resumed' if earlier.bundle is None else 'found'}, run {earlier.run_id}"
     if plan.label:
         log.info("%s: %s", plan.label, action)
     if earlier is None:
@@ -159,7 +157,7 @@ def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: W
     """
     experiment, data = plan.experiment, plan.data
     captioner = Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, experiment.seed)
-    captioner.splits = data.drawn
+    captioner.splits, captioner.reference = data.drawn, data.reference
     config = experiment.training
     training = Training(
         captioner, data.batches("train", config), data.batches("dev", config), config, experiment.seed, device, world

@@ -36,7 +36,7 @@ from capexp.training.loop import Update
 
 TRIAL = "trial"
 """The tag of a nested run that holds its trial's number."""
-_BUNDLE = "bundle"  # the artifact from which another machine gets the best captioner
+_BUNDLE = "bundle"  # the artifact with the best captioner, for other machines
 
 
 def comparable_settings(experiment: Experiment, data: Dataset) -> dict[str, str]:
@@ -48,7 +48,7 @@ def comparable_settings(experiment: Experiment, data: Dataset) -> dict[str, str]
         for name, value in experiment.flat().items()
         if name not in ignored and name.split(".")[0] in ("name", "seed", "model", "training", "vocabulary")
     }
-    # Optuna accepts no other choices, and no other kind of numbers, under the same name.
+    # Optuna does not accept different choices, or a different kind of numbers, under the same name.
     kinds = {f"tune.search {name}": space.kind for name, space in search.items()}
     return settings | kinds | {"encoder": data.encoder.key(), "data digest": data.digest()[:16]}
 
@@ -104,8 +104,8 @@ class Trials:
     def train(self, trial: PendingTrial) -> Generator[Update, None, Result]:
         """Train a trial; yield its epochs and return its result.
 
-        If the trial was interrupted before and its folder is here, continue from its last checkpoint. If workers on
-        other machines share the study and this captioner is the best so far, log its bundle as an artifact.
+        If the trial was interrupted before and its folder is on this machine, continue from its last checkpoint. If
+        workers on other machines share the study and this captioner is the best so far, log its bundle as an artifact.
         """
         parents = self.study.parent_runs()
         plan = Plan(
@@ -129,8 +129,8 @@ class Trials:
         return result
 
     def delete_ended(self) -> None:
-        """Delete the folders of the trials that have ended, except that of the best trial."""
-        # In this order: a trial that becomes the best one in between is not among the ended ones.
+        """Delete the folders of the trials that have ended, except the best trial's."""
+        # List the ended trials first: one that becomes the best in between is then not among them.
         ended, best = self.study.ended_runs(), self.study.best()
         for run_id in ended - {best.run_id if best else ""}:
             shutil.rmtree(self.folder / run_id, ignore_errors=True)
@@ -179,7 +179,7 @@ class Trials:
         return "".join(f"# {line}\n" for line in header) + "\n" + to_toml(experiment)
 
     def _interrupted_run(self, trial: PendingTrial, parents: list[str]) -> EarlierRun | None:
-        """Return the interrupted run of the trial, if its folder is here and no process is training it."""
+        """Return the interrupted run of the trial, if its folder is on this machine and no process is training it."""
         for number in trial.earlier:
             run_id = find_nested(parents, TRIAL, str(number))
             if run_id is not None and (self.folder / run_id).is_dir():

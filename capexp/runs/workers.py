@@ -28,8 +28,8 @@ from capexp.search.study import Study
 from capexp.settings import Experiment
 
 _POLL_SECONDS = 1.0  # between two checks of the study or the workers
-_DEATHS_IN_A_ROW = 3  # after so many killed workers and no ended trial, the next would be killed too
-_STOP_SECONDS = 120.0  # an interrupted worker has so long to end its trial, then it is killed
+_DEATHS_IN_A_ROW = 3  # if so many workers are killed and no trial ends between, the next would be killed too
+_STOP_SECONDS = 120.0  # how long an interrupted worker may take to end its trial before it is killed
 
 Lines = Generator[str | None, None, None]
 """A generator that yields a line for each trial that ends, and None if the study's status may have changed."""
@@ -169,7 +169,7 @@ def _serve(task: Task, threads: int, connection: Connection, program: Program) -
         try:
             data = Dataset.read(task.experiment)
             study = task.open(comparable_settings(task.experiment, data))
-            trials = Trials(task.experiment, data.with_features(task.experiment), study, task.study)
+            trials = Trials(task.experiment, data.with_features(), study, task.study)
             with closing(work(task, trials)) as lines:
                 for line in lines:
                     connection.send(line)

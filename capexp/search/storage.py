@@ -23,7 +23,7 @@ from capexp.files import writing
 
 log = logging.getLogger(__name__)
 
-_LOST_AFTER = 3  # missed heartbeats
+_LOST_AFTER = 3  # missed heartbeats after which a trial counts as lost
 _CONNECT_SECONDS = 10
 
 
@@ -57,7 +57,7 @@ class StudyStorage(ABC):
 
     @contextmanager
     def faults(self) -> Iterator[None]:
-        """Turn errors of the storage's library or disk into an Outage of one line; subclasses do so."""
+        """Turn errors of the storage's library or disk into a one-line Outage; subclasses override this."""
         yield
 
 
@@ -143,7 +143,7 @@ class JournalStudyStorage(StudyStorage):
 
 
 class DatabaseStudyStorage(StudyStorage):
-    """A PostgreSQL database, locked by its advisory locks, with Optuna's heartbeats."""
+    """A PostgreSQL database, with its advisory locks and with Optuna's heartbeats."""
 
     is_shared = True
 
@@ -264,7 +264,7 @@ class DatabaseStudyStorage(StudyStorage):
 def find_storage(url: str | None, folder: Path, name: str, heartbeat: int) -> StudyStorage:
     """Return the storage that ``--storage`` names, or without a ``url`` the journal in ``folder``.
 
-    ``heartbeat`` is the seconds between two heartbeats in a database.
+    ``heartbeat`` is the number of seconds between two heartbeats in a database.
     """
     if url is None:
         return JournalStudyStorage(folder, name)
@@ -274,7 +274,7 @@ def find_storage(url: str | None, folder: Path, name: str, heartbeat: int) -> St
     try:
         parsed = make_url(url)
         dialect = parsed.get_backend_name()
-    except Exception:  # of many types, whose messages may quote the password in the URL
+    except Exception:  # exceptions of many types, whose messages may quote the password in the URL
         raise InputError(f"--storage: not a URL; give {expected}") from None
     if dialect != "postgresql":
         raise InputError(f"--storage {shown_uri(url)}: not a PostgreSQL database; give {expected}")

@@ -25,17 +25,17 @@ from capexp.training.loop import Update
 log = logging.getLogger(__name__)
 
 _FAILED_IN_A_ROW = 3  # after so many failed trials the cause is not the sampled values
-_RETRIES = 2  # of a trial whose workers have died
+_RETRIES = 2  # how often a trial is run again after its worker has died
 
-# User attributes of the Optuna study,
+# User attributes of the Optuna study.
 _PARENTS, _COMPARABLE = "parent_run_ids", "comparable"
-# and of its trials.
-_RUN = "run_id"  # its MLflow run, set when it ends
+# User attributes of a trial.
+_RUN = "run_id"  # the id of the trial's MLflow run, set when the trial ends
 _BEGUN = "begun"  # set once the trial has a heartbeat
-_ERROR = "error"  # why it failed; a failed trial without this is run again
-_STOPPED = "stopped"  # set if it ended by an interrupt or an outage, not by its worker's death
+_ERROR = "error"  # why the trial failed; a failed trial without this attribute is run again
+_STOPPED = "stopped"  # set if an interrupt or an outage ended the trial, not the death of its worker
 _EARLIER = "earlier"  # the numbers of the interrupted trials with the same values, the latest first
-_VANISHED = "vanished"  # how many of these ended by their worker's death
+_VANISHED = "vanished"  # how many of the earlier trials ended because their worker died
 
 
 TrainTrial = Callable[[PendingTrial], Generator[Update, None, Any]]
@@ -52,8 +52,8 @@ class Study:
         """Open the study ``name``, or create it.
 
         ``epochs`` is the largest number of epochs of a trial. ``comparable`` holds all settings that must be equal for
-        dev losses to be comparable; a study that was created with others is refused. Raises Outage if the storage
-        cannot be used.
+        dev losses to be comparable; InputError is raised if the study was created with different ones. Raises Outage if
+        the storage cannot be used.
         """
         import optuna
 
@@ -158,8 +158,8 @@ class Study:
         Return None if no trial is needed now: enough are done, or will be once the running ones are. An error caused by
         the sampled values (out of memory, a loss that is not finite) fails the trial but not the study; only several
         failed trials in a row raise an InputError, because the next would fail too. If the generator is closed or
-        interrupted, the trial is left to be run again; so it is if the storage or the tracking server is unreachable,
-        which raises Outage.
+        interrupted, the trial will be run again. Raises Outage if the storage or the tracking server is unreachable;
+        then, too, the trial will be run again.
         """
         from optuna.exceptions import UpdateFinishedTrialError
         from optuna.trial import TrialState
@@ -206,7 +206,7 @@ class Study:
                 value = min(losses) if state == TrialState.COMPLETE else None
                 is_lost = self._end_trial(trial, value, state, attributes)
             if is_lost:
-                return f"trial {pending.number}: was taken for lost, and is run elsewhere; given up here"
+                return f"trial {pending.number}: was taken for lost, and is run elsewhere; this worker gives it up"
         # Stop the study if failures do not depend on the sampled values.
         self._failed_in_a_row = self._failed_in_a_row + 1 if state == TrialState.FAIL else 0
         if self._failed_in_a_row == _FAILED_IN_A_ROW:
@@ -286,7 +286,7 @@ class Study:
         return kind(seed=seed)
 
     def _trials(self) -> dict[str, list[Any]]:
-        """Return all trials by the names of their states."""
+        """Return all trials, keyed by the names of their states."""
         from optuna.trial import TrialState
 
         by_state: dict[str, list[Any]] = {state.name: [] for state in TrialState}
@@ -309,7 +309,7 @@ def _suggest(trial: Any, name: str, space: Space) -> Value:
 
 
 def require_comparable(storage: StudyStorage, name: str, comparable: dict[str, str]) -> None:
-    """Refuse a study that was created for another experiment or other data, before anything is written.
+    """Raise InputError if a study was created for a different experiment or different data, before anything is written.
 
     The error names the first setting that differs. Raises Outage if the storage cannot be reached.
     """
@@ -338,7 +338,7 @@ def _check_comparable(study: Any, name: str, comparable: dict[str, str]) -> None
     if not isinstance(before, dict):
         raise InputError(f"--study {name}: is not a study of this program, or of an older one; give another name")
     for setting in dict.fromkeys([*comparable, *before]):
-        # A setting that was added since had its default before.
+        # A setting that was added to the project since then counts as having had its default.
         default = text_before(setting) or "not set"
         old, new = before.get(setting, default), comparable.get(setting, default)
         if old != new:

@@ -20,14 +20,14 @@ from capexp.tracking.run import Input, as_dataset
 from capexp.tracking.store import check_store, prepare_store, store_faults
 
 _LOSSES = {"cross_entropy": "loss", "cross_entropy_blind": "loss_blind"}
-_NOT_LOGGED = ("targets", "photos", "captions_per_second")  # numbers that are no scores
+_NOT_LOGGED = ("targets", "photos", "captions_per_second")  # numbers that are not scores
 
 
 def log_evaluation(scores: Mapping[str, object], split: Input) -> str:
     """Log the record of an evaluation to a new run, or to the adopted one under ``mlflow run``; return the run's id.
 
-    Its scores become metrics named by the split (``test_loss``, ``test_cider``), its decoding settings params, and the
-    whole record the artifact ``scores.json``.
+    The scores become metrics whose names start with the split's (``test_loss``, ``test_cider``). The decoding settings
+    become params, and the whole record becomes the artifact ``scores.json``.
     """
     check_store(str(scores["experiment"]), adopted_run())
     prepare_store()
@@ -48,7 +48,7 @@ def log_evaluation(scores: Mapping[str, object], split: Input) -> str:
         model_id = _model_id(model)
         with mlflow.start_run(run_name=f"{scores['experiment']}, {name} of {model}", log_system_metrics=False) as run:
             run_id = str(run.info.run_id)
-            known = client.get_run(run_id).data.params  # of `mlflow run`: a param cannot change
+            known = client.get_run(run_id).data.params  # under `mlflow run` it has some: a param cannot change
             mlflow.log_params({key: value for key, value in params.items() if key not in known})
             dataset, digest = split.mlflow_key
             at = time.time_ns() // 1_000_000

@@ -1,4 +1,4 @@
-"""Runs that exist in MLflow's store: find, read, change and end them by their ids, without opening them here."""
+"""Runs that exist in MLflow's store: find, read, change and end them by their ids, without opening them."""
 
 import os
 import subprocess
@@ -94,9 +94,9 @@ def add_artifacts(run_id: str, folder: Path, name: str) -> None:
 
 
 def fetch_artifacts(run_id: str, name: str) -> Path | None:
-    """Return the local path of a run's artifact, a file or folder, downloaded if necessary; None if it is not there.
+    """Return the local path of a run's artifact, a file or folder, downloaded if necessary; None if it does not exist.
 
-    ``name`` is looked up only among the top level of the run's artifacts.
+    ``name`` is looked up only at the top level of the run's artifacts.
     """
     with store_faults(), artifact_faults(run_id):
         if not any(item.path == name for item in MlflowClient().list_artifacts(run_id)):

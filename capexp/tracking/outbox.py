@@ -2,8 +2,8 @@
 
 Each entry (metrics, params, tags, an input, an artifact) is first written to the journal, a file in the run's folder.
 Then the outbox sends it: at once to a local store, from a thread to a server. The thread retries while the server is
-unreachable, so that training does not wait. If a process is killed, a later process reads
-the unsent entries from the journal and sends them. MLflow's own asynchronous logging would lose them.
+unreachable, so that training does not wait. If a process is killed, a later process reads the unsent entries from the
+journal and sends them. MLflow's own asynchronous logging would lose them.
 """
 
 import fcntl
@@ -35,7 +35,7 @@ JOURNAL = "journal.jsonl"
 Point = tuple[str, float, int, int]
 """A logged value of a metric: name, value, time in milliseconds since 1970, step."""
 METRICS, PARAMS, TAGS, INPUT, ARTIFACT = "metrics", "params", "tags", "input", "artifact"
-"""The kinds of entries that an outbox sends. Those of other kinds are handled by ``TrackedRun``."""
+"""The kinds of entries that an outbox sends. ``TrackedRun`` handles entries of other kinds."""
 _KINDS = (METRICS, PARAMS, TAGS, INPUT, ARTIFACT)
 _FIRST_WAIT, _LONGEST_WAIT = 1.0, 15.0  # seconds between two tries; doubled after each failure
 _METRICS_PER_REQUEST, _PARAMS_PER_REQUEST = 1000, 100  # MLflow's limits
@@ -49,9 +49,9 @@ class Entry:
     number: int
     """The entry's number in the journal, counted from 1."""
     kind: str
-    """What it is, such as ``metrics``; it decides how the entry is sent."""
+    """The kind of the entry, such as ``metrics``; it decides how the entry is sent."""
     content: Any
-    """The content in JSON values; its form depends on the kind."""
+    """The content in JSON values; its structure depends on the kind."""
 
 
 class Journal:
@@ -198,7 +198,7 @@ class Outbox:
         """Wait until all entries are sent, or until none was sent for ``seconds``.
 
         Return None if all are sent, else the last error. Raises MLflow's exception if the run does not exist. With a
-        local store the entries are sent here.
+        local store this method itself sends the entries.
         """
         if self._thread is None:
             self.flush()

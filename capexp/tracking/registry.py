@@ -30,7 +30,9 @@ from capexp.tracking.store import artifact_faults, is_missing, store_lock
 ARTIFACT = "captioner"
 CHAMPION = "champion"
 
-_NO_STEP = -1  # of a logged model: MLflow links all metrics of its step, and link_metrics links those that are wanted
+# The step of a logged model: MLflow links all metrics of that step to the model. No metric has this step, because
+# link_metrics links the wanted metrics.
+_NO_STEP = -1
 _DIGEST = "decoder_digest"  # the tag that identifies the captioner of a logged model or a version
 
 _PACKAGE = Path(__file__).parents[1]
@@ -56,7 +58,7 @@ class Score:
     metric: Metric
     """The metric that decides the comparison."""
     values: Mapping[Metric, float]
-    """All metrics, so that a later captioner may be compared by another one."""
+    """All metrics, so that a later captioner may be compared by a different metric."""
     dev_digest: str
     """The digest of the dev split on which the metrics were measured."""
     vocabulary_digest: str
@@ -74,9 +76,9 @@ class Score:
         }
 
     def beats(self, champion: Mapping[str, str], number: str) -> tuple[bool, str]:
-        """Return whether this score is better than that of the champion, and the reason.
+        """Return whether this score is better than the champion's, and the reason.
 
-        ``champion`` holds the tags of the champion, ``number`` is its version. Losses can be compared only if the
+        ``champion`` are the champion's tags, ``number`` is its version. Losses can be compared only if the
         vocabulary is the same. CIDEr can be compared between vocabularies, because the references are the same, but
         only if captions were split into tokens by the same rule.
         """

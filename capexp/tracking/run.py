@@ -37,7 +37,7 @@ from capexp.tracking.store import (
 log = logging.getLogger(__name__)
 
 _LONGEST_PAUSE = 4.0  # seconds between two tries of an action
-_PARAM_LENGTH = 6000  # MLflow's limit
+_PARAM_LENGTH = 6000  # MLflow's limit on the length of a param
 ACTION, ENDED = "claim", "ended"
 """The kinds of journal entries that must wait until all others are sent: a pending action (a model to register), and
 the end of the run."""
@@ -118,7 +118,7 @@ class TrackedRun:
 
         It is for actions that need the complete run in the store, such as the registration of its model. The journal
         keeps ``content``, which describes the action, until the action is done: a later process can then do it in
-        :meth:`send_rest`. Raises :class:`Unsent` if a server accepts nothing for so many ``seconds``.
+        :meth:`send_rest`. Raises :class:`Unsent` if a server accepts nothing for ``seconds`` seconds.
         """
         return self._deliver(self._journal.write(ACTION, content), action, seconds)
 
@@ -130,7 +130,7 @@ class TrackedRun:
         * the number of entries that were not sent,
         * the result of ``action``, None if no action was pending,
         * the status in which the earlier process ended the run. It is None if that process was killed before the end;
-          then the run is not ended here.
+          then this method does not end the run either.
 
         Raises :class:`Unsent` if a server accepts nothing for :func:`patience` seconds.
         """
@@ -151,7 +151,8 @@ class TrackedRun:
 
     def _last_status(self) -> str | None:
         """Return the status in which the last process ended the run; None if it was killed before."""
-        # Each process logs params at its beginning: if they are newer than the last end, that end is an earlier one's.
+        # Each process logs params at its beginning. If they are newer than the last end, an earlier process logged that
+        # end.
         last = next((entry for entry in reversed(self._journal.entries) if entry.kind in (PARAMS, ENDED)), None)
         return str(last.content["status"]) if last is not None and last.kind == ENDED else None
 
@@ -165,7 +166,7 @@ class TrackedRun:
     def end(self, status: str, seconds: float) -> None:
         """End the run once all is sent.
 
-        Raises :class:`Unsent` if a server accepts nothing for so many ``seconds``; the journal keeps the status.
+        Raises :class:`Unsent` if a server accepts nothing for ``seconds`` seconds; the journal keeps the status.
         """
         content = {"status": status, "ended_at": time.time_ns() // 1_000_000}
         try:
@@ -185,8 +186,8 @@ class TrackedRun:
     def _deliver(self, entry: Entry, action: Callable[[], T], seconds: float) -> T:
         """Run the action of an entry once the outbox is empty, and mark the entry as sent; return the action's result.
 
-        If a server fails, the action is retried for so many ``seconds``; then :class:`Unsent` is raised. Errors of a
-        local store are raised as they are, and so are those that say that the run does not exist.
+        If a server fails, the action is retried for ``seconds`` seconds; then :class:`Unsent` is raised. Errors of a
+        local store are raised as they are, and so are errors that say that the run does not exist.
         """
         failure = self._outbox.drain(seconds)
         deadline, pause = time.monotonic() + (seconds if failure is None else 0), 1.0

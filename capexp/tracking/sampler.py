@@ -8,7 +8,7 @@ from mlflow.system_metrics.system_metrics_monitor import SystemMetricsMonitor
 
 log = logging.getLogger(__name__)
 
-_SECONDS = 5.0  # between samples; MLflow's 10 are too many for short runs
+_SECONDS = 5.0  # seconds between samples; MLflow's default of 10 is too long for short runs
 
 
 class Sampler(SystemMetricsMonitor):  # type: ignore[misc]

@@ -33,7 +33,7 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     def load_context(self, context: Any) -> None:
         """Load the bundle. Its encoder is loaded, and downloaded if necessary, at the first photo."""
         self.captioner = Captioner.load(Path(context.artifacts["bundle"]))
-        # Only one request at a time: each uses all cores, and the memory stays that of one request.
+        # Only one request at a time: each uses all cores, and memory is needed for one request only.
         self.turn = threading.Lock()
 
     def predict(
@@ -41,7 +41,7 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
     ) -> list[dict[str, Any]]:
         """Return one record per photo: ``caption`` and ``log_probability``, or the ``error`` of that photo.
 
-        ``params`` may contain ``method`` and ``beam_width``, which replace those of the bundle. A wrong param or too
+        ``params`` may contain ``method`` and ``beam_width``, which override the bundle's. A wrong param or too
         many photos raise MlflowException, for which a server answers 400.
         """
         values = list(model_input["photo"])
@@ -57,7 +57,7 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
         return [_record(photo if isinstance(photo, InputError) else next(results)) for photo in photos]
 
     def _decoding(self, params: dict[str, Any]) -> DecodingConfig:
-        """Return the bundle's decoding settings with those of a request."""
+        """Return the bundle's decoding settings, overridden by the request's params."""
         given = {name: value for name, value in params.items() if value is not None}
         try:
             decoding = DecodingConfig.model_validate(self.captioner.decoding.model_dump() | given)

@@ -1,8 +1,8 @@
 """MLflow's store: its URI, creation, locking, and one-line errors.
 
-The store is a local SQLite database, another database, or a tracking server. A missing local database is created here,
-under a lock, so that two processes do not create it at the same time. ``store_faults`` and ``artifact_faults`` turn
-errors of the store into Outage.
+The store is a local SQLite database, another database, or a tracking server. ``prepare_store`` creates a missing local
+database under a lock, so that two processes do not create it at the same time. ``store_faults`` and ``artifact_faults``
+turn errors of the store into Outage.
 """
 
 import logging
@@ -35,7 +35,7 @@ log = logging.getLogger(__name__)
 _LOCK = ".mlflow.lock"
 _SQLITE, _WITH_DRIVER = "sqlite:///", "sqlite+pysqlite:///"
 _ENCODED = re.compile("%[0-9A-Fa-f]{2}")
-_REMOTE_DATABASES = ("postgresql", "mysql", "mssql")  # that MLflow can use directly, without a tracking server
+_REMOTE_DATABASES = ("postgresql", "mysql", "mssql")  # MLflow can use these directly, without a tracking server
 _CONNECT_SECONDS = 10
 _RETRIES = "MLFLOW_HTTP_REQUEST_MAX_RETRIES"
 _FAIL_FAST = {_RETRIES: "1", "MLFLOW_HTTP_REQUEST_TIMEOUT": "10"}  # for the check before any work is done
@@ -43,7 +43,7 @@ _PATIENCE = "CAPEXP_PATIENCE"
 
 
 def database_path(uri: str) -> Path | None:
-    """Return the file of a local database, as SQLAlchemy opens it; None if the URI is not that of a local database.
+    """Return the file of a local database, as SQLAlchemy opens it; None if the URI does not name a local database.
 
     Percent-encoded characters are decoded. MLflow encodes the path of its default store; users may encode theirs.
     """
@@ -56,19 +56,19 @@ def database_path(uri: str) -> Path | None:
 def database_uri(path: Path) -> str:
     """Return the URI of a local database, written so that MLflow does not create a folder with a wrong name.
 
-    MLflow creates the folder of a ``sqlite:///`` path, and does not percent-decode the path. So the path is not encoded
-    here if SQLAlchemy can read it as it is. A path with ``?``, or with ``%`` before two hexadecimal digits, must be
-    encoded. Its URI then names the driver (``sqlite+pysqlite:///``), because MLflow creates no folder for such a URI.
+    MLflow creates the folder of a ``sqlite:///`` path, and does not percent-decode the path. So the returned path is
+    not encoded if SQLAlchemy can read it as it is. A path with ``?``, or with ``%`` before two hexadecimal digits, must
+    be encoded. Its URI then names the driver (``sqlite+pysqlite:///``): MLflow creates no folder for such a URI.
     """
     name = str(path)
     return f"{_WITH_DRIVER}{quote(name)}" if "?" in name or _ENCODED.search(name) else f"{_SQLITE}{name}"
 
 
 def store_uri() -> str:
-    """Return the URI of MLflow's store; that of a local database in the form of :func:`database_uri`.
+    """Return the URI of MLflow's store; a local database's is written as by :func:`database_uri`.
 
-    If MLflow's tracking URI has another form, it is replaced by the returned one, in MLflow and in the environment that
-    child processes inherit. The registry's URI is treated in the same way.
+    If MLflow's tracking URI is written differently, it is replaced by the returned one, in MLflow and in the
+    environment that child processes inherit. The registry's URI is treated in the same way.
     """
     try:
         given = str(mlflow.get_tracking_uri())
@@ -84,7 +84,7 @@ def store_uri() -> str:
 
 
 def _normalized(uri: str) -> str:
-    """Return the URI of a local database in the form of :func:`database_uri`, and any other URI unchanged."""
+    """Return the URI of a local database as :func:`database_uri` writes it, and any other URI unchanged."""
     path = database_path(uri)
     if path is None:
         return uri
@@ -95,9 +95,9 @@ def _normalized(uri: str) -> str:
 def _refuse_folder() -> None:
     """Raise InputError if MLflow cannot use a database because of its own folder's name or the working directory's.
 
-    * The working directory holds the artifacts. MLflow percent-decodes the path of a local artifact folder, although it
-      was never encoded.
-    * MLflow's own folder holds the migrations of the database's schema. MLflow gives its path to Alembic in a
+    * The working directory contains the artifacts. MLflow percent-decodes the path of a local artifact folder, although
+      it was never encoded.
+    * MLflow's own folder contains the migrations of the database's schema. MLflow gives its path to Alembic in a
       configuration in which ``%`` has a special meaning.
     """
     folder = str(Path.cwd())
@@ -183,7 +183,7 @@ def check_store(experiment: str | None = None, run_id: str | None = None) -> Non
 
 
 def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
-    """Check that an experiment's artifacts go into a folder that is there.
+    """Check that the folder of an experiment's artifacts exists.
 
     MLflow stores its absolute path. If the project's folder was moved, MLflow would create the old path again. If it
     was copied, MLflow would write into the original folder. So a missing folder is an error, and a folder that belongs
@@ -206,7 +206,7 @@ def _require_artifacts(experiment: str | None, run_id: str | None) -> None:
     here = database.resolve().parent
     if folder.resolve().is_relative_to(here) or not (here / "mlruns").is_dir():
         return  # without artifacts beside it, the store is shared by several folders
-    project = folder.parent.parent  # of mlruns/1
+    project = folder.parent.parent  # the folder that contains mlruns/1
     if not folder.parent.exists():
         raise InputError(
             f"{database}: experiment {found.name} has its artifacts in {folder}, which is gone; if the project's "
@@ -248,7 +248,7 @@ def patience() -> float:
 
 
 def short_patience() -> float:
-    """Return the same seconds for the end of a run that was interrupted or has failed: 10 at most."""
+    """Return how many seconds an interrupted or failed run waits at its end: as :func:`patience`, but at most 10."""
     return min(10.0, patience())
 
 
@@ -304,7 +304,7 @@ def require_store() -> None:
 def _refuse_unreachable() -> None:
     """Raise an error if the database does not accept a connection at the first try. MLflow would retry for minutes.
 
-    A tracking server is not checked here.
+    It does not check a tracking server.
     """
     uri = store_uri()
     path = database_path(uri)
@@ -411,7 +411,7 @@ def store_faults() -> Iterator[None]:
 def fault_of(error: Exception) -> str:
     """Return one line that says which error the store or the server reports, without credentials."""
     lines = str(error).strip().splitlines()
-    # SQLAlchemy may first say during which of its steps the error occurred.
+    # The first line may only name the step of SQLAlchemy in which the error occurred.
     reasons = [line for line in lines if not line.startswith("(raised as a result of")]
     reason = without_credentials((reasons or lines or [type(error).__name__])[0])[:200]
     return reason if isinstance(error, Outage) else f"MLflow's store {shown_uri(store_uri())}: {reason}"

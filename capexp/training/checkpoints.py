@@ -34,7 +34,7 @@ class EpochProgress:
     sums: tuple[float, ...] = ()
     """Sums over these steps: loss in nats, targets; in the self-critical phase also rewards and captions."""
     seconds: float = 0.0
-    """The time spent on them."""
+    """The seconds spent on these steps."""
 
 
 @dataclass(frozen=True)

@@ -110,7 +110,7 @@ class TrainStats:
     learning_rate: float
     """The learning rate at the first step."""
     reward: float | None = None
-    """In the self-critical phase: as in :class:`Epoch`."""
+    """In the self-critical phase: the reward, as in :class:`Epoch`."""
 
 
 @dataclass(frozen=True)
@@ -188,9 +188,9 @@ def fit(
 
     All random numbers follow from seed, epoch and step. So a training that is stopped and resumed gives the losses of
     an uninterrupted one, on the CPU bit for bit. On a GPU this needs the same kind of steps in both sessions, because
-    captured steps sample other dropout masks than packed ones.
+    captured steps sample different dropout masks from packed steps.
 
-    ``before`` are the epochs of an earlier phase. This phase starts from the best captioner of those, and has its own
+    ``before`` are the epochs of an earlier phase. This phase starts from that phase's best captioner, and has its own
     folder of checkpoints.
 
     All ranks call this function and get the same losses, but not the same seconds. Only rank 0 has ``checkpoints``.
@@ -281,7 +281,7 @@ def _resume(
         if improvements:
             best: DevStats | None = DevStats(improvements[-1].dev_loss, improvements[-1].dev_cider)
         else:
-            best = objective.baseline()  # that of the captioner with which this phase began
+            best = objective.baseline()  # the results of the captioner with which this phase began
         objective.load_state_dict(state)
     except InputError:
         raise

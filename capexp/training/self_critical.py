@@ -1,6 +1,6 @@
 """The self-critical objective: sample captions, and make those with a high CIDEr-D more probable.
 
-This is self-critical sequence training (Rennie et al., CVPR 2017) with another baseline: not the reward of a greedy
+This is self-critical sequence training (Rennie et al., CVPR 2017) with a different baseline: not the reward of a greedy
 caption, but the mean reward of the photo's other samples (Luo, 2020).
 
 Shapes: N photos, K captions per photo, B = N * K, T steps, M targets, V vocabulary,

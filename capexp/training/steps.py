@@ -19,7 +19,10 @@ from capexp.settings import SelfCriticalConfig, TrainingConfig
 from capexp.training.loop import Training
 
 _PADDING_LIMIT = 5
-"""Words of padded batches per real word: from this number on captions are packed. Flickr8k has 2 to 3."""
+"""The limit of padded batches' words (padding included) per real word. At or above it batches are packed.
+
+Flickr8k has 2 to 3.
+"""
 
 
 @dataclass(frozen=True)
@@ -53,7 +56,7 @@ class Steps(ABC):
         self.optimizer = torch.optim.AdamW(
             [value for value in decoder.parameters() if value.requires_grad],
             lr=training.config.learning_rate if rate is None else rate,
-            eps=1e-7,  # Keras's value
+            eps=1e-7,  # Keras's default
             weight_decay=training.config.weight_decay,
             fused=True,
             capturable=capturable,
@@ -113,7 +116,8 @@ class CapturedSteps(Steps):
     replayed by one call (Ng et al., "Accelerating PyTorch with CUDA graphs", 2021).
 
     A captured step has fixed shapes. So every photo is padded to the largest number of captions per photo, and the
-    length of the captions is rounded up to one of few. The decoder reads the padding, but the loss does not count it.
+    length of the captions is rounded up to one of a few lengths. The decoder reads the padding, but the loss does not
+    count it.
     There is one graph per length. The first step of each length runs without a graph.
 
     On other devices the same steps run without graphs.
@@ -153,7 +157,8 @@ class CapturedSteps(Steps):
     def _take(self, length: int) -> None:
         """Take the next step, with a CUDA graph if there is one for this length.
 
-        The first step of a length runs without a graph, and the second one captures it.
+        The first step of a length runs without a graph. The second captures the graph and replays it; later steps only
+        replay it.
         """
         if not self._uses_graphs:
             self._work(length)
@@ -206,7 +211,10 @@ class CapturedSteps(Steps):
 
 
 def _rounded(length: int, longest: int) -> int:
-    """Round a length up to one of few: four between two powers of two, and at most ``longest``."""
+    """Round a length up, to at most four different lengths between two powers of two, and not above ``longest``.
+
+    Each length needs a graph of its own.
+    """
     unit = max(2, 1 << max(length.bit_length() - 3, 0))
     return min(-(-length // unit) * unit, longest)
 
@@ -231,7 +239,7 @@ def seed_step(seed: int, number: int, step: int, rank: int) -> None:
 
 
 def clip(decoder: Decoder, most: float) -> None:
-    """Scale the gradients down to the norm ``most`` if theirs is larger."""
+    """Scale the gradients down to the norm ``most`` if their norm is larger."""
     parameters = [value for value in decoder.parameters() if value.grad is not None]
     norm = nn.utils.get_total_norm([value.grad for value in parameters if value.grad is not None])
     if norm.device.type != "cpu" or norm > most:  # a GPU's norm is not read: that would mean waiting

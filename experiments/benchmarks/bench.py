@@ -1,8 +1,8 @@
-"""What the benchmarks share: contestants in turn, medians and ratios, peaks of memory, the machine, the record.
+"""Code that all benchmarks share: run contestants in turn; medians, ratios, peaks of memory; the machine; the record.
 
-A ratio is what one contestant does in a second by what another does, in the same round of the same call, so it is true
-on a machine whose speed drifts; more is better. ``experiments/benchmarks/`` holds the records that are committed, one a
-benchmark and kind of device; a run says which of its ratios fell behind them.
+A ratio is one contestant's work per second divided by another's, in the same round of the same run. So it is valid on a
+machine whose speed drifts; more is better. ``experiments/benchmarks/`` contains the committed records, one per
+benchmark and kind of device; a run reports which of its ratios fell behind them.
 """
 
 import argparse
@@ -21,14 +21,14 @@ from typing import Any
 import torch
 
 RECORDS = Path(__file__).parent
-BEHIND = 0.85  # of the committed ratio: what is less is told
+BEHIND = 0.85  # a ratio below this share of the committed one is reported
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """The flags that every benchmark has."""
+    """Return a parser with the flags that every benchmark has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument("--device", default="auto", help="auto, cpu or cuda")
-    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="of torch on the CPU")
+    parser.add_argument("--threads", type=int, default=torch.get_num_threads(), help="torch's threads on the CPU")
     parser.add_argument("--rounds", type=int, default=5)
     parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write the record")
     return parser
@@ -36,21 +36,21 @@ def arguments(doc: str | None) -> argparse.ArgumentParser:
 
 @dataclass
 class Record:
-    """What a benchmark measured, and where."""
+    """The results of a benchmark, and the machine on which they were measured."""
 
     name: str
     unit: str
-    """What the rates count in a second."""
+    """The unit of work that the rates count per second."""
     device: torch.device
     settings: dict[str, Any]
     rates: dict[str, float] = field(default_factory=dict)
-    """Medians over the rounds."""
+    """Work per second: medians over the rounds."""
     ratios: dict[str, float] = field(default_factory=dict)
     """Medians over the rounds; more is better."""
     peaks: dict[str, float] = field(default_factory=dict)
-    """MiB at most."""
+    """The peak of memory in MiB."""
     growth: dict[str, dict[str, float]] = field(default_factory=dict)
-    """How a cost grows: what grows, then its values."""
+    """How a cost grows: keyed by the name of the cost, then by the size that varies."""
 
     def race(
         self,
@@ -60,9 +60,9 @@ class Record:
         warm_up: bool = True,
         tidy: Callable[[], object] = lambda: None,
     ) -> None:
-        """Runs contestants in turn, after a round that is not counted; each gives how much it did.
+        """Run the contestants in turn; each returns how much work it did. The first round is not counted.
 
-        ``tidy`` clears up after each, and is not counted.
+        ``tidy`` is called after each contestant, and its time is not counted.
         """
 
         def measure(work: Callable[[], float]) -> float:
@@ -78,7 +78,7 @@ class Record:
             self.ratios[f"{a} / {b}"] = statistics.median(one[a] / one[b] for one in measured)
 
     def finish(self, output: Path | None) -> None:
-        """Prints the record, and what fell behind the committed one; writes it where asked."""
+        """Print the record, and the ratios that fell behind the committed ones; write it to ``output`` if given."""
         record = {
             "name": self.name,
             "command": " ".join(Path(word).name if "/" in word else word for word in sys.argv),
@@ -103,7 +103,7 @@ class Record:
 
 
 def rate(work: Callable[[], float], device: torch.device) -> float:
-    """What some work does in a second; it gives how much it did."""
+    """Return how much ``work`` does per second; ``work`` returns how much it did."""
     _wait(device)
     start = time.perf_counter()
     done = work()
@@ -112,21 +112,21 @@ def rate(work: Callable[[], float], device: torch.device) -> float:
 
 
 def peak(work: Callable[..., object], *values: Any) -> float:
-    """MiB that a process of its own comes to hold in doing some work, its libraries counted."""
-    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # whose process may have some of its own
+    """Return the peak of memory, in MiB, of a new process that does some work, its libraries included."""
+    with ProcessPoolExecutor(1, multiprocessing.get_context("spawn")) as pool:  # its process may start others itself
         return pool.submit(_peak, work, values).result()
 
 
 def _peak(work: Callable[..., object], values: tuple[Any, ...]) -> float:
     work(*values)
-    # Not getrusage's maximum, which a process inherits from the one that has started it.
+    # Not getrusage's maximum, which a process inherits from the process that has started it.
     status = Path("/proc/self/status").read_text(encoding="utf-8")
     (line,) = (line for line in status.splitlines() if line.startswith("VmHWM:"))
     return int(line.split()[1]) / 1024
 
 
 def profile(work: Callable[[], object], steps: int, device: torch.device, lines: int = 16) -> None:
-    """Prints how many milliseconds of each of the steps that ``work`` does go into which operation of torch."""
+    """Print the milliseconds per step that each of torch's operations takes; ``work`` does ``steps`` steps."""
     activities = [torch.profiler.ProfilerActivity.CPU]
     if device.type == "cuda":
         activities.append(torch.profiler.ProfilerActivity.CUDA)
@@ -149,7 +149,7 @@ def profile(work: Callable[[], object], steps: int, device: torch.device, lines:
 def flops(
     a: tuple[int, int], b: tuple[int, int], dtype: torch.dtype, device: torch.device, seconds: float = 0.5
 ) -> float:
-    """Floating-point operations a second of one product of matrices of these shapes, measured now."""
+    """Measure the floating-point operations per second of a product of two matrices of these shapes."""
     left, right = torch.randn(a, device=device).to(dtype), torch.randn(b, device=device).to(dtype)
     left @ right
     _wait(device)
@@ -163,7 +163,7 @@ def flops(
 
 
 def machine(device: torch.device) -> dict[str, Any]:
-    """What the figures were measured on."""
+    """Return a description of the machine on which the figures were measured."""
     cpuinfo = Path("/proc/cpuinfo")
     lines = cpuinfo.read_text(encoding="utf-8").splitlines() if cpuinfo.is_file() else []
     found = {name.strip(): value.strip() for name, _, value in (line.partition(":") for line in lines)}

@@ -1,10 +1,10 @@
-"""Captions a second at beam 3: a thousand photos at once against one photo at a time, of both decoders.
+"""Captions per second at beam 3: a thousand photos at once against one photo at a time, with both decoders.
 
     python bench_decoding.py                made-up features and decoders, captions as long as people's
     python bench_decoding.py --model MODEL  a captioner's own decoder and vocabulary
 
-The floor is the matrix products of the vocabulary layer alone, for the words that are weighed. Peaks of memory are
-those of a process that does nothing else.
+The floor is the time of the vocabulary layer's matrix products alone. Peaks of memory are measured in a process that
+does nothing else.
 """
 
 import sys
@@ -29,8 +29,8 @@ from capexp.distributed import choose_device
 from capexp.settings import DecodingConfig, ModelConfig
 from capexp.tracking.models import find_bundle
 
-WORDS = 2536  # of Flickr8k with minimum count 5
-MEAN, DEVIATION = 10.8, 3.8  # words of a Flickr8k caption
+WORDS = 2536  # the size of Flickr8k's vocabulary with minimum count 5
+MEAN, DEVIATION = 10.8, 3.8  # the number of words of a Flickr8k caption
 PHOTOS, WIDTHS = (256, 512, 1024), (1, 3, 10)
 
 Kind = Literal["merge", "attention"]
@@ -38,39 +38,39 @@ Kind = Literal["merge", "attention"]
 
 @dataclass(frozen=True)
 class Timed(DecoderState):
-    """A decoder's state, with how many words each caption will have and has."""
+    """A decoder's state, with the number of words that each caption will have (``words``) and now has (``said``)."""
 
     state: DecoderState
     words: Tensor  # (B,)
     said: int
 
     def select(self, rows: Tensor) -> "Timed":
-        """The state of some of the captions."""
+        """Return the state of the captions ``rows``."""
         return Timed(self.state.select(rows), self.words[rows], self.said)
 
     def repeat(self, times: int) -> "Timed":
-        """The state of as many captions in place of each."""
+        """Return the state with each caption repeated ``times`` times in a row."""
         return Timed(self.state.repeat(times), self.words.repeat_interleave(times), self.said)
 
 
 class EndsLikePeople(RecurrentDecoder):
-    """An untrained decoder that ends its captions after as many words as people's have, by a number a photo."""
+    """An untrained decoder whose captions are as long as people's; each photo's features determine the length."""
 
     def __init__(self, decoder: Decoder) -> None:
         super().__init__()
         self.decoder = decoder
 
     def start(self, features: Tensor) -> Timed:
-        """The state before the first word; how long a caption will be stands in the photo's first feature."""
+        """Return the state before the first word; the photo's first feature determines the caption's length."""
         words = (MEAN + DEVIATION * features[:, 0, 0]).round().clamp(2, 30)
         return Timed(self.decoder.start(features), words, 0)
 
     def read(self, state: DecoderState, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, DecoderState]:
-        """Is not asked for by decoding."""
+        """Raise NotImplementedError: decoding does not call this method."""
         raise NotImplementedError
 
     def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, Timed]:
-        """The decoder's own step, but for when it ends."""
+        """Take the decoder's own step, but set the logit of EOS so that the caption ends at its length."""
         assert isinstance(state, Timed)
         logits, after = self.decoder.step(state.state, words)
         logits[:, EOS] = torch.where(state.words <= state.said, 100.0, -100.0)
@@ -78,7 +78,7 @@ class EndsLikePeople(RecurrentDecoder):
 
 
 def made_up(kind: Kind) -> Captioner:
-    """An untrained captioner of the tutorial's sizes."""
+    """Return an untrained captioner of the tutorial's sizes."""
     words = Vocabulary(tuple(f"w{number}" for number in range(WORDS)), "standard", "token")
     pool: Literal["mean", "max2"] = "mean" if kind == "merge" else "max2"
     identity = EncoderIdentity("conv5_3", pool, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
@@ -88,18 +88,18 @@ def made_up(kind: Kind) -> Captioner:
 
 
 def features_of(captioner: Captioner, photos: int) -> NDArray[np.float16]:
-    """Made-up features of so many photos."""
+    """Return made-up features of ``photos`` photos."""
     shape = (photos, *captioner.encoder_identity.shape)
     return np.random.default_rng(1).standard_normal(shape, np.float32).astype(np.float16)
 
 
 def beam(captioner: Captioner, width: int) -> DecodingConfig:
-    """As the captioner decodes, but with a beam."""
+    """Return the captioner's decoding settings with beam search of a given width."""
     return captioner.decoding.model_copy(update={"method": "beam", "beam_width": width})
 
 
 def decode_made_up(kind: Kind, photos: int, width: int) -> None:
-    """Captions so many photos, a part at a time as features are read from a cache, in a process of its own."""
+    """Caption ``photos`` made-up photos, a part at a time, as if their features were read from a cache."""
     captioner = made_up(kind)
     features, config = features_of(captioner, PHOTOS[0]), beam(captioner, width)
     captions = [captioner.caption_features(features, config) for _ in range(photos // PHOTOS[0])]
@@ -107,7 +107,10 @@ def decode_made_up(kind: Kind, photos: int, width: int) -> None:
 
 
 def contestants(captioner: Captioner, photos: int, one_by_one: int, width: int) -> dict[str, Callable[[], float]]:
-    """Batched, one at a time, and the vocabulary layer's products alone; each says how many captions it made."""
+    """Return the contestants: batched, one photo at a time, and the vocabulary layer's products alone.
+
+    Each returns the number of captions it made.
+    """
     features, config = features_of(captioner, photos), beam(captioner, width)
     said = captioner.caption_features(features, config)
     steps = sum(len(caption.text.split()) + 1 for caption in said)
@@ -132,12 +135,12 @@ def contestants(captioner: Captioner, photos: int, one_by_one: int, width: int) 
 
 
 def units(captioner: Captioner) -> int:
-    """How wide the output before the vocabulary layer is."""
+    """Return the width of the output before the vocabulary layer."""
     return captioner.models[0].lstm_units
 
 
 def same_captions(captioner: Captioner, photos: int, width: int) -> float:
-    """The share of photos that get in a batch the caption that they get alone."""
+    """Return the share of photos whose caption in a batch equals their caption alone."""
     features, config = features_of(captioner, photos), beam(captioner, width)
     together = captioner.caption_features(features, config)
     alone = [captioner.caption_features(features[photo : photo + 1], config)[0] for photo in range(photos)]
@@ -145,11 +148,11 @@ def same_captions(captioner: Captioner, photos: int, width: int) -> float:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run the benchmark and print its record."""
     parser = bench.arguments(__doc__)
-    parser.add_argument("--model", help="a bundle's folder, or what MLflow registered")
+    parser.add_argument("--model", help="a bundle's folder, or a model in MLflow's store")
     parser.add_argument("--photos", type=int, default=1000)
-    parser.add_argument("--one-by-one", type=int, default=50, help="photos taken one at a time in a round")
+    parser.add_argument("--one-by-one", type=int, default=50, help="photos per round, one at a time")
     parser.add_argument("--beam-width", type=int, default=3)
     parser.add_argument("--no-peaks", action="store_true", help="leave out the peaks of memory")
     arguments = parser.parse_args()

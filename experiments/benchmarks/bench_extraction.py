@@ -1,20 +1,20 @@
-"""Photos a second from JPEG files to cached features, against a plain loop, decoding alone, and the arithmetic.
+"""Photos per second from JPEG files to cached features, against a plain loop, decoding alone, and the arithmetic.
 
     python bench_extraction.py                                 drawn photos, random weights
     python bench_extraction.py --photos FOLDER --weights FILE  real ones: the arithmetic is the same
 
 Contestants run in turn on photos of the same files:
 
-- *ours*: ``capexp.extract``'s own way, digests, decoding, VGG16 to the whole grid of conv5_3, and the file on disk;
+- *ours*: as ``capexp.extract`` does it: digests, decoding, VGG16 up to the whole grid of conv5_3, and the file on disk;
 - *ours, float32*;
-- *one by one*: a loop as anyone writes it with torchvision, one photo at a time, in float32;
+- *one by one*: a simple loop with torchvision, one photo at a time, in float32;
 - *decoding*: ours, without the network;
-- *products*: the floor, large products of matrices, a photo being 30.7 GFLOP of them, in the faster precision;
-- *convolution*: the same with one layer of VGG16, which may do more in a second than a product does;
-- on a GPU, *network*: ours, without files; and ours of *a quarter of the photos*, which tells what *each photo more*
-  takes, whatever it takes to begin.
+- *products*: the floor: large products of matrices in the faster precision; 30.7 GFLOP count as one photo;
+- *convolution*: the same with one layer of VGG16, which may do more operations per second than a product;
+- on a GPU, *network*: ours, without files; and ours with *a quarter of the photos*. The difference between that and all
+  photos gives the time of *each photo more*, without the time of the start.
 
-Memory is that of a process of its own: with all photos, and with a quarter of them.
+The peak of memory is measured in a new process: with all photos, and with a quarter of them.
 """
 
 from __future__ import annotations
@@ -25,7 +25,7 @@ from functools import partial
 from pathlib import Path
 from typing import TYPE_CHECKING, Final
 
-if TYPE_CHECKING or __name__ != "__mp_main__":  # the processes that decode import this file, and need nothing of it
+if TYPE_CHECKING or __name__ != "__mp_main__":  # the processes that decode import this file too, but need none of this
     sys.path.insert(0, str(Path(__file__).parents[2]))
 
     import shutil
@@ -48,13 +48,13 @@ if TYPE_CHECKING or __name__ != "__mp_main__":  # the processes that decode impo
     from capexp.distributed import choose_device
     from capexp.settings import PHOTO_SIZE, FeaturesConfig, Precision
 
-GFLOP: Final = 30.693  # a photo's in the convolutions to conv5_3, a multiplication and an addition being two
-LAYER: Final = (8, 256, 56)  # photos, channels and side of the map of conv3_2
-DRAWN: Final = 256  # pictures; more files are some of these again, each with a mark behind its end
+GFLOP: Final = 30.693  # per photo in the convolutions up to conv5_3; a multiplication and an addition count as two
+LAYER: Final = (8, 256, 56)  # the number of photos, the channels and the side of the map of conv3_2
+DRAWN: Final = 256  # pictures that are drawn; further files are copies, each with a different mark after its end
 
 
 def draw_photos(folder: Path, count: int) -> list[Path]:
-    """JPEG files of 500x375 and about 130 KB, as Flickr's are: clouds of many sizes, and noise."""
+    """Draw JPEG files of 500x375 and about 130 KB, like Flickr's: clouds of many sizes, and noise."""
     generator = np.random.default_rng(0)
     paths = [folder / f"{number:06}.jpg" for number in range(count)]
     for path in paths:
@@ -67,7 +67,7 @@ def draw_photos(folder: Path, count: int) -> list[Path]:
 
 
 def repeated(photos: list[Path], count: int, folder: Path) -> list[Path]:
-    """So many files, each unlike all others, of the pictures of fewer."""
+    """Return ``count`` files that all differ in content, by copying the given photos as often as needed."""
     files = photos[:count]
     for number in range(len(files), count):
         photo = photos[number % len(photos)]
@@ -77,19 +77,19 @@ def repeated(photos: list[Path], count: int, folder: Path) -> list[Path]:
 
 
 def delete(scratch: Path) -> None:
-    """Deletes a cache, where there is one."""
+    """Delete the cache, if there is one."""
     shutil.rmtree(scratch / "cache", ignore_errors=True)
 
 
 def draw_weights(path: Path) -> Path:
-    """VGG16's convolutions with random weights."""
+    """Write VGG16's convolutions with random weights to a file; return its path."""
     net: nn.Sequential = torchvision.models.vgg16(weights=None).features
     torch.save({f"features.{name}": value.half() for name, value in net.state_dict().items()}, path)
     return path
 
 
 def extract(photos: list[Path], weights: Path, precision: Precision, device: torch.device, batch_size: int) -> None:
-    """Computes the features of photos into a new cache, as the command does."""
+    """Compute the features of photos into a new cache, as the command does."""
     import tempfile
 
     from capexp.data.cache import FeatureCache, cache_features
@@ -103,12 +103,12 @@ def extract(photos: list[Path], weights: Path, precision: Precision, device: tor
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run the benchmark and print its record."""
     parser = arguments(__doc__)
-    parser.add_argument("--photos", metavar="FOLDER", help="default: drawn ones")
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of VGG16's convolutions; default: random ones")
-    parser.add_argument("--count", type=int, help="photos in a round; default: 64, and 32,768 on a GPU")
-    parser.add_argument("--batch-size", type=int, default=FeaturesConfig().batch_size, help="on a GPU")
+    parser.add_argument("--photos", metavar="FOLDER", help="folder of photos; default: drawn ones")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="VGG16's convolutions; default: random weights")
+    parser.add_argument("--count", type=int, help="number of photos in a round; default: 64, and 32,768 on a GPU")
+    parser.add_argument("--batch-size", type=int, default=FeaturesConfig().batch_size, help="batch size on a GPU")
     flags = parser.parse_args()
     torch.set_num_threads(flags.threads)
     device = choose_device(flags.device)
@@ -123,8 +123,8 @@ def main() -> None:
 def measure(
     photos: list[Path], scratch: Path, weights: Path, device: torch.device, batch_size: int, rounds: int
 ) -> Record:
-    """The record of all contestants."""
-    side = 2048 if device.type == "cpu" else 8192  # of the matrices: far beyond the caches
+    """Measure all contestants; return the record."""
+    side = 2048 if device.type == "cpu" else 8192  # the side of the matrices, which are much larger than the caches
     speeds = {dtype: flops((side, side), (side, side), dtype, device) for dtype in (torch.float32, torch.bfloat16)}
     best = max(speeds, key=lambda dtype: speeds[dtype])
     kilobytes = sum(photo.stat().st_size for photo in photos) / len(photos) / 1000
@@ -166,7 +166,7 @@ def measure(
     batch, channels, width = LAYER if device.type == "cpu" else (128, *LAYER[1:])
     layer = nn.Conv2d(channels, channels, 3, padding=1).to(device, best).to(memory_format=torch.channels_last)
     maps = torch.randn(batch, channels, width, width, device=device, dtype=best).to(memory_format=torch.channels_last)
-    speed = speeds[best]  # bounds how long a round of these takes
+    speed = speeds[best]  # limits how long a round of products or convolutions takes
 
     def for_a_while(work: Callable[[], object], gflop: float) -> float:
         times = max(1, round(2 * speed / 1e9 / gflop))

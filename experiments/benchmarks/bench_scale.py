@@ -1,11 +1,11 @@
-"""Memory of training on very many photos: made-up features in a real cache on disk, one caption a photo.
+"""Memory of training on very many photos: made-up features in a real cache on disk, one caption per photo.
 
     python bench_scale.py                 10,000, 100,000 and 1,000,000 photos, 400 batches of each
     python bench_scale.py --batches 4000  a whole epoch of the million, a quarter of an hour
 
-Each number of photos is measured in a process of its own, which looks the photos up, makes batches of their captions,
-and trains on them. What training takes is told apart: memory of its own, and pages of the file of features, which the
-system lends and takes back. The captioner is small; it is the data whose memory is in question. The cache of a million
+Each number of photos is measured in a new process, which looks the photos up, makes batches of their captions, and
+trains on them. Two kinds of memory are reported: the process's own, and pages of the file of features, which the system
+can take back. The captioner is small, because the question is the memory that the data needs. The cache of a million
 photos takes 1 GiB in a temporary folder (``TMPDIR``). Linux only.
 """
 
@@ -39,16 +39,16 @@ from capexp.training.teacher_forcing import CrossEntropy
 
 IDENTITY = EncoderIdentity("conv5_3", "mean", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
 WORDS, LENGTH, UNITS, BATCH = 500, 9, 32, 256
-_AT_ONCE = 10_000  # photos whose features are made up together
+_AT_ONCE = 10_000  # photos whose features are made up at a time
 
 
 def digest_of(photo: int) -> bytes:
-    """As if of a photo's bytes."""
+    """Return a made-up digest of a photo."""
     return hashlib.sha256(str(photo).encode()).digest()
 
 
 def write_cache(folder: Path, photos: int) -> None:
-    """Records as an extraction leaves them."""
+    """Write a cache of made-up records, as an extraction writes it."""
     cache, rng = FeatureCache(folder, IDENTITY), np.random.default_rng(1)
     with cache._open_to_append() as file:
         for start in range(0, photos, _AT_ONCE):
@@ -60,7 +60,7 @@ def write_cache(folder: Path, photos: int) -> None:
 
 
 def make_split(photos: int) -> Split:
-    """Photos with a caption each, of words with Zipf's frequencies."""
+    """Return a split with one caption per photo; the words have Zipf's frequencies."""
     rng = np.random.default_rng(2)
     words = [f"word{chr(97 + i // 26)}{chr(97 + i % 26)}" for i in range(WORDS)]
     captions = (
@@ -72,17 +72,17 @@ def make_split(photos: int) -> Split:
 
 
 class Some(CaptionBatches):
-    """The first few batches of each epoch."""
+    """Batches of which an epoch has only the first ``most``."""
 
     most = 0
 
     def epoch(self, seed: int, number: int, world: World = ALONE, done: int = 0) -> Iterator[Batch]:
-        """So many at most."""
+        """Yield the first batches of an epoch."""
         return islice(super().epoch(seed, number, world, done), self.most)
 
 
 def resident() -> dict[str, float]:
-    """MiB that this process holds now: of its own (``RssAnon``), and of files (``RssFile``)."""
+    """Return this process's resident memory in MiB: its own (``RssAnon``), and pages of files (``RssFile``)."""
     lines = Path("/proc/self/status").read_text(encoding="utf-8").splitlines()
     return {
         name: int(rest.split()[0]) / 1024 for name, _, rest in (line.partition(":") for line in lines if "Rss" in line)
@@ -90,7 +90,7 @@ def resident() -> dict[str, float]:
 
 
 def work(folder: str, photos: int, steps: int) -> None:
-    """Looks up, makes batches, trains on some, and leaves in the folder what it held meanwhile."""
+    """Look up photos, make batches, train on some; write the memory that this took to a file in the folder."""
     split = make_split(photos)
     vocabulary = build_vocabulary((one for photo in split.references for one in photo), VocabularyConfig())
     features = FeatureCache(Path(folder), IDENTITY).open([digest_of(photo) for photo in range(photos)])
@@ -122,7 +122,7 @@ def work(folder: str, photos: int, steps: int) -> None:
 
 
 def main() -> None:
-    """Measures, and prints or writes the record."""
+    """Run the benchmark, and print or write its record."""
     parser = bench.arguments(__doc__)
     parser.add_argument("--photos", type=int, nargs="+", default=[10_000, 100_000, 1_000_000])
     parser.add_argument("--batches", type=int, default=400)

@@ -1,10 +1,10 @@
-"""Trials a minute: one process that shares data, features and device; workers; and the same as runs one by one.
+"""Trials per minute: a study in one process, which shares data, features and device; with workers; and separate runs.
 
     python experiments/benchmarks/bench_search.py
 
-Every trial trains the embedded scenes for as many epochs, in a folder of its own. Each contestant's time holds all that
-its commands do, from their start to the registered model. Trials in one process share its start; separate runs start
-again each time.
+Every trial trains the embedded scenes for the same number of epochs, in a folder of its own. Each contestant's time
+includes everything that its commands do, from their start to the registered model. Trials in one process share its
+start; separate runs start again each time.
 """
 
 import os
@@ -36,20 +36,20 @@ class Commands:
             "training.patience": epochs,
             "training.device": device,
             "tune.pruner": "none",
-            "tune.search": {"model.dropout": {"low": 0.2, "high": 0.3}},  # of no cost
+            "tune.search": {"model.dropout": {"low": 0.2, "high": 0.3}},  # does not change the cost of a trial
         }
         self.settings = folder / "search.toml"
         self.settings.write_text(to_toml(load_experiment(find_experiment("scenes"), overrides)), encoding="utf-8")
         self.environment = os.environ | {"PYTHONPATH": str(ROOT), "OMP_NUM_THREADS": str(threads)}
 
     def search(self, workers: int) -> float:
-        """A study of all trials; gives trials times the seconds of a minute, to be divided by seconds."""
+        """Run a study of all trials; return the trials times 60, so that the rate per second is trials per minute."""
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             self._run(Path(place), "tune", "--trials", str(self.trials), "--workers", str(workers))
         return self.trials * SECONDS_A_MINUTE
 
     def one_by_one(self) -> float:
-        """As many runs, each a process of its own."""
+        """Train the same number of runs, each in a new process; return as :meth:`search` does."""
         with tempfile.TemporaryDirectory(dir=self.folder) as place:
             for trial in range(self.trials):
                 dropout = 0.2 + 0.1 * trial / self.trials
@@ -63,7 +63,7 @@ class Commands:
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run the benchmark and print its record."""
     parser = bench.arguments(__doc__)
     parser.set_defaults(rounds=1)
     parser.add_argument("--trials", type=int, default=6)

@@ -1,9 +1,10 @@
-"""The served model under load: latency, photos a second, and whether its memory grows.
+"""The served model under load: latency, photos per second, and whether its memory grows.
 
     python experiments/benchmarks/bench_serving.py --model models:/capexp-scenes@champion --output serving.json
 
-Starts `mlflow models serve` on a free port of 127.0.0.1, in the folder whose `mlflow.db` holds the model, sends it the
-photos of a folder from several clients at once, each waiting for its answer before it asks again, and stops it.
+Starts `mlflow models serve` on a free port of 127.0.0.1 and stops it at the end. Run this in the folder whose
+`mlflow.db` has the model. Several clients send the photos of a folder at the same time; each waits for its answer
+before it sends the next request.
 """
 
 import argparse
@@ -29,12 +30,12 @@ import psutil
 
 _PHOTOS = Path(__file__).parents[1] / "scenes" / "Scenes_Dataset"
 _MIB = 2**20
-_PATIENCE = 600  # seconds for an answer; MLflow's own 60 are few on a machine with much else to do
+_PATIENCE = 600  # seconds to wait for an answer; MLflow's default of 60 is too short on a busy machine
 
 
 @contextmanager
 def served(model: str, log: Path) -> Iterator[tuple[int, psutil.Process]]:
-    """A running server of a model: its port, and the process that ends last of those it has started."""
+    """Serve a model inside the block; give the server's port and its process."""
     with socket.socket() as free:
         free.bind(("127.0.0.1", 0))
         port = free.getsockname()[1]
@@ -68,19 +69,19 @@ def _answers(port: int) -> bool:
 
 
 def resident(process: psutil.Process) -> float:
-    """Memory in MiB that a process and all its children hold."""
+    """Return the resident memory, in MiB, of a process and all its children."""
     held = [one.memory_info().rss for one in (process, *process.children(recursive=True))]
     return float(sum(held)) / _MIB
 
 
 def computed(process: psutil.Process) -> float:
-    """Seconds that a process and all its children have had on any core."""
+    """Return the CPU seconds of a process and all its children."""
     times = [one.cpu_times() for one in (process, *process.children(recursive=True))]
     return sum(float(time.user + time.system) for time in times)
 
 
 class Load:
-    """So many requests of one photo each from so many clients, and what came of them."""
+    """Requests of one photo each from several clients, and their results."""
 
     def __init__(self, port: int, photos: list[Path], requests: int, clients: int, params: dict[str, Any]) -> None:
         self.port = port
@@ -126,7 +127,10 @@ def _body(photo: Path, params: dict[str, Any]) -> bytes:
 
 
 def measure(model: str, photos: list[Path], requests: int, clients: int, params: dict[str, Any]) -> dict[str, Any]:
-    """Serves a model, loads it, and tells what was measured; memory is compared after the first fifth."""
+    """Serve a model and send it requests; return the measurements.
+
+    Memory at the end is compared with memory after the first fifth of the requests.
+    """
     with tempfile.TemporaryDirectory() as folder, served(model, Path(folder) / "log") as (port, process):
         memory = [(0, resident(process))]
         load = Load(port, photos, requests, clients, params)
@@ -161,10 +165,10 @@ def measure(model: str, photos: list[Path], requests: int, clients: int, params:
 
 
 def main() -> int:
-    """The command; its exit status is 1 where a request was not answered, or not as before."""
+    """Run the benchmark; return 1 if a request was not answered, or if the same photo got different answers, else 0."""
     parser = argparse.ArgumentParser(description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter)
     parser.add_argument(
-        "--model", required=True, help="models:/NAME@champion, or what else `mlflow models serve` takes"
+        "--model", required=True, help="models:/NAME@champion, or another URI that `mlflow models serve` accepts"
     )
     parser.add_argument("--requests", type=int, default=1200)
     parser.add_argument("--clients", type=int, default=8)

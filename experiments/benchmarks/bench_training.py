@@ -1,16 +1,18 @@
-"""Targets a second of the tutorial's captioner in training: ours, its rivals, and the products of matrices alone.
+"""Targets per second when training the tutorial's captioner: ours, its rivals, and the matrix products alone.
 
     python experiments/benchmarks/bench_training.py                      on this machine, five rounds
-    python experiments/benchmarks/bench_training.py --growth             and how the cost grows, some minutes more
+    python experiments/benchmarks/bench_training.py --growth             also how the cost grows; some minutes more
     python experiments/benchmarks/bench_training.py --entries 2540       with the vocabulary of flickr8k-merge-conv
     python experiments/benchmarks/bench_training.py --profile            where the time of a step goes, by operation
     python experiments/benchmarks/bench_training.py --device cuda
 
 All train the same model (4096 features, 256 units, 7,579 entries by default) on made-up captions as long as Flickr8k's.
-"the tutorial's method" makes a sample of each prefix, padded to the longest caption, one photo a batch, and "Keras",
-where TensorFlow is installed, does the same in the framework that the tutorial is written in; "plain" is
-teacher forcing over batches of 64 captions, padded to the longest of each, in float32, with an unfused Adam. The floor
-is the products of matrices that a target needs, at the rate of one large product.
+
+- "the tutorial's method" makes a sample of each prefix, padded to the longest caption, with one photo per batch.
+- "Keras", if TensorFlow is installed, does the same in the tutorial's own framework.
+- "plain" is teacher forcing over batches of 64 captions, each batch padded to its longest caption, in float32, with an
+  unfused Adam.
+- The floor is the matrix products that a target needs, at the speed of one large product.
 """
 
 import importlib.util
@@ -44,14 +46,14 @@ from capexp.training.loop import Training
 from capexp.training.steps import PackedSteps, choose_steps
 from capexp.training.teacher_forcing import CrossEntropy
 
-ENTRIES, FEATURES, UNITS, LONGEST = 7579, 4096, 256, 34  # of the tutorial, on Flickr8k
-CAPTIONS, MEAN_LENGTH, BATCH = 5, 9.2, 64  # of a photo; words of a caption; captions of a batch
+ENTRIES, FEATURES, UNITS, LONGEST = 7579, 4096, 256, 34  # the tutorial's values for Flickr8k
+CAPTIONS, MEAN_LENGTH, BATCH = 5, 9.2, 64  # captions per photo; words per caption; captions per batch
 Precision = Literal["float32", "bfloat16"]
 DTYPES: dict[Precision, torch.dtype] = {"float32": torch.float32, "bfloat16": torch.bfloat16}
 
 
 class Task:
-    """Made-up photos and captions, and what the contestants share of them."""
+    """Made-up photos and captions, which all contestants train on."""
 
     def __init__(
         self,
@@ -78,12 +80,15 @@ class Task:
         self._epoch = 0
 
     def captioner(self) -> Captioner:
-        """A fresh one."""
+        """Return a new, untrained captioner."""
         identity = EncoderIdentity("fc2", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
         return Captioner.fresh(ModelConfig(), self.vocabulary, identity, DecodingConfig(), seed=1)
 
     def ours(self, precision: Precision, captured: bool = True) -> Callable[[], float]:
-        """An epoch of the project's own loop, on a GPU from captured steps or one operation after another."""
+        """Return a contestant that trains an epoch in the project's own loop; on a GPU with captured steps or without.
+
+        As for all contestants, calling it returns the number of targets.
+        """
         config = TrainingConfig(precision=precision)
         training = Training(self.captioner(), self.batches, self.batches, config, 1, self.device)
         objective = CrossEntropy(training, choose_steps if captured else PackedSteps)
@@ -95,7 +100,7 @@ class Task:
         return epoch
 
     def plain(self) -> Callable[[], float]:
-        """Teacher forcing as most write it."""
+        """Return a contestant with the usual padded teacher forcing."""
         model = Rival(len(self.vocabulary)).to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=False)
         encoded = [self._tokens(text) for photo in self.texts for text in photo]
@@ -119,7 +124,7 @@ class Task:
         return epoch
 
     def tutorial(self, photos: int) -> Callable[[], float]:
-        """The tutorial's method, over some of the photos."""
+        """Return a contestant with the tutorial's method, over the first ``photos`` photos."""
         model = Rival(len(self.vocabulary)).to(self.device)
         optimizer = torch.optim.Adam(model.parameters(), lr=1e-3, fused=False)
 
@@ -140,7 +145,7 @@ class Task:
         return epoch
 
     def keras(self, photos: int) -> Callable[[], float]:
-        """The tutorial's method in its own framework."""
+        """Return a contestant with the tutorial's method in Keras, over the first ``photos`` photos."""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
         from tensorflow import keras
 
@@ -171,7 +176,7 @@ class Task:
         return epoch
 
     def floor(self, precision: Precision) -> Callable[[], float]:
-        """As many targets as one large product's worth of arithmetic."""
+        """Return a contestant that computes large products, and counts the targets that need as much arithmetic."""
         size = 2048 if self.device.type == "cpu" else 8192
         a = torch.randn(size, size, device=self.device).to(DTYPES[precision])
         b = torch.randn(size, size, device=self.device).to(DTYPES[precision])
@@ -188,7 +193,7 @@ class Task:
         return products
 
     def _prefixes(self, photo: int) -> tuple[Tensor, Tensor]:
-        """Every beginning of a photo's captions ``(M, LONGEST)``, and what comes next ``(M,)``."""
+        """Return all prefixes of a photo's captions ``(M, LONGEST)``, and the next word of each ``(M,)``."""
         samples, following = [], []
         for text in self.texts[photo]:
             tokens = self._tokens(text)
@@ -205,7 +210,7 @@ class Task:
 
 
 class Rival(nn.Module):
-    """The tutorial's layers, as they are written down."""
+    """The tutorial's layers in plain PyTorch."""
 
     def __init__(self, entries: int) -> None:
         super().__init__()
@@ -214,7 +219,7 @@ class Rival(nn.Module):
         self.lstm, self.vocabulary = nn.LSTM(UNITS, UNITS, batch_first=True), nn.Linear(UNITS, entries)
 
     def forward(self, photos: Tensor, words: Tensor, last: bool = False) -> Tensor:
-        """Logits ``(B, T, V)``, or of the last step alone ``(B, V)``."""
+        """Return the logits ``(B, T, V)``, or with ``last`` those of the last step only ``(B, V)``."""
         outputs, _ = self.lstm(self.dropout(self.embedding(words)))
         photo = torch.relu(self.photo(self.dropout(photos)))
         merged = outputs[:, -1] + photo if last else outputs + photo.unsqueeze(1)
@@ -223,48 +228,48 @@ class Rival(nn.Module):
 
 
 def multiplications(entries: int, targets_a_caption: float) -> float:
-    """Floating-point operations of a target's products of matrices, forwards and backwards.
+    """Return the floating-point operations of a target's matrix products, forward and backward.
 
-    Forwards 2 a weight; backwards 4, or 2 where nothing before the layer learns, as before that of the photo.
+    Forward takes 2 per weight. Backward takes 4, or 2 for the photo's layer, because nothing before it is trained.
     """
     a_target = 4 * UNITS * 2 * UNITS + UNITS * UNITS + UNITS * entries
     return 6 * a_target + 4 * FEATURES * UNITS / targets_a_caption
 
 
 class First(CaptionBatches):
-    """Batches of which an epoch has the first few only."""
+    """Batches of which an epoch has only the first 50."""
 
     def epoch(self, seed: int, number: int, world: World = ALONE, done: int = 0) -> Iterator[Batch]:
-        """The first of an epoch."""
+        """Yield the first batches of an epoch."""
         return islice(super().epoch(seed, number, world, done), 50)
 
 
 def peak_of(photos: int) -> None:
-    """The first batches of an epoch, for their memory."""
+    """Train on the first batches of an epoch, to measure their peak of memory."""
     task = Task(photos, torch.device("cpu"), kind=First)
     task.ours("float32")()
 
 
 @cache
 def keras_task(photos: int, entries: int) -> Callable[[], float]:
-    """What trains the tutorial's captioner in Keras, made once in a process."""
+    """Return the contestant in Keras; it is made once per process."""
     return Task(photos, torch.device("cpu"), entries).keras(photos)
 
 
 def keras_epoch(photos: int, entries: int) -> float:
-    """An epoch in Keras: how many targets it had."""
+    """Train an epoch in Keras; return its number of targets."""
     return keras_task(photos, entries)()
 
 
 def main() -> None:
-    """Measures and prints."""
+    """Run the benchmark and print its record."""
     parser = bench.arguments(__doc__)
     parser.add_argument(
-        "--photos", type=int, default=400, help="photos of a round; the tutorial's method takes a tenth"
+        "--photos", type=int, default=400, help="number of photos in a round; the tutorial's method takes a tenth"
     )
-    parser.add_argument("--entries", type=int, default=ENTRIES, help="of the vocabulary")
+    parser.add_argument("--entries", type=int, default=ENTRIES, help="number of entries of the vocabulary")
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows too")
-    parser.add_argument("--profile", action="store_true", help="tell where the time of a step of ours goes, alone")
+    parser.add_argument("--profile", action="store_true", help="only print the time of each operation in our steps")
     arguments = parser.parse_args()
     if arguments.growth and arguments.entries != ENTRIES:
         parser.error("--growth has vocabularies of its own; leave --entries out")
@@ -292,7 +297,7 @@ def main() -> None:
         for other in ("tutorial's method", "plain", f"floor, {precision}")
     ]
     if device.type == "cpu" and importlib.util.find_spec("tensorflow"):
-        # In a process of its own: TensorFlow's threads stay awake when it has nothing to do.
+        # In a process of its own: TensorFlow's threads keep running when it has nothing to do.
         pool = ProcessPoolExecutor(1, multiprocessing.get_context("spawn"))
         few = max(arguments.photos // 10, 1)
         contestants["Keras"] = lambda: pool.submit(keras_epoch, few, entries).result()

@@ -135,11 +135,11 @@ BY = {
     "above": (("above", "over", "high above"), ("below", "under")),
     "under": (("under", "below"), ("above", "over")),
 }
-"""A relation in words, from the first group's side and from the second's."""
+"""Each relation in words: as seen from the first group, and as seen from the second."""
 
 
 def describe(scene: Scene, rng: Random) -> tuple[str, ...]:
-    """Five different captions of `scene` in Flickr8k's look: tokens apart, a capital, mostly a final ` .`."""
+    """Five different captions of `scene` in Flickr8k's style: spaces between tokens, a capital, mostly a final ` .`."""
     captions: list[str] = []
     used: set[str] = set()
     while len(captions) < CAPTIONS:

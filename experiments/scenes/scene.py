@@ -18,7 +18,7 @@ DAYLIGHT = ("meadow", "beach", "snow", "street", "sea")
 
 @dataclass(frozen=True)
 class Kind:
-    """One kind of thing: its colours, and on which backgrounds it can do what."""
+    """One kind of thing: its colours, and the backgrounds on which it can do each thing."""
 
     colours: tuple[str, ...]
     doings: dict[str, tuple[str, ...]]
@@ -62,7 +62,7 @@ CAMOUFLAGE = {
     ("sea", "blue"),
     ("street", "black"),
 }
-"""Background and colour that would be hard to tell apart; no thing but a tree is given such a colour."""
+"""Backgrounds and colours that are hard to tell apart; only trees are given such a colour."""
 
 MOVABLE = ("dog", "cat", "child", "ball", "bird")
 RELATIONS: dict[str, tuple[tuple[str, ...], tuple[str, ...]]] = {
@@ -112,7 +112,7 @@ HELD_OUT_RELATIONS = {
 
 @dataclass(frozen=True)
 class Group:
-    """One, two or three alike things. `size` and `place` are empty where a viewer could not tell."""
+    """One, two or three things of a kind. `size` and `place` are empty if a viewer could not tell them."""
 
     kind: str
     colour: str
@@ -201,7 +201,7 @@ def _group(rng: Random, background: str, kinds: tuple[str, ...], relation: str, 
 
 
 def _doings(kind: str, background: str, relation: str, leads: bool) -> list[str]:
-    """What `kind` can do there: only the first group of "above" flies, no group of another relation does."""
+    """What `kind` can do on `background`: in a relation, only the first group of "above" flies."""
     doings = KINDS[kind].doings_on(background)
     if relation == "above" and leads:
         return [doing for doing in doings if doing == "fly"]

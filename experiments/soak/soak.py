@@ -1,7 +1,7 @@
-"""What the soaks share: a user's folder with real processes in it, and what must be true of it at any moment.
+"""Code that all soaks share: a user's folder, in which real processes run, and checks that must always succeed in it.
 
 ``soak_kills.py``, ``soak_trials.py`` and ``soak_service.py`` beside this file are the soaks; ``make soak`` runs all
-three. Each ends with exit status 1 where something was lost, and writes what it counted where asked.
+three. Each ends with exit status 1 if something was lost, and writes its counts to the file of ``--output``.
 """
 
 import argparse
@@ -21,7 +21,7 @@ ROOT = Path(__file__).parents[2]
 sys.path.insert(0, str(ROOT))
 ENVIRONMENT = {
     "PYTHONPATH": str(ROOT),
-    "OMP_NUM_THREADS": "1",  # the same sums in the same order, whatever else the machine does
+    "OMP_NUM_THREADS": "1",  # sums are computed in the same order, however busy the machine is
     "CAPEXP_OFFLINE": "1",
     "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ.get('PATH', '')}",
     "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",
@@ -35,19 +35,19 @@ SMALL = (
 
 
 class Lost(Exception):
-    """Something is not as it must be."""
+    """A check has failed."""
 
 
 def arguments(doc: str | None) -> argparse.ArgumentParser:
-    """The flags that every soak has."""
+    """Return a parser with the flags that every soak has."""
     parser = argparse.ArgumentParser(description=doc, formatter_class=argparse.RawDescriptionHelpFormatter)
-    parser.add_argument("--seed", type=int, default=1, help="of the random moments")
-    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write what was counted")
+    parser.add_argument("--seed", type=int, default=1, help="seed of the random moments")
+    parser.add_argument("--output", type=Path, metavar="FILE.json", help="where to write the counts")
     return parser
 
 
 def finish(counted: dict[str, Any], output: Path | None) -> None:
-    """Prints what a soak has counted, and writes it where asked."""
+    """Print the counts of a soak; write them to ``output`` if given."""
     for name, value in counted.items():
         print(f"{name:32} {value}")
     if output is not None:
@@ -64,7 +64,7 @@ class Folder:
         self.environment |= ENVIRONMENT
 
     def start(self, command: str, *words: str) -> subprocess.Popen[str]:
-        """A command of the project's, in a group of its own, with its output in ``said.txt``."""
+        """Start one of the project's commands in a process group of its own; its output goes to ``said.txt``."""
         with (self.path / "said.txt").open("a") as said:
             return subprocess.Popen(
                 [sys.executable, "-m", f"capexp.{command}", *words],
@@ -72,22 +72,18 @@ class Folder:
             )  # fmt: skip
 
     def run(self, command: str, *words: str) -> float:
-        """Runs a command to its end: the seconds that it took."""
+        """Run a command to its end; return the seconds that it took."""
         start = time.monotonic()
         self.end(self.start(command, *words))
         return time.monotonic() - start
 
     def end(self, process: subprocess.Popen[str]) -> None:
-        """Waits for the end of a command.
-
-        Raises:
-            Lost: it has failed.
-        """
+        """Wait for the end of a command; raise Lost if it has failed."""
         if process.wait() != 0:
             raise Lost(f"exit status {process.returncode}:\n{self.said()}")
 
     def said(self) -> str:
-        """The end of what the commands have printed."""
+        """Return the end of the commands' output."""
         return (self.path / "said.txt").read_text(encoding="utf-8", errors="replace")[-3000:]
 
     @property
@@ -101,7 +97,7 @@ class Folder:
         return mlflow.MlflowClient()
 
     def runs(self) -> list[Any]:
-        """All runs of the store, the oldest first."""
+        """Return all runs of the store, the oldest first."""
         if not (self.path / "mlflow.db").exists():
             return []
         client = self.client
@@ -109,11 +105,11 @@ class Folder:
         return list(client.search_runs(experiments, order_by=["attributes.start_time"], max_results=1000))
 
     def verify(self) -> int:
-        """Checks all that is visible of the folder, at whatever moment its commands were killed; what it has checked.
+        """Check the store and all bundles after a command has ended or was killed; return the number of bundles.
 
         Raises:
-            Lost: the store cannot be read, a bundle is not whole, a model is ready or registered without its files, or
-                the champion is none of the versions.
+            Lost: the store cannot be read, a bundle is incomplete, a model is ready or registered without its files, or
+                the champion is not one of the versions.
         """
         from capexp.captioning.bundle import verify_bundle
         from capexp.errors import InputError
@@ -135,7 +131,7 @@ class Folder:
         return len(bundles)
 
     def _registered(self) -> list[Path]:
-        """The bundles of the models that are ready, and of all versions and champions."""
+        """Return the bundles of all models that are ready; check that each version and champion has one."""
         from mlflow.utils.file_utils import local_file_uri_to_path
 
         client = self.client
@@ -157,7 +153,7 @@ class Folder:
 
 
 def kill(process: subprocess.Popen[str]) -> bool:
-    """SIGKILL of a command and all that it has started; whether it had not ended by itself."""
+    """Send SIGKILL to a command and its children; return False if it had already ended by itself."""
     if process.poll() is not None:
         return False
     os.killpg(process.pid, signal.SIGKILL)
@@ -165,6 +161,6 @@ def kill(process: subprocess.Popen[str]) -> bool:
 
 
 def wait_for(reached: Callable[[], object], process: subprocess.Popen[str]) -> None:
-    """Waits until something is so, or a process has ended."""
+    """Wait until ``reached`` returns true, or the process has ended."""
     while not reached() and process.poll() is None:
         time.sleep(0.02)

@@ -1,12 +1,12 @@
-"""SIGKILL at random moments of each kind of run: training, registration, seeds, an ensemble, tuning; and of extraction.
+"""Kill each kind of run at random moments: training, registration, seeds, an ensemble, tuning; and extraction.
 
     python experiments/soak/soak_kills.py                 a hundred kills
     python experiments/soak/soak_kills.py --kills 8       a few
 
-A kill takes the command with all its processes; the command is given again until it ends by itself. After each kill the
-store must be readable, every bundle complete, every version registered with its files, and the champion one of the
-versions. At the end the result must be that of an undisturbed run, bit for bit. The moments are uniform over the time
-that the command takes undisturbed; for registration, over the time from its last epoch to its end.
+A SIGKILL ends the command with all its processes; the command is given again until it ends by itself. After each kill
+the store must be readable, every bundle complete, every version registered with its files, and the champion one of the
+versions. At the end the result must be equal to an undisturbed run's, bit for bit. The moments are uniform over the
+time that the command takes undisturbed; for registration, over the time from its last epoch to its end.
 """
 
 import random
@@ -40,16 +40,16 @@ BOTH_PHASES = replace(SINGLE, command=lambda settings: ("train", *flags({**setti
 
 @dataclass
 class Activity:
-    """Something that is killed and gone on with."""
+    """A run or extraction that is killed and resumed."""
 
     words: Callable[[Folder], tuple[str, ...]]
-    """The command that begins it, or goes on with it."""
+    """Return the command that starts or resumes it."""
     outcome: Callable[[Folder], Any]
-    """What it has come to."""
+    """Return its result, to be compared with an undisturbed one's."""
     is_done: Callable[[Folder], bool] = lambda folder: False
-    """Whether it had come to its end before it was killed; what cannot tell is gone on with."""
+    """Return whether it was complete before it was killed; if it always returns False, it is always resumed."""
     begins: Callable[[Folder, float], bool] = lambda folder, start: True
-    """Whether the time has come in which it is killed, of a command started then."""
+    """Return whether the phase in which it is killed has begun, for a command started at ``start``."""
 
 
 def _is_finished(folder: Folder) -> bool:
@@ -66,7 +66,7 @@ def _of_kind(kind: Kind, begins: Callable[[Folder, float], bool] = lambda folder
     def outcome(folder: Folder) -> Any:
         for run in folder.runs():
             if run.info.status != "FINISHED" and list(folder.path.glob(f"checkpoints/**/{run.info.run_id}/last.pt")):
-                raise Lost(f"{run.info.run_name} had begun to train, and nobody has gone on with it: {run.info.run_id}")
+                raise Lost(f"{run.info.run_name} had begun to train and was not resumed: {run.info.run_id}")
         try:
             end = kind.end(folder)
         except AssertionError as error:
@@ -91,7 +91,7 @@ def _extracted(folder: Folder) -> Any:
 
 
 def _tuned(folder: Folder) -> Any:
-    """That the study is whole, and that trials which were broken off come to what undisturbed ones come to."""
+    """Check that the study is complete, and that a resumed trial has the same loss as an undisturbed run."""
     import mlflow
     import optuna
 
@@ -124,10 +124,10 @@ def _tuned(folder: Folder) -> Any:
 
 
 def disturb(name: str, activity: Activity, kills: int, root: Path, draw: random.Random) -> Counter[str]:
-    """Kills an activity so many times, checks the folder after each, and compares its ends with the undisturbed one.
+    """Kill an activity ``kills`` times, check the folder after each kill, and compare results with the undisturbed one.
 
     Raises:
-        Lost: with the moment of the last kill.
+        Lost: with the moments of the kills.
     """
     counted: Counter[str] = Counter()
     plain = Folder(root / name / "undisturbed")
@@ -156,7 +156,7 @@ def disturb(name: str, activity: Activity, kills: int, root: Path, draw: random.
                 folder.end(folder.start(*activity.words(folder)))
             counted["bundles checked"] += folder.verify()
             if activity.outcome(folder) != wanted:
-                raise Lost("it came to something else than the undisturbed one")
+                raise Lost("its result differs from the undisturbed one's")
         except Lost as error:
             after = ", ".join(f"{moment:.2f}" for moment in moments)
             raise Lost(f"{name}, {folder.path}, killed after {after} s: {error}") from error
@@ -166,7 +166,7 @@ def disturb(name: str, activity: Activity, kills: int, root: Path, draw: random.
 
 
 def _killed(folder: Folder, activity: Activity, moment: float) -> bool:
-    """Starts or goes on with an activity and kills it so many seconds after its time has come; whether it still ran."""
+    """Start or resume an activity and kill it ``moment`` seconds after ``begins``; return False if it had ended."""
     start = time.time()
     process = folder.start(*activity.words(folder))
     wait_for(lambda: activity.begins(folder, start), process)
@@ -179,7 +179,7 @@ def _killed(folder: Folder, activity: Activity, moment: float) -> bool:
 
 
 def main() -> int:
-    """The command; its exit status is 1 where something was lost, and then the folder is left."""
+    """Run the soak; return 1 if something was lost, else 0. The folder is kept."""
     parser = arguments(__doc__)
     parser.add_argument("--kills", type=int, default=100)
     parser.add_argument("--only", choices=tuple(SHARES), help="all kills in this one")

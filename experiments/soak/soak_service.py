@@ -4,9 +4,10 @@
     python experiments/soak/soak_service.py --minutes 1
 
 A captioner is trained on the embedded scenes, registered, and served by `mlflow models serve`. Clients ask for captions
-one after another; where an answer does not come they ask again, as clients do, and each caption must be what the bundle
-says. Meanwhile others send what no service should be sent, break off, drip or stay silent; the server is stopped for
-seconds again and again, and killed and started again after a sixth of the time. Memory is that of the last two thirds.
+one after another. If no answer comes, they ask again. Each caption must be the one that the bundle gives. At the same
+time another client sends invalid requests, breaks off, sends very slowly or stays silent. The server is paused for
+seconds again and again, and after a sixth of the time it is killed and started again. Memory is compared over the last
+two thirds of the time.
 """
 
 import base64
@@ -42,18 +43,18 @@ MODEL = "models:/capexp-scenes@champion"
 JSON = {"Content-Type": "application/json"}
 PATIENCE = 300.0  # seconds until a request that is not answered counts as lost
 PAUSE = 1.0  # seconds that a client takes between two requests, on average
-STALL = 3.0  # seconds for which the server is stopped
-GROWTH = 1.05  # of memory, at most
+STALL = 3.0  # seconds for which the server is paused
+GROWTH = 1.05  # the largest allowed ratio of late to early memory
 
 
 def body(*photos: object, **params: object) -> bytes:
-    """A request for captions of photos in base64."""
+    """Return a request for captions of photos in base64."""
     rows = {"dataframe_split": {"columns": ["photo"], "data": [[photo] for photo in photos]}, "params": params}
     return json.dumps(rows).encode()
 
 
 def faults(good: str) -> dict[str, bytes]:
-    """What no service should be sent, by kind."""
+    """Return invalid requests, keyed by kind."""
     huge = io.BytesIO()
     Image.new("1", (30_000, 30_000)).save(huge, "PNG")  # little to send, 900 million pixels to open
     return {
@@ -76,7 +77,7 @@ def faults(good: str) -> dict[str, bytes]:
 
 
 class Soak:
-    """The server, its clients, and what came of their requests."""
+    """The server, its clients, and the results of their requests."""
 
     def __init__(self, photos: list[Path], said: list[str], folder: Folder, seconds: float, seed: int) -> None:
         self.photos = [base64.b64encode(photo.read_bytes()).decode() for photo in photos]
@@ -93,11 +94,11 @@ class Soak:
         self.port = 0
 
     def is_over(self) -> bool:
-        """Whether the time is up, or something was lost."""
+        """Return whether the time is up, or something was lost."""
         return bool(self.lost) or time.monotonic() > self.end
 
     def ask(self, content: bytes, timeout: float = 60) -> tuple[int, bytes]:
-        """One request: status and content of its answer."""
+        """Send a request; return the status and the content of its answer."""
         connection = http.client.HTTPConnection("127.0.0.1", self.port, timeout=timeout)
         try:
             connection.request("POST", "/invocations", content, JSON)
@@ -107,14 +108,14 @@ class Soak:
             connection.close()
 
     def work(self, task: Callable[[], None]) -> None:
-        """A thread's work; what goes wrong in it counts as lost."""
+        """Run a task in a thread; an exception in it counts as lost."""
         try:
             task()
-        except Exception as error:  # an answer that is none
+        except Exception as error:  # an answer that cannot be parsed
             self.lost.append(f"{type(error).__name__}: {error}")
 
     def client(self, number: int) -> None:
-        """Asks for captions until the time is up, each until it is there."""
+        """Ask for captions until the time is up; ask for each caption until it is answered."""
         draw = random.Random(number)
         while not self.is_over():
             which = draw.randrange(len(self.photos))
@@ -140,7 +141,7 @@ class Soak:
             time.sleep(draw.expovariate(1 / PAUSE))
 
     def stranger(self) -> None:
-        """Sends what no service should be sent; an answer must not be a caption."""
+        """Send invalid requests; no answer may be a caption."""
         kinds = faults(self.photos[0])
         while not self.is_over():
             kind = self.draw.choice([*kinds, "broken off", "dripping", "silent"])
@@ -156,7 +157,7 @@ class Soak:
             time.sleep(0.5)
 
     def _rude(self, kind: str) -> None:
-        """A client that does not end its request."""
+        """Send a request and do not complete it."""
         content = body(self.photos[0])
         head = f"POST /invocations HTTP/1.1\r\nHost: x\r\nContent-Type: {JSON['Content-Type']}\r\n"
         with socket.create_connection(("127.0.0.1", self.port), timeout=5) as connection:
@@ -170,7 +171,7 @@ class Soak:
                     time.sleep(0.2)
 
     def run(self, clients: int) -> None:
-        """Serves, with all that happens meanwhile."""
+        """Serve the model while the clients send requests; kill the server once and start it again."""
         tasks = [partial(self.client, number) for number in range(clients)]
         threads = [threading.Thread(target=self.work, args=(task,)) for task in (*tasks, self.stranger)]
         with ExitStack() as first:
@@ -186,7 +187,7 @@ class Soak:
                 thread.join()
 
     def _watch(self, process: psutil.Process, is_over: Callable[[], bool]) -> None:
-        """Notes the server's memory, and stops it for a moment now and then."""
+        """Record the server's memory, and pause the server for a moment from time to time."""
         again = time.monotonic() + self.seconds / 20
         while not is_over() and not self.lost:
             time.sleep(1)
@@ -203,11 +204,11 @@ class Soak:
 
 
 def main() -> int:
-    """The command; its exit status is 1 where a request was lost or memory grew."""
+    """Run the soak; return 1 if a request was lost or memory grew, else 0."""
     parser = arguments(__doc__)
     parser.add_argument("--minutes", type=float, default=30)
     parser.add_argument("--clients", type=int, default=4)
-    parser.add_argument("--weights", type=Path, metavar="FILE", help="of VGG16's convolutions; default: random ones")
+    parser.add_argument("--weights", type=Path, metavar="FILE", help="VGG16's convolutions; default: random weights")
     flags = parser.parse_args()
     if flags.weights is not None and not flags.weights.is_file():
         parser.error(f"--weights {flags.weights}: no such file")

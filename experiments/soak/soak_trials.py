@@ -1,9 +1,9 @@
-"""Many short trials on one study whose workers are killed at random: none may be lost, none counted twice.
+"""Many short trials of one study whose workers are killed at random: none may be lost, none counted twice.
 
     python experiments/soak/soak_trials.py                200 trials of real training, two workers
     python experiments/soak/soak_trials.py --trials 20 --every 5 15
 
-Now one worker gets a SIGKILL, now the command with all its workers, which is then given again.
+A SIGKILL ends either one worker, or the command with all its workers; the command is then given again.
 """
 
 import json
@@ -19,11 +19,11 @@ from typing import Any
 import psutil
 from soak import SMALL, Folder, Lost, arguments, finish, kill
 
-EVERYTHING = 6  # one kill in so many takes the command with it
+EVERYTHING = 6  # on average one kill in six ends the command with all its workers
 
 
 def workers(command: int) -> list[psutil.Process]:
-    """The workers of a command that are alive."""
+    """Return the living workers of a command."""
     try:
         children = psutil.Process(command).children()
         return [one for one in children if "spawn_main" in " ".join(one.cmdline())]
@@ -32,7 +32,7 @@ def workers(command: int) -> list[psutil.Process]:
 
 
 def study_of(folder: Folder) -> Any:
-    """The study that the folder's journal holds."""
+    """Return the study in the folder's journal."""
     import optuna
 
     backend = optuna.storages.journal.JournalFileBackend(str(folder.path / "studies/scenes.journal"))
@@ -40,7 +40,7 @@ def study_of(folder: Folder) -> Any:
 
 
 def verify(folder: Folder, wanted: int) -> dict[str, int]:
-    """Counts the trials of a study that has ended.
+    """Count the trials of a study that has ended.
 
     Raises:
         Lost: a trial is missing, is counted twice, or differs from its run in MLflow.
@@ -54,11 +54,11 @@ def verify(folder: Folder, wanted: int) -> dict[str, int]:
         raise Lost("values are counted twice")
     after = [trial.user_attrs["earlier"][0] for trial in trials if "earlier" in trial.user_attrs]
     if len(after) != len(set(after)):
-        raise Lost("a trial that was broken off goes on in two others")
+        raise Lost("an interrupted trial was resumed in two others")
     given_up = [one for one in trials if one.state.name == "FAIL" and one.params and one.number not in after]
     for trial in given_up:
         if trial.user_attrs.get("vanished", 0) < 2:
-            raise Lost(f"trial {trial.number} was broken off, and no other goes on with it")
+            raise Lost(f"trial {trial.number} was interrupted, and no other trial has resumed it")
     runs = {run.info.run_id: run for run in folder.runs()}
     (parent,) = [run for run in runs.values() if "study" in run.data.tags]
     for trial in done:
@@ -74,7 +74,7 @@ def verify(folder: Folder, wanted: int) -> dict[str, int]:
 
 
 def main() -> int:
-    """The command; its exit status is 1 where a trial was lost or counted twice, and then the folder is left."""
+    """Run the soak; return 1 if a trial was lost or counted twice, else 0. The folder is kept."""
     parser = arguments(__doc__)
     parser.add_argument("--trials", type=int, default=200)
     parser.add_argument("--every", type=float, nargs=2, default=(10.0, 40.0), metavar="SECONDS", help="from, to")

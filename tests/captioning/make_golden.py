@@ -31,7 +31,7 @@ def make(source: Path) -> Path:
     shutil.copytree(source, golden / "bundle")
     captioner = Captioner.load(golden / "bundle")
     experiment = load_experiment(find_experiment("scenes"), {})
-    data = Dataset.read(experiment).with_features(experiment)
+    data = Dataset.read(experiment).with_features()
     features = data.features["dev"].gather(np.arange(PHOTOS))
     save_file({"features": features}, golden / "features.safetensors")
     said = [[caption.text, caption.log_probability] for caption in captioner.caption_features(features)]

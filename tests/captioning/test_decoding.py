@@ -286,6 +286,6 @@ def test_consensus_chooses_among_the_beams_hypotheses_the_one_most_like_all(kind
 def test_a_beam_wider_than_the_vocabulary_is_refused(method: str) -> None:
     words = vocabulary(words=5)
     wide = DecodingConfig.model_validate({"method": method, "beam_width": 7})
-    with pytest.raises(InputError, match=r"beam_width = 7: only 6 words"):
+    with pytest.raises(InputError, match=r"beam_width = 7: only 6 entries"):
         decode(decoder_for(words), photos(1), words, wide)
     decode(decoder_for(words), photos(1), words, wide.model_copy(update={"beam_width": 6}))

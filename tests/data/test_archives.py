@@ -141,7 +141,7 @@ def test_a_broken_download_goes_on_and_no_byte_is_sent_twice(mirror: Mirror, tmp
 def test_a_later_call_goes_on_where_an_earlier_one_gave_up(mirror: Mirror, tmp_path: Path) -> None:
     mirror.cuts = [1_000_000, 0, 0, 0]
     line = refusal(lambda: get(mirror, tmp_path / "x.zip"))
-    assert "1.0 MiB are here" in line and "the same command goes on" in line
+    assert "1.0 MiB are kept" in line and "the same command goes on" in line
     assert not (tmp_path / "x.zip").exists()
     get(mirror, tmp_path / "x.zip")
     assert (tmp_path / "x.zip").read_bytes() == CONTENT

@@ -80,7 +80,7 @@ def test_the_tutorials_descriptions_are_read_with_names_that_lack_their_ending(t
     captions = {"1000_b": ("child in pink", "girl goes in"), "1001_a": ("dog",), "2_c.jpg": ("Two dogs , one ball .",)}
     assert read_captions(path).captions == captions
     path.write_text("1000_b A dog , running .")  # it might be anything
-    with pytest.raises(InputError, match="begins no known form"):
+    with pytest.raises(InputError, match="begins no known format"):
         read_captions(path)
     assert read_captions(path, "descriptions").captions == {"1000_b": ("A dog , running .",)}
 
@@ -166,8 +166,8 @@ def test_a_form_that_is_named_refuses_what_is_none(tmp_path: Path, form: Caption
 @pytest.mark.parametrize(
     ("content", "parts"),
     [
-        ("one\ntwo\n", ("line 1: 'one' begins no known form", "image,caption", "captions.format")),
-        ("a.jpg,A dog runs\n", ("line 1:", "begins no known form")),
+        ("one\ntwo\n", ("line 1: 'one' begins no known format", "image,caption", "captions.format")),
+        ("a.jpg,A dog runs\n", ("line 1:", "begins no known format")),
         ("image,size\na.jpg,7\n", ("line 1: none of image, size is a name for captions", "rename")),
         ("picture of,caption\na.jpg,A dog\n", ("line 1: none of picture of, caption is a name for a photo's name",)),
         ("image,caption,caption\na.jpg,A,B\n", ("line 1: two columns have the name 'caption'",)),
@@ -179,7 +179,7 @@ def test_a_form_that_is_named_refuses_what_is_none(tmp_path: Path, form: Caption
         ("image,caption\na.jpg,\n", ("line 2: a.jpg has an empty caption",)),
         ("image,caption\n../a.jpg,A dog\n", ("line 2: '../a.jpg' is empty or leaves",)),
         ("image,caption\nimages\\a.jpg,A dog\n", ("line 2: 'images\\\\a.jpg' is a Windows path",)),
-        ("a.jpg\t0\tA dog runs\n", ("line 1:", "begins no known form")),
+        ("a.jpg\t0\tA dog runs\n", ("line 1:", "begins no known format")),
         ("image,caption\n", ("no captions in it",)),
         ('{"file_name": "a.jpg", "text": "A"}\n{"file_name": "b.jpg", "te\n', ("line 2: read as JSON records",)),
         ('{"file_name": "a.jpg", "te\n{"file_name": "b.jpg", "text": "A"}\n', ("line 1: read as JSON records",)),

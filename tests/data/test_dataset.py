@@ -13,7 +13,7 @@ def test_captions_are_encoded_once_for_all_trials_that_take_the_same_batches(
     monkeypatch: pytest.MonkeyPatch, scenes: Path
 ) -> None:
     experiment = load_experiment(scenes.parent / "scenes.toml", {})
-    data = Dataset.read(experiment).with_features(experiment)
+    data = Dataset.read(experiment).with_features()
     counted: list[str] = []
     encode = Vocabulary.encode
 

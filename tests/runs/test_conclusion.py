@@ -10,7 +10,7 @@ import pytest
 
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
-from capexp.data.dataset import Dataset
+from capexp.data.dataset import Dataset, Loaded
 from capexp.data.features import Features
 from capexp.experiment import find_experiment, load_experiment
 from capexp.runs.conclusion import conclude
@@ -45,7 +45,7 @@ def test_the_gallery_of_a_captioner_that_looks_tells_where_of_every_word(
         )
         for name, split in data.splits.items()
     }
-    prepared = Dataset(data.splits, data.vocabulary, experiment.features, features)
+    prepared = Dataset(data.splits, data.vocabulary, Loaded(features, data.encoder))
     members = [
         Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, seed) for seed in (1, 2)
     ]

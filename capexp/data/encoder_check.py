@@ -1,0 +1,74 @@
+"""Check that an encoder is the one with which the features of a file were computed.
+
+The features that it gives to photos at hand are compared with those in the file.
+"""
+
+from collections.abc import Mapping
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Final
+
+import numpy as np
+from numpy.typing import NDArray
+
+from capexp.data.captions import PhotoFiles, Split
+from capexp.data.features import Features
+from capexp.data.photos import read_photo, squash
+from capexp.data.vgg16 import Encoder
+from capexp.errors import InputError
+
+_MOST = 16  # photos that are compared
+_COSINE: Final = 0.999  # at least; bfloat16 and other JPEG decoders leave 0.9995
+
+
+@dataclass(frozen=True)
+class Reference:
+    """The features of some photos, as a file has them, to check an encoder on those that are at hand."""
+
+    folder: Path
+    """The folder of the photos."""
+    features: Mapping[str, NDArray[np.float16]]
+    """By the photo's name, (P, F)."""
+
+    @classmethod
+    def of(cls, split: Split, features: Features) -> "Reference":
+        """Return the features of some photos of a split, if possible of photos that are at hand."""
+        at_hand = [position for position, path in enumerate(split.paths()) if path.is_file()]
+        positions = at_hand or list(range(len(split.photos)))
+        chosen = positions[:: -(-len(positions) // _MOST)]
+        return cls(
+            split.folder.absolute(),
+            {split.photos[position]: features.gather(np.array([position]))[0] for position in chosen},
+        )
+
+    def check(self, encoder: Encoder, folder: Path | None = None) -> int:
+        """Refuse an encoder that gives other features to a photo at hand; return how many photos were at hand.
+
+        The photos are searched in ``folder``, by default in the folder in which they were at the training.
+        """
+        (shape,) = {values.shape for values in self.features.values()}
+        if encoder.identity.shape != shape:
+            raise InputError(
+                f"features.weights: {encoder.identity} gives {encoder.identity.shape} features a photo, the file of "
+                f"features.file has {shape}; set features.layer, pool and size as they were, or features.weights = "
+                "'unknown'"
+            )
+        files = PhotoFiles(self.folder if folder is None else folder)
+        found = {name: files.path(name) for name in self.features}
+        paths = {name: path for name, path in found.items() if path is not None}
+        for name, path in paths.items():
+            (computed,) = encoder.encode([squash(read_photo(path), encoder.identity.size, encoder.identity.resize)])
+            cosine = _cosine(computed, self.features[name])
+            if not cosine >= _COSINE:
+                raise InputError(
+                    f"features.weights: {encoder.identity} gives {path} features whose cosine with those of "
+                    f"features.file is {cosine:.4f}, below {_COSINE}: they were computed with another encoder; set "
+                    "features.weights and features.resize to those, or features.weights = 'unknown'"
+                )
+        return len(paths)
+
+
+def _cosine(first: NDArray[np.float16], second: NDArray[np.float16]) -> float:
+    a, b = (values.astype(np.float64).ravel() for values in (first, second))
+    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
+    return float(a @ b) / norms if norms else float(np.array_equal(a, b))
