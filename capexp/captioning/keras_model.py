@@ -10,7 +10,6 @@ BOS, EOS and the words: the same classes in another order.
 Shapes: F feature, E embedding, H hidden, V vocabulary, T words of the longest caption.
 """
 
-import io
 import logging
 import zipfile
 from collections.abc import Iterator, Mapping, Sequence
@@ -142,7 +141,7 @@ def read_keras_model(path: Path) -> KerasModel:
         raise InputError(f"{path}: no such model; give the file that Keras has saved (.h5 or .keras)")
     if zipfile.is_zipfile(path) and not is_hdf5(path):
         config, content = _read_archive(path)
-        with opened(path, io.BytesIO(content)) as file:
+        with opened(path, content) as file:
             return _Network(path, config, _by_class(config)).read(file, "layers")
     if not is_hdf5(path):
         raise InputError(f"{path}: neither HDF5 nor a .keras archive; give the file that Keras has saved")

@@ -1,13 +1,17 @@
 """Reads arrays and texts from untrusted HDF5 files, such as Keras's: no other file is opened, no claim is believed.
 
 Only hard links are followed, because soft and external ones may lead anywhere. Arrays must lie in the file as they are:
-virtual arrays and external storage name other files, and a filter may swell what it reads.
+virtual arrays and external storage name other files, and a filter may swell what it reads. The library loops for ever
+on a damaged heap, so heaps are checked before it opens a file.
 """
 
+import io
+import mmap
+import struct
 from collections.abc import Iterator
 from contextlib import contextmanager
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import TYPE_CHECKING
 
 import numpy as np
 from numpy.typing import NDArray
@@ -18,6 +22,9 @@ if TYPE_CHECKING:
     from h5py import Dataset, File, Group
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_HEAP = b"GCOL\x01"  # begins a global heap: its signature and version
+_LENGTH = struct.Struct("<Q")
+_OBJECT = struct.Struct("<HHIQ")  # the head of an object in it: index, references, nothing, size
 _ENTRIES = 8  # looked at in each group by :func:`arrays`, at most
 _CHUNK = 2**20  # values of a chunk that need not be fewer than those of the whole
 
@@ -29,10 +36,10 @@ def is_hdf5(path: Path) -> bool:
 
 
 @contextmanager
-def opened(path: Path, content: BinaryIO | None = None) -> Iterator["File"]:
+def opened(path: Path, content: bytes | None = None) -> Iterator["File"]:
     """Open an HDF5 file to read; any damage found while it is open becomes an error that names ``path``.
 
-    ``content`` is the file itself, if it is not at the path but in an archive there.
+    ``content`` is the file's content, if it is not at the path but in an archive there.
     """
     try:
         import h5py
@@ -41,12 +48,48 @@ def opened(path: Path, content: BinaryIO | None = None) -> Iterator["File"]:
             raise
         raise InputError(f"{path}: an HDF5 file, which h5py reads: pip install h5py") from None
     try:
-        with h5py.File(path if content is None else content, "r") as file:
+        _check_heaps(path, content)
+        with h5py.File(path if content is None else io.BytesIO(content), "r") as file:
             yield file
     except (InputError, MemoryError):
         raise
     except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ValueError, ... depending on the damage
         raise InputError(f"{path}: a damaged HDF5 file ({type(error).__name__}); get the file again") from None
+
+
+def _check_heaps(path: Path, content: bytes | None) -> None:
+    """Raise InputError if a global heap, which holds texts, is damaged: an object of no size is read for ever."""
+    if content is not None:
+        _check_heaps_of(path, content)
+        return
+    with path.open("rb") as file, mmap.mmap(file.fileno(), 0, access=mmap.ACCESS_READ) as mapped:
+        _check_heaps_of(path, mapped)
+
+
+def _check_heaps_of(path: Path, data: bytes | mmap.mmap) -> None:
+    is_first_version = data[8:9] in (b"\0", b"\1")
+    lengths = data[14:15] if is_first_version else data[10:11]  # bytes of a length in this file
+    is_sound = data[: len(_SIGNATURE)] == _SIGNATURE and lengths == b"\x08"
+    start = data.find(_HEAP)
+    while start >= 0 and is_sound:
+        (size,) = _LENGTH.unpack_from(data, start + 8) if start + 16 <= len(data) else (0,)
+        end = start + size
+        if end <= len(data):  # else the library refuses the heap
+            is_sound = _is_heap(data, start + 16, end)
+        start = data.find(_HEAP, start + 1)
+    if not is_sound:
+        raise InputError(f"{path}: a damaged HDF5 file (heap); get the file again")
+
+
+def _is_heap(data: bytes | mmap.mmap, at: int, end: int) -> bool:
+    """Return whether the objects of a heap follow one another up to its end."""
+    while at + _OBJECT.size <= end:
+        index, _, _, size = _OBJECT.unpack_from(data, at)
+        taken = _OBJECT.size + -(-size // 8) * 8 if index else size  # object 0 is the free space, header included
+        if not _OBJECT.size <= taken <= end - at:
+            return False
+        at += taken
+    return True
 
 
 def group_in(parent: "Group", name: str) -> "Group | None":
