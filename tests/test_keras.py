@@ -5,6 +5,7 @@
 
 import json
 import pickle
+import re
 from collections.abc import Callable
 from pathlib import Path
 
@@ -14,6 +15,7 @@ import torch
 from numpy.typing import NDArray
 from PIL import Image
 from small import identity
+from user_folder import Folder
 
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import cross_entropy
@@ -265,3 +267,60 @@ def test_what_keras_saves_of_other_models_is_refused(tmp_path: Path, keras: Kera
         with pytest.raises(InputError) as fault:
             read_keras_model(tmp_path / f"{name}.h5")
         assert says in str(fault.value), name
+
+
+def dev_loss(printed: str) -> float:
+    found = re.findall(r"^epoch +1 .* dev ([0-9.]+)", printed, re.MULTILINE)
+    assert len(found) == 1, printed
+    return float(found[0])
+
+
+def test_the_tutorials_files_in_all_commands(
+    tmp_path: Path, keras: Keras, flickr8k: Path, vgg16: Path, references: dict[str, tuple[str, ...]]
+) -> None:
+    """features.pkl, descriptions.txt, the model and its tokenizer, as the tutorial's steps in Keras have made them."""
+    photos_for_keras(tmp_path, flickr8k, vgg16, 200)
+    names = sorted(path.name for path in (tmp_path / "photos").iterdir())
+    tutorial_folder(tmp_path, {name: references[name] for name in names}, 200)
+    (tmp_path / "train.txt").write_text("".join(f"{name}\n" for name in names[:160]))
+    (tmp_path / "dev.txt").write_text("".join(f"{name}\n" for name in names[160:]))
+    keras("vgg16", tmp_path)
+    keras("train", tmp_path)
+    folder = Folder(tmp_path)
+    data = (
+        *("--experiment", "flickr8k-tutorial", "--captions.root", ".", "--captions.captions", "descriptions.txt"),
+        *("--captions.photos", "photos", "--captions.train", "train.txt", "--captions.dev", "dev.txt"),
+        *("--features.cache", "cache"),
+    )
+    # Training on the file of features, and on the photos.
+    training = ("--training.epochs", "1", "--training.device", "cpu", "--training.batch_size", "50")
+    from_file = folder.run("train", *data, *training, "--features.file", "features.pkl")
+    (first,) = (tmp_path / "checkpoints").glob("*/ep*")
+    from_photos = folder.run("train", *data, *training, "--features.weights", "vgg16.h5")
+    (second,) = set((tmp_path / "checkpoints").glob("*/ep*")) - {first}
+    losses = [dev_loss(done.stdout) for done in (from_file, from_photos)]
+    print(f"\ndev losses on Keras's features {losses[0]:.4f}, on our own {losses[1]:.4f}", end="")
+    assert losses[0] == pytest.approx(losses[1], abs=1e-3)
+    # The tutorial's model as a bundle. Its captions from Keras's features are Keras's.
+    files = ("--keras", "model.h5", "--tokenizer", "tokenizer.pkl", "--features.weights", "vgg16.h5")
+    print(folder.run("bundle", *files, "--output", "tutorial").stdout, end="")
+    captioner = Captioner.load(tmp_path / "tutorial")
+    theirs = json.loads((tmp_path / "captions.json").read_text())
+    arrays = read_arrays(tmp_path / "features.pkl")
+    features = np.stack([arrays[name] for name in theirs]).astype(np.float16)
+    ours = [caption.text for caption in captioner.caption_features(features)]
+    same = np.mean([our == their for our, their in zip(ours, theirs.values(), strict=True)])
+    print(f"{same:.1%} of 200 captions are the same from Keras's features, rounded to float16; ", end="")
+    assert same >= 0.98
+    # Every command takes the bundle; its encoder is in it.
+    printed = folder.run("caption", "--model", "tutorial", *(f"photos/{name}" for name in names[:20])).stdout
+    captions = [line.partition("\t")[2] for line in printed.splitlines()]
+    same = np.mean([our == theirs[Path(name).stem] for our, name in zip(captions, names, strict=False)])
+    print(f"{same:.0%} of 20 from photos", end="")
+    assert same >= 0.8, "the encoder may compute in bfloat16"
+    weights = ("--features.weights", "vgg16.h5")
+    scores = json.loads(folder.run("evaluate", *data, *weights, "--model", "tutorial").stdout)
+    assert scores["photos"] == 40 and scores["vocabulary_digest"] == captioner.vocabulary.digest()
+    compared = folder.run("compare", *data, *weights, "tutorial", str(second.relative_to(tmp_path))).stdout
+    print(f"\n{compared}", end="")
+    assert "cider" in compared and "40 photos of dev" in compared

@@ -211,7 +211,7 @@ def train(folder: Path) -> None:
     keras.utils.set_random_seed(3)
     model = define_model(its.classes, its.length)
     names = list(its.descriptions)
-    for _ in range(4):
+    for _ in range(1 + 180 // len(names)):
         generator = data_generator(its.descriptions, its.features, names, its.tokenizer, its.length, its.classes)
         model.fit(generator, epochs=1, steps_per_epoch=len(names), verbose=0)
     its.save(model)
@@ -289,8 +289,9 @@ def make_weights(folder: Path) -> None:
         for number, name in enumerate(blocks):
             kernel = convolutions[f"kernel{number}"].astype(np.float32).transpose(2, 3, 1, 0)
             add(name, kernel[:, :, ::-1] if number == 0 else kernel, convolutions[f"bias{number}"])
+        # Of a scale that gives features as large as the real ones.
         for name, size, count in (("fc1", 25088, 4096), ("fc2", 4096, 4096), ("predictions", 4096, 1000)):
-            kernel = rng.standard_normal((size, count), np.float32) * np.float32((2 / size) ** 0.5)
+            kernel = rng.standard_normal((size, count), np.float32) * np.float32(0.4 / size**0.5)
             add(name, kernel, rng.normal(0, 0.1, count))
         file.attrs["layer_names"] = [name.encode() for name in (*blocks, "fc1", "fc2", "predictions")]
 
