@@ -44,7 +44,10 @@ _SHARED = (
 # What experiments recorded before these settings existed have, where it is not today's default.
 _BEFORE = {"vocabulary.tokens": "whitespace"}
 # Settings of the ensemble that replace its members' own values. All settings of captions.* do so too.
-_IMPOSED = ("features.weights", "features.cache", "features.precision", "features.batch_size", "training.device")
+_IMPOSED = (
+    *("features.weights", "features.net", "features.cache", "features.precision", "features.batch_size"),
+    "training.device",
+)
 
 
 def find_experiment(name: str) -> Path:
@@ -137,9 +140,9 @@ def to_toml(experiment: Experiment) -> str:
 def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
     """Return the experiments of an ensemble's members, one per seed.
 
-    The ensemble sets each member's data paths (``captions.*``), weights, cache, the precision and batch size of the
-    extraction, and the device. Members must have the same vocabulary settings and the same features as the ensemble.
-    They keep all their other settings.
+    The ensemble sets each member's data paths (``captions.*``), weights and their net, cache, the precision and batch
+    size of the extraction, and the device. Members must have the same vocabulary settings and the same features as the
+    ensemble. They keep all their other settings.
     """
     settings = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
     imposed = {name: value for name, value in settings.items() if name.startswith("captions.") or name in _IMPOSED}

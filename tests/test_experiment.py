@@ -136,7 +136,7 @@ def test_every_setting_has_one_name_in_file_flag_and_param(tmp_path: Path) -> No
         ('[features]\nlayer = "conv5_3"\nsize = 1040\n', ("features.size = 1040", "1024")),
         ('[features]\nlayer = "conv5_3"\npool = "max3"\n', ("features.pool = 'max3'", "224", "48 divides")),
         ('[features]\nweights = "IMAGENET1K_FEATURES"\n', ("features.layer = 'fc2'", "IMAGENET1K_FEATURES")),
-        ('[features]\nweights = "vgg.pth"\n', ("features.layer = 'fc2'", "vgg.pth")),
+        ('[features]\nnet = "keras"\n', ("features.net = 'keras'", "'auto', 'caffe' or 'torchvision'")),
         ('[features]\nresize = "bicubic"\n', ("features.resize = 'bicubic'", "'bilinear' or 'nearest'")),
         ("[features]\nweights = []\n", ("features.weights = []", "string")),
         ("training = 3\n", ("training", "3")),

@@ -35,7 +35,7 @@ def load(folder: Path, members: str, settings: str = FLICKR8K, **overrides: str)
 
 def test_a_member_is_its_own_experiment_at_its_seed_on_the_ensembles_data(tmp_path: Path) -> None:
     more = 'settings = {training.self_critical.epochs = 6, registry.metric = "dev_cider"}\n'
-    together = load(tmp_path, f"{TWO}{more}", features__cache="here", training__device="cpu")
+    together = load(tmp_path, f"{TWO}{more}", features__cache="here", features__net="caffe", training__device="cpu")
     own = load_experiment(find_experiment("flickr8k-attention"), {})
     members = members_of(together)
     assert [one.seed for one in members] == [1, 2]

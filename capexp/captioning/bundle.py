@@ -26,8 +26,8 @@ from safetensors.torch import load_file, save_file
 
 from capexp.data.captions import PhotosBySplit
 from capexp.data.vgg16 import EncoderIdentity
-from capexp.data.vgg16_weights import State
 from capexp.data.vocabulary import Vocabulary
+from capexp.data.weights_files import State
 from capexp.errors import InputError
 from capexp.files import sync, writing
 from capexp.settings import DecodingConfig, ModelConfig
