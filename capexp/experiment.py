@@ -39,18 +39,15 @@ _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 # Settings that must be equal in an ensemble and all its members.
 _SHARED = (
     *("vocabulary.cleaning", "vocabulary.tokens", "vocabulary.minimum_count", "vocabulary.unknown"),
-    *("features.layer", "features.pool", "features.size", "features.mirror"),
+    *("features.layer", "features.pool", "features.size", "features.resize", "features.mirror"),
 )
 # The values of these settings in experiments that were recorded before the settings existed, where they differ from
 # today's defaults.
 _BEFORE = {"vocabulary.tokens": "whitespace"}
 # Settings of the ensemble that replace its members' own values. All settings of captions.* do so too.
 _IMPOSED = (
-    "features.weights",
-    "features.file",
-    "features.cache",
-    "features.precision",
-    "features.batch_size",
+    *("features.weights", "features.net", "features.file"),
+    *("features.cache", "features.precision", "features.batch_size"),
     "training.device",
 )
 
@@ -145,9 +142,9 @@ def to_toml(experiment: Experiment) -> str:
 def members_of(experiment: Experiment) -> tuple[Experiment, ...]:
     """Return the experiments of an ensemble's members, one per seed.
 
-    The ensemble sets each member's data paths (``captions.*``), weights, cache, the precision and batch size of the
-    extraction, and the device. Members must have the same vocabulary settings and the same features as the ensemble.
-    They keep all their other settings.
+    The ensemble sets each member's data paths (``captions.*``), weights and their net, cache, the precision and batch
+    size of the extraction, and the device. Members must have the same vocabulary settings and the same features as the
+    ensemble. They keep all their other settings.
     """
     settings = flatten(experiment.model_dump(mode="json", exclude={"ensemble", "tune"}))
     imposed = {name: value for name, value in settings.items() if name.startswith("captions.") or name in _IMPOSED}

@@ -19,6 +19,9 @@ TokenRule = Literal["words", "characters", "whitespace"]
 Unknown = Literal["drop", "token"]
 Layer = Literal["fc2", "conv5_3"]
 Pool = Literal["none", "max2", "max3", "mean"]
+PhotoResize = Literal["bilinear", "nearest"]
+NetName = Literal["caffe", "torchvision"]
+NetSetting = Literal["auto", "caffe", "torchvision"]
 Precision = Literal["auto", "float32", "bfloat16"]
 Order = Literal["captions", "photos"]
 Schedule = Literal["constant", "cosine"]
@@ -31,8 +34,9 @@ PHOTO_SIZE: Final = 224
 WEIGHTS: Final[Mapping[str, tuple[Layer, ...]]] = {
     "IMAGENET1K_V1": ("fc2", "conv5_3"),
     "IMAGENET1K_FEATURES": ("conv5_3",),
+    "KERAS": ("fc2", "conv5_3"),
 }
-"""The layers that each set of published VGG16 weights contains, by torchvision's name of the weights."""
+"""The layers that each set of published VGG16 weights contains, by its name."""
 NO_FILE: Final = "none"
 """The value of ``features.file`` if features are computed from photos."""
 UNKNOWN_WEIGHTS: Final = "unknown"
@@ -207,9 +211,17 @@ class FeaturesConfig(Section):
     (``mean``), or ``none``."""
     size: PhotoSize = PHOTO_SIZE
     """Side in pixels of the square that a photo is resized to (aspect ratio not kept)."""
+    resize: PhotoResize = "bilinear"
+    """How photos are resized: ``bilinear``, with antialiasing; ``nearest``: nearest neighbour, as Keras's ``load_img``
+    does (used by the tutorial)."""
     weights: str = "IMAGENET1K_V1"
-    """Torchvision's name of weights, downloaded at first use, or a file of VGG16's convolutions (conv5_3 only). With
-    ``file`` it is ``unknown`` by default; if it is given and photos are at hand, the file is checked against it."""
+    """Published weights by name, downloaded at first use: ``IMAGENET1K_V1`` (torchvision's own net),
+    ``IMAGENET1K_FEATURES`` (the Caffe net's convolutions, for conv5_3) or ``KERAS`` (the whole Caffe net, used by the
+    tutorial); or a file of VGG16's weights that PyTorch or Keras has written. With ``file`` the default is ``unknown``;
+    if weights are given and photos are at hand, the file is checked against them."""
+    net: NetSetting = "auto"
+    """Which net a file of weights holds, and so its preprocessing: ``caffe``, the net of VGG16's authors, which Keras
+    has too, or ``torchvision``. ``auto`` recognises published weights; the net of others must be named."""
     file: str = NO_FILE
     """``none``, or a file of features that were computed elsewhere, to use instead of photos: the tutorial's
     ``features.pkl``, MATLAB, ``.npz``, ``.npy`` with a list of names, HDF5 or safetensors, with an array per photo."""
@@ -249,10 +261,10 @@ class FeaturesConfig(Section):
                     "features.weights = 'unknown' is for features of a file; set features.file, or weights"
                 )
             return self
-        if self.layer not in WEIGHTS.get(self.weights, WEIGHTS["IMAGENET1K_FEATURES"]):
+        if self.weights in WEIGHTS and self.layer not in WEIGHTS[self.weights]:
             raise ValueError(
                 f"features.layer = '{self.layer}' needs the fully connected layers, which "
-                f"features.weights = '{self.weights}' does not hold; use IMAGENET1K_V1, or layer conv5_3"
+                f"features.weights = '{self.weights}' does not hold; use KERAS or IMAGENET1K_V1, or layer conv5_3"
             )
         check_grid(self.layer, self.pool, self.size)
         return self

@@ -4,6 +4,7 @@
 """
 
 import hashlib
+import io
 import os
 import pickle
 import shlex
@@ -17,10 +18,12 @@ from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from pathlib import Path
 
+import h5py
 import mlflow
 import numpy as np
 import pytest
 import torch
+import torchvision
 from kinds import KINDS
 from mlflow.tracking import MlflowClient
 
@@ -74,6 +77,7 @@ def folder(earlier: Path, tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> It
     monkeypatch.chdir(there)
     monkeypatch.setenv("CAPEXP_OFFLINE", "1")
     monkeypatch.setenv("TORCH_HOME", str(tmp_path / "torch"))
+    monkeypatch.setenv("KERAS_HOME", str(tmp_path / "keras"))
     mlflow.set_tracking_uri(database_uri(there / "mlflow.db"))
     handlers = {number: signal.getsignal(number) for number in (signal.SIGINT, signal.SIGTERM)}
     environment = dict(os.environ)
@@ -139,6 +143,21 @@ class Code:
 
     def __reduce__(self) -> tuple[Callable[..., object], tuple[object, ...]]:
         return os.mkdir, ("executed",)
+
+
+def save_weights(path: str, prefix: str) -> None:
+    """Write VGG16's convolutions, all zeros, under names of the prefix."""
+    with torch.device("meta"):
+        layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
+    torch.save({f"{prefix}{name}": torch.zeros(of.shape).half() for name, of in layers.state_dict().items()}, path)
+
+
+def hdf5(name: str) -> bytes:
+    """An HDF5 file with one small array."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file[name] = np.zeros((3, 3, 4), "f4")
+    return content.getvalue()
 
 
 def bundle(name: str) -> str:
@@ -368,6 +387,40 @@ ROWS = {
     "weights of no encoder": Row(
         ("features.weights = 'unknown'", "set features.file"), arguments="--features.weights unknown"
     ),
+    "weights of an unknown net": Row(
+        ("own.pth: VGG16's weights of an unknown net", "set features.net = 'caffe'", "or 'torchvision'"),
+        lambda: save_weights("own.pth", "my."),
+        "--features.weights own.pth",
+    ),
+    "convolutions alone for fc2": Row(
+        ("convolutions.pth: holds no fully connected layers", "features.layer = 'fc2'", "KERAS", "conv5_3"),
+        lambda: save_weights("convolutions.pth", "features."),
+        "--features.layer fc2 --features.pool none --features.weights convolutions.pth",
+    ),
+    "named weights of another net": Row(
+        ("features.net = 'torchvision': KERAS is the caffe net",),
+        arguments="--features.weights KERAS --features.net torchvision",
+    ),
+    "Keras's weights not to be had": Row(
+        ("features.weights = 'KERAS'", "CAPEXP_OFFLINE"), arguments="--features.weights KERAS"
+    ),
+    "Keras's weights cut short": Row(
+        ("cut.h5: a damaged HDF5 file",),
+        lambda: replace("cut.h5", hdf5("block1_conv1/block1_conv1/kernel")[:3000]),
+        "--features.weights cut.h5",
+    ),
+    "Keras's weights of another net": Row(
+        ("other.h5: not VGG16's weights", "without Keras's group block1_conv1"),
+        lambda: replace("other.h5", hdf5("conv1/conv1/kernel:0")),
+        "--features.weights other.h5",
+    ),
+    "Keras's weights of another size": Row(
+        ("small.h5: not VGG16's weights (block1_conv1's kernel is missing or has another shape)",),
+        lambda: replace("small.h5", hdf5("block1_conv1/block1_conv1_W_1:0")),
+        "--features.weights small.h5",
+    ),
+    "no such net": Row(("features.net keras", "'caffe'"), arguments="--features.net keras"),
+    "no such resizing": Row(("features.resize bicubic", "'nearest'"), arguments="--features.resize bicubic"),
     "weights not to be had": Row(
         ("IMAGENET1K_FEATURES", "CAPEXP_OFFLINE"), edit(PHOTO, lambda content: Path(OTHER).read_bytes() + b"\0")
     ),

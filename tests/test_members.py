@@ -35,7 +35,7 @@ def load(folder: Path, members: str, settings: str = FLICKR8K, **overrides: str)
 
 def test_a_member_is_its_own_experiment_at_its_seed_on_the_ensembles_data(tmp_path: Path) -> None:
     more = 'settings = {training.self_critical.epochs = 6, registry.metric = "dev_cider"}\n'
-    together = load(tmp_path, f"{TWO}{more}", features__cache="here", training__device="cpu")
+    together = load(tmp_path, f"{TWO}{more}", features__cache="here", features__net="caffe", training__device="cpu")
     own = load_experiment(find_experiment("flickr8k-attention"), {})
     members = members_of(together)
     assert [one.seed for one in members] == [1, 2]
@@ -80,6 +80,7 @@ MERGE = ONE.replace("attention", "merge-conv")
         (TWO, FLICKR8K.replace("= 5", "= 4"), "has vocabulary.minimum_count = 5, together has 4"),
         (TWO, FLICKR8K.replace("true", "false"), "flickr8k-attention has features.mirror = True, together has False"),
         (TWO, FLICKR8K.replace("mirror", "size = 448\nmirror"), "has features.size = 224, together has 448"),
+        (TWO, FLICKR8K.replace("mirror", 'resize = "nearest"\nmirror'), "has features.resize = bilinear, together has"),
         (TWO.replace("flickr8k-attention", "nothing"), FLICKR8K, "ensemble.members: nothing: neither a file nor"),
         (TWO + "settings = {training.epoch = 3}\n", FLICKR8K, "did you mean training.epochs?"),
         (TWO + "settings = {training.epochs = 0}\n", FLICKR8K, "training.epochs = 0"),

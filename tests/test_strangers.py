@@ -21,6 +21,7 @@ from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from functools import cache
 from pathlib import Path
+from typing import Any
 
 import h5py
 import numpy as np
@@ -318,6 +319,66 @@ def test_weights(tmp_path: Path, content: bytes) -> None:
     path = tmp_path / "weights.pth"
     path.write_bytes(content)
     with refusable("weights"):
+        load_encoder(weights_of(path))
+
+
+def keras_file(layer: str, form: str, kernel: np.ndarray[Any, Any], **options: Any) -> bytes:
+    """A small file in one of Keras's forms, with the first layer alone."""
+    content = io.BytesIO()
+    with h5py.File(content, "w") as file:
+        file.attrs["layer_names"] = [layer.encode()]
+        file.create_dataset(form.format(layer, "kernel"), data=kernel, **options)
+        file.create_dataset(form.format(layer, "bias"), data=np.zeros(64, "f4"))
+    return content.getvalue()
+
+
+def keras_files() -> list[bytes]:
+    kernel = np.ones((3, 3, 3, 64), "f4")
+    return [
+        keras_file("block1_conv1", "{0}/{0}_{1}", kernel),
+        keras_file("block1_conv1", "model_weights/{0}/{0}/{1}", kernel.astype("f2"), chunks=(3, 3, 3, 32)),
+        keras_file("conv2d", "layers/{0}/vars/{1}", kernel, compression="gzip"),
+    ]
+
+
+@fuzz
+@given(st.sampled_from(keras_files()).flatmap(damaged))
+def test_keras_weights(tmp_path: Path, content: bytes) -> None:
+    path = tmp_path / "weights.h5"
+    path.write_bytes(content)
+    with refusable("Keras's weights"):
+        load_encoder(weights_of(path))
+
+
+@pytest.mark.parametrize("chunks", [None, (2**15, 2**15)])
+def test_an_hdf5_array_takes_no_memory_before_its_shape_is_checked(
+    tmp_path: Path, chunks: tuple[int, ...] | None
+) -> None:
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("block1_conv1/kernel", (2**20, 2**20), "f4", chunks=chunks)
+    assert path.stat().st_size < 10_000
+    with pytest.raises(InputError, match="block1_conv1's kernel is missing or has another shape"), refusable_raises():
+        load_encoder(weights_of(path))
+
+
+def test_an_hdf5_array_that_swells_is_refused(tmp_path: Path) -> None:
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        file.create_dataset("fc1/kernel", (25088, 4096), "f4", chunks=(25088, 4096), compression="gzip")
+        file.create_dataset("block1_conv1/kernel", data=np.zeros((3, 3, 3, 64), "f4"), compression="gzip")
+    with pytest.raises(InputError, match="is compressed, virtual or in another file"), refusable_raises():
+        load_encoder(weights_of(path))
+
+
+def test_groups_that_hold_one_another_come_to_an_end(tmp_path: Path) -> None:
+    path = tmp_path / "weights.h5"
+    with h5py.File(path, "w") as file:
+        group = file.create_group("block1_conv1")
+        for i in range(1000):
+            group[f"{i}"] = group
+            file.create_group(f"other{i}")["block1_conv1"] = group
+    with pytest.raises(InputError, match="block1_conv1's kernel is missing"), refusable_raises():
         load_encoder(weights_of(path))
 
 

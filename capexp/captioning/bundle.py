@@ -30,8 +30,8 @@ from capexp.data.captions import PhotosBySplit
 from capexp.data.encoder_check import Reference
 from capexp.data.feature_files import FileIdentity
 from capexp.data.vgg16 import EncoderIdentity
-from capexp.data.vgg16_weights import State
 from capexp.data.vocabulary import Vocabulary
+from capexp.data.weights_files import State
 from capexp.errors import InputError
 from capexp.files import sync, writing
 from capexp.settings import DecodingConfig, ModelConfig

@@ -13,6 +13,7 @@ import numpy as np
 import torch
 from numpy.typing import NDArray
 from PIL import Image
+from pydantic import ValidationError
 from torch import nn
 
 from capexp.captioning.bundle import Settings, TrainingRecord, read_bundle, read_tensors, write_bundle
@@ -27,8 +28,9 @@ from capexp.data.encoder_check import Reference
 from capexp.data.feature_files import FileIdentity
 from capexp.data.photos import Photo, read_photo, squash
 from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
-from capexp.data.vgg16_weights import NETS, State
+from capexp.data.vgg16_weights import NETS, net_of
 from capexp.data.vocabulary import PAD, UNK, Vocabulary
+from capexp.data.weights_files import State
 from capexp.errors import InputError
 from capexp.experiment import members_of, override_decoding
 from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig
@@ -275,7 +277,7 @@ class Captioner:
             faults: dict[int, InputError] = {}
             for i, photo in enumerate(batch):
                 try:
-                    pixels[i] = squash(read_photo(photo), self.encoder_identity.size)
+                    pixels[i] = squash(read_photo(photo), self.encoder_identity.size, self.encoder_identity.resize)
                 except InputError as error:
                     faults[i] = error
             # Caption those that were read, and put captions and errors in the order of the photos.
@@ -339,7 +341,19 @@ def _features_config(identity: EncoderIdentity, weights: str | None) -> Features
             f"the bundle holds no encoder, and its features came from a file named {name!r}; "
             "give that file with --features.weights"
         )
-    return FeaturesConfig(layer=identity.layer, pool=identity.pool, size=identity.size, weights=name)
+    # The captioner knows the net of a file, because it knows the preprocessing.
+    net = "auto" if name in NETS else net_of(identity.mean, identity.std)
+    try:
+        return FeaturesConfig(
+            layer=identity.layer,
+            pool=identity.pool,
+            size=identity.size,
+            resize=identity.resize,
+            weights=name,
+            net=net,
+        )
+    except ValidationError as error:  # named weights without the fully connected layers
+        raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
 
 def check_fits(experiment: Experiment, data: Dataset) -> int:

@@ -198,8 +198,8 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
-            f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size and "
-            "weights, or features.file"
+            f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size, resize "
+            "and weights, or features.file"
         )
     batches = data.with_features().batches(split, experiment.training)
     loss = cross_entropy(captioner.decoder, batches.in_order())
@@ -264,7 +264,7 @@ class Comparison:
 def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], split: SplitName) -> Comparison:
     """Compare two captioners on a split of an experiment's data, by a paired bootstrap.
 
-    Each captioner has its own decoding settings, and the features of its own layer, pool and size.
+    Each captioner has its own decoding settings, and the features of its own layer, pool, size and resize.
     """
     rule = _common_rule(captioners)
     if experiment.captions.splits == "random" and captioners[0].splits != captioners[1].splits:
@@ -277,9 +277,7 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     for captioner in captioners:
         encoder = captioner.encoder_identity
         own_features: dict[str, object] = {
-            "features.layer": encoder.layer,
-            "features.pool": encoder.pool,
-            "features.size": encoder.size,
+            f"features.{name}": getattr(encoder, name) for name in ("layer", "pool", "size", "resize")
         }
         if isinstance(encoder, EncoderIdentity):
             own_features["features.file"] = NO_FILE

@@ -57,7 +57,7 @@ class Reference:
         found = {name: files.path(name) for name in self.features}
         paths = {name: path for name, path in found.items() if path is not None}
         for name, path in paths.items():
-            (computed,) = encoder.encode([squash(read_photo(path), encoder.identity.size)])
+            (computed,) = encoder.encode([squash(read_photo(path), encoder.identity.size, encoder.identity.resize)])
             cosine = _cosine(computed, self.features[name])
             if not cosine >= _COSINE:
                 raise InputError(

@@ -36,8 +36,11 @@ def compute_features(photos: Iterable[Path], encoder: Encoder, batch_size: int, 
     """
     if encoder.device.type == "cpu" and processes == 0:
         return _core_by_core(photos, encoder, batch_size)
-    size = encoder.identity.size
-    decoded = decode_by_processes(photos, size, processes) if processes else decode_by_threads(photos, size)
+    size, resize = encoder.identity.size, encoder.identity.resize
+    if processes:
+        decoded = decode_by_processes(photos, size, processes, resize)
+    else:
+        decoded = decode_by_threads(photos, size, resize)
     return _batch_by_batch(decoded, encoder, batch_size)
 
 
@@ -46,7 +49,7 @@ def _core_by_core(photos: Iterable[Path], encoder: Encoder, batch_size: int) -> 
     threads = torch.get_num_threads()
 
     def work(batch: list[Path]) -> list[Result]:
-        decoded = [decode_photo(photo, encoder.identity.size) for photo in batch]
+        decoded = [decode_photo(photo, encoder.identity.size, encoder.identity.resize) for photo in batch]
         readable = [pixels for pixels in decoded if not isinstance(pixels, InputError)]
         features = iter(encoder.encode(readable) if readable else ())
         return [pixels if isinstance(pixels, InputError) else next(features) for pixels in decoded]

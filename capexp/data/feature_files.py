@@ -39,7 +39,7 @@ from capexp.data.inert_pickle import read_arrays
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.errors import InputError, listed
 from capexp.files import listed_or_filed
-from capexp.settings import CaptionsConfig, FeaturesConfig, Layer, PhotoSize, Pool
+from capexp.settings import CaptionsConfig, FeaturesConfig, Layer, NetSetting, PhotoResize, PhotoSize, Pool
 
 _MOST_VALUES = 2**22  # of one photo: 16 MiB of float32
 _MOST_NAMES = 10_000_000
@@ -64,9 +64,12 @@ class FileIdentity:
     name: str
     """The file's name; has no effect on :meth:`key`."""
     layer: Layer
-    """The layer, pool and photo size of the encoder as the settings have them; no effect on :meth:`key`."""
+    """The encoder's settings as the training had them: layer, pool, photo size, resize, net; no effect on
+    :meth:`key`."""
     pool: Pool
     size: PhotoSize
+    resize: PhotoResize = "bilinear"
+    net: NetSetting = "auto"
     encoder: EncoderIdentity | None = None
     """The encoder that has been checked against the file, if any; no effect on :meth:`key`."""
 
@@ -89,7 +92,9 @@ class FileIdentity:
 
     def claimed(self, weights: str) -> FeaturesConfig:
         """Return the settings of the encoder as they were at the training, with the weights that are said to be its."""
-        return FeaturesConfig(layer=self.layer, pool=self.pool, size=self.size, weights=weights)
+        return FeaturesConfig(
+            layer=self.layer, pool=self.pool, size=self.size, resize=self.resize, net=self.net, weights=weights
+        )
 
     def record(self) -> dict[str, object]:
         """Return what identifies the features, for digests and for the cache's header."""
@@ -148,7 +153,15 @@ class FeatureFile:
         positions, size = _grid(path, content.shape)
         try:
             identity = FileIdentity(
-                _digest(path, extra), positions, size, path.name, config.layer, config.pool, config.size
+                digest=_digest(path, extra),
+                positions=positions,
+                feature_size=size,
+                name=path.name,
+                layer=config.layer,
+                pool=config.pool,
+                size=config.size,
+                resize=config.resize,
+                net=config.net,
             )
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None

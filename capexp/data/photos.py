@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import BinaryIO
+from typing import TYPE_CHECKING, BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,6 +19,9 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from capexp.data.progress import progress_bar
 from capexp.errors import InputError, listed
 from capexp.files import PICTURE_ENDINGS, listed_or_filed
+
+if TYPE_CHECKING:  # a process that decodes photos has no use for pydantic
+    from capexp.settings import PhotoResize
 
 log = logging.getLogger(__name__)
 
@@ -185,10 +188,14 @@ def _is_readable(path: Path) -> bool:
     return True
 
 
-def squash(image: Image.Image, size: int) -> NDArray[np.uint8]:
-    """Squash the whole photo to a square of ``size`` pixels, bilinear and antialiased; return ``(size, size, 3)``."""
+def squash(image: Image.Image, size: int, resize: "PhotoResize" = "bilinear") -> NDArray[np.uint8]:
+    """Squash the whole photo to a square of ``size`` pixels; return ``(size, size, 3)``.
+
+    ``bilinear`` is antialiased; ``nearest`` is exactly what Keras's ``load_img`` does.
+    """
     if image.size != (size, size):
-        image = image.resize((size, size), Image.Resampling.BILINEAR)
+        method = Image.Resampling.NEAREST if resize == "nearest" else Image.Resampling.BILINEAR
+        image = image.resize((size, size), method)
     return np.asarray(image)
 
 

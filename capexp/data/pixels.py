@@ -14,7 +14,7 @@ from functools import partial
 from itertools import islice
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import Final
+from typing import TYPE_CHECKING, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -23,6 +23,9 @@ from capexp.data.photos import read_photo, squash
 from capexp.data.prefetch import prefetch
 from capexp.distributed import follow_parent
 from capexp.errors import InputError, Outage
+
+if TYPE_CHECKING:
+    from capexp.settings import PhotoResize
 
 Pixels = NDArray[np.uint8] | InputError
 """A photo squashed to (size, size, 3), or the error of a photo that cannot be read."""
@@ -49,21 +52,24 @@ def decoding_processes(photos: int, size: int) -> int:
     return processes
 
 
-def decode_photo(photo: Path, size: int) -> Pixels:
+def decode_photo(photo: Path, size: int, resize: "PhotoResize" = "bilinear") -> Pixels:
     """Return a photo squashed to a square, or the error of a photo that cannot be read."""
     try:
-        return squash(read_photo(photo), size)
+        return squash(read_photo(photo), size, resize)
     except InputError as error:
         return error
 
 
-def decode_by_threads(photos: Iterable[Path], size: int) -> Iterator[Pixels]:
+def decode_by_threads(photos: Iterable[Path], size: int, resize: "PhotoResize" = "bilinear") -> Iterator[Pixels]:
     """Yield the pixels of photos, in order, decoded by threads."""
     with ThreadPoolExecutor() as pool:
-        yield from prefetch(pool, partial(decode_photo, size=size), photos, TASKS_PER_WORKER * PHOTOS_PER_TASK)
+        decode = partial(decode_photo, size=size, resize=resize)
+        yield from prefetch(pool, decode, photos, TASKS_PER_WORKER * PHOTOS_PER_TASK)
 
 
-def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> Iterator[Pixels]:
+def decode_by_processes(
+    photos: Iterable[Path], size: int, processes: int, resize: "PhotoResize" = "bilinear"
+) -> Iterator[Pixels]:
     """Yield the pixels of photos, in order, decoded by processes that end with this one, however it ends.
 
     Pixels are passed through shared memory: reading them from pipes would take this process longer than all its other
@@ -78,7 +84,7 @@ def decode_by_processes(photos: Iterable[Path], size: int, processes: int) -> It
     slots = np.ndarray(shape, np.uint8, memory.buf)
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _open_memory, (memory.name, shape)) as pool:
+        with ProcessPoolExecutor(processes, context, _open_memory, (memory.name, shape, resize)) as pool:
             # Task i writes to slot i % tasks, which is free again: prefetch has at most `tasks` tasks in flight.
             numbered = ((i % tasks, batch) for i, batch in enumerate(batched(photos, PHOTOS_PER_TASK)))
             for i, faults in enumerate(prefetch(pool, _decode_to_slot, numbered, tasks)):
@@ -108,14 +114,16 @@ class _Slots:
 
     memory: SharedMemory
     pixels: NDArray[np.uint8]  # (tasks, PHOTOS_PER_TASK, size, size, 3)
+    resize: "PhotoResize"
 
 
-def _open_memory(name: str, shape: tuple[int, ...]) -> None:
+def _open_memory(name: str, shape: tuple[int, ...], resize: "PhotoResize") -> None:
     """Open the shared memory in a process that decodes; leave Ctrl-C to the parent, and exit when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent(partial(os._exit, 1))
     _Slots.memory = SharedMemory(name)
     _Slots.pixels = np.ndarray(shape, np.uint8, _Slots.memory.buf)
+    _Slots.resize = resize
 
 
 def _decode_to_slot(task: tuple[int, list[Path]]) -> list[InputError | None]:
@@ -123,7 +131,7 @@ def _decode_to_slot(task: tuple[int, list[Path]]) -> list[InputError | None]:
     slot, photos = task
     faults: list[InputError | None] = []
     for row, photo in zip(_Slots.pixels[slot], photos, strict=False):
-        pixels = decode_photo(photo, len(row))
+        pixels = decode_photo(photo, len(row), _Slots.resize)
         if isinstance(pixels, InputError):
             faults.append(pixels)
         else:

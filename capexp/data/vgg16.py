@@ -20,13 +20,24 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from capexp.data.vgg16_weights import NETS, State, digest_weights, hub_file, network, read_weights
+from capexp.data.vgg16_weights import (
+    NETS,
+    PREPROCESSING,
+    digest_weights,
+    named_net,
+    network,
+    published_file,
+    read_weights,
+)
+from capexp.data.weights_files import State
 from capexp.distributed import use_bfloat16
 from capexp.errors import InputError
 from capexp.settings import (
     PHOTO_SIZE,
     FeaturesConfig,
     Layer,
+    NetName,
+    PhotoResize,
     PhotoSize,
     Pool,
     Precision,
@@ -34,6 +45,17 @@ from capexp.settings import (
     grid_shape,
     pooled,
 )
+
+Transform = Literal[
+    "squash-bilinear-antialias", "squash-bilinear-antialias-mirror", "squash-nearest", "squash-nearest-mirror"
+]
+"""How photos are resized to a square, and whether they are mirrored."""
+_TRANSFORMS: Final[dict[tuple[PhotoResize, bool], Transform]] = {
+    ("bilinear", False): "squash-bilinear-antialias",
+    ("bilinear", True): "squash-bilinear-antialias-mirror",
+    ("nearest", False): "squash-nearest",
+    ("nearest", True): "squash-nearest-mirror",
+}  # by resize and whether mirrored
 
 
 @dataclass(frozen=True)
@@ -48,7 +70,7 @@ class EncoderIdentity:
     weights: str
     """Where to get the weights; has no effect on :meth:`key`."""
     size: PhotoSize = PHOTO_SIZE
-    transform: Literal["squash-bilinear-antialias", "squash-bilinear-antialias-mirror"] = "squash-bilinear-antialias"
+    transform: Transform = "squash-bilinear-antialias"
 
     def __post_init__(self) -> None:
         """Raise ValueError if photos of this size have no features of this layer and pool."""
@@ -62,11 +84,16 @@ class EncoderIdentity:
     @property
     def is_mirrored(self) -> bool:
         """Whether photos are mirrored, left to right, before they are encoded."""
-        return self.transform == "squash-bilinear-antialias-mirror"
+        return self.transform.endswith("-mirror")
+
+    @property
+    def resize(self) -> PhotoResize:
+        """How photos are resized."""
+        return "nearest" if self.transform.startswith("squash-nearest") else "bilinear"
 
     def mirrored(self) -> "EncoderIdentity":
         """Return the identity of the same encoder for mirrored photos."""
-        return replace(self, transform="squash-bilinear-antialias-mirror")
+        return replace(self, transform=_TRANSFORMS[self.resize, True])
 
     @property
     def label(self) -> str:
@@ -86,6 +113,7 @@ class EncoderIdentity:
     def __str__(self) -> str:
         mirrored = ", mirrored" if self.is_mirrored else ""
         size = "" if self.size == PHOTO_SIZE else f" at {self.size} pixels"
+        size += " by nearest neighbour" if self.resize == "nearest" else ""
         return f"VGG16 {self.layer}{size}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
 
 
@@ -179,37 +207,36 @@ class Encoder(nn.Module):
 
 def identify(config: FeaturesConfig) -> EncoderIdentity:
     """Return the identity of a config's encoder; its weights are read only if their digest is not known."""
-    known = _known_digest(config)
-    if known is not None:
-        return _identity(config, known)
-    return _identity(config, digest_weights(read_weights(config.weights, config.layer)))
+    named_net(config.weights, config.net)  # refuses a net that the named weights are not
+    net = NETS.get(config.weights)
+    if net is not None and config.layer in net.digests:
+        return _identity(config, net.net, net.digests[config.layer])
+    weights = read_weights(config.weights, config.layer, config.net)
+    return _identity(config, weights.net, digest_weights(weights.state))
 
 
 def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
-    """Return a config's encoder, or the one for mirrored photos; torchvision fetches weights at their first use."""
-    state = read_weights(config.weights, config.layer)
-    identity = _identity(config, digest_weights(state))
-    known = _known_digest(config)
+    """Return a config's encoder, or the one for mirrored photos; published weights are fetched at their first use."""
+    weights = read_weights(config.weights, config.layer, config.net)
+    identity = _identity(config, weights.net, digest_weights(weights.state))
+    net = NETS.get(config.weights)
+    known = None if net is None else net.digests.get(config.layer)
     if known is not None and known != identity.weights_digest:
         raise InputError(
             f"features.weights = '{config.weights}': digest {identity.weights_digest[:12]}, expected {known[:12]}; "
-            f"delete {hub_file(config.weights)} to fetch it again, or give the path of a weights file"
+            f"delete {published_file(config.weights)} to fetch it again, or give the path of a weights file"
         )
-    return Encoder(identity.mirrored() if mirrored else identity, state)
+    return Encoder(identity.mirrored() if mirrored else identity, weights.state)
 
 
 def encoder_at_hand(config: FeaturesConfig) -> bool:
     """Return whether the encoder can be loaded without fetching its weights."""
-    return config.weights not in NETS or hub_file(config.weights).is_file()
+    return config.weights not in NETS or published_file(config.weights).is_file()
 
 
-def _known_digest(config: FeaturesConfig) -> str | None:
-    """Return the published digest of a config's weights, or None where none is recorded."""
-    net = NETS.get(config.weights)
-    return net.digests.get(config.layer) if net is not None else None
-
-
-def _identity(config: FeaturesConfig, weights_digest: str) -> EncoderIdentity:
-    net = NETS.get(config.weights, NETS["IMAGENET1K_FEATURES"])
+def _identity(config: FeaturesConfig, net: NetName, weights_digest: str) -> EncoderIdentity:
+    """Return the identity of an encoder with the preprocessing of a net and weights of this digest."""
+    mean, std = PREPROCESSING[net]
     name = config.weights if config.weights in NETS else Path(config.weights).name
-    return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name, config.size)
+    transform = _TRANSFORMS[config.resize, False]
+    return EncoderIdentity(config.layer, config.pool, mean, std, weights_digest, name, config.size, transform)

@@ -1,47 +1,90 @@
-"""VGG16's layers and published weights: where their files are searched, and how a file is checked."""
+"""VGG16's layers and published weights: where their files are searched, and which net a file's weights are."""
 
 import hashlib
-import io
 import os
-import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Final
 
 import numpy as np
 import torch
-from torch import Tensor, nn
+from torch import nn
 
+from capexp.data.weights_files import FIRST_KERNEL, State, WeightsFile, is_hdf5, read_weights_file
 from capexp.errors import InputError
-from capexp.settings import Layer
-
-State = dict[str, Tensor]
+from capexp.settings import Layer, NetName, NetSetting
 
 _CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions, by block
-_DENSE = 4096 * 25088  # weights of the first fully connected layer
+
+Colour = tuple[float, float, float]
+"""A number for each of red, green and blue."""
+
+PREPROCESSING: Final[dict[NetName, tuple[Colour, Colour]]] = {
+    "caffe": ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0)),
+    "torchvision": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
+}
+"""The mean that is subtracted from photos, and the standard deviation that they are divided by, in units of 0..255."""
 
 
 @dataclass(frozen=True)
 class Net:
-    """A published set of weights: file, preprocessing in units of 0..255, and digests as far as they are known."""
+    """A published set of weights: its file, which net it is, and digests as far as they are known."""
 
     file: str
-    """The name of the file that torchvision downloads. Importing torchvision only to ask takes a second and a half."""
-    mean: tuple[float, float, float]
-    std: tuple[float, float, float]
+    """The name of the file that is downloaded. Importing torchvision only to ask takes a second and a half."""
+    net: NetName
     digests: dict[Layer, str]
+    url: str = ""
+    """Where the file is; empty if torchvision knows it."""
+    md5: str = ""
+    """The file's MD5, if that is how it is published."""
+
+    @property
+    def mean(self) -> Colour:
+        """The mean that is subtracted from photos, in units of 0..255."""
+        return PREPROCESSING[self.net][0]
+
+    @property
+    def std(self) -> Colour:
+        """The standard deviation that photos are divided by, in units of 0..255."""
+        return PREPROCESSING[self.net][1]
 
 
 NETS: dict[str, Net] = {
     # Trained by torchvision, fully connected layers included.
-    "IMAGENET1K_V1": Net("vgg16-397923af.pth", (123.675, 116.28, 103.53), (58.395, 57.12, 57.375), {}),
-    # The authors' own Caffe net, which Keras ships too; torchvision has its convolutions only.
+    "IMAGENET1K_V1": Net("vgg16-397923af.pth", "torchvision", {}),
+    # The authors' own Caffe net; torchvision has its convolutions only.
     "IMAGENET1K_FEATURES": Net(
         "vgg16_features-amdegroot-88682ab5.pth",
-        (123.68, 116.779, 103.939),
-        (1.0, 1.0, 1.0),
+        "caffe",
         {"conv5_3": "34bcef3d5876c0930c1bd23665d7ba092cd50e92cf9a11d75605bbfeb618ff8f"},
     ),
+    # The same net as Keras ships it, fully connected layers included.
+    "KERAS": Net(
+        "vgg16_weights_tf_dim_ordering_tf_kernels.h5",
+        "caffe",
+        {},
+        "https://storage.googleapis.com/tensorflow/keras-applications/vgg16/vgg16_weights_tf_dim_ordering_tf_kernels.h5",
+        "64373286793e3c8b2b4e3219cbf3544b",
+    ),
 }
+
+# Which net a published file holds: by the beginning of its SHA-256 for PyTorch's, by its MD5 for Keras's.
+_PUBLISHED: Final[dict[str, NetName]] = {
+    "397923af": "torchvision",
+    "00b39a1b": "caffe",  # with its fully connected layers
+    "88682ab5": "caffe",
+    NETS["KERAS"].md5: "caffe",
+    "6d6bbae143d832006294945121d1f1fc": "caffe",  # Keras's convolutions alone
+}
+
+
+@dataclass(frozen=True)
+class Weights:
+    """The weights of all layers up to one, rounded to float16, by the encoder's parameter names, and their net."""
+
+    state: State
+    net: NetName
 
 
 def network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
@@ -63,11 +106,13 @@ def network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
         return nn.Sequential(*layers), nn.Sequential(*dense)
 
 
-def read_weights(weights: str, layer: Layer) -> State:
-    """Return the weights of all layers up to ``layer``, rounded to float16, by the encoder's parameter names.
+def read_weights(weights: str, layer: Layer, net: NetSetting = "auto") -> Weights:
+    """Return the weights of all layers up to ``layer``.
 
-    ``weights`` is a name in ``NETS``, whose file torchvision fetches at its first use, or the path of a file.
+    ``weights`` is a name in ``NETS``, whose file is fetched at its first use, or the path of a file. ``net`` is the net
+    in that file, if its content does not say.
     """
+    given = named_net(weights, net)
     path = Path(weights)
     if weights in NETS:
         path = _fetch(weights)
@@ -76,32 +121,66 @@ def read_weights(weights: str, layer: Layer) -> State:
             f"features.weights = '{weights}': no such file, and not one of {', '.join(NETS)}; "
             "give one of these names or the path of a weights file"
         )
-    state = _load_state(path)
-    expected = {
-        f"{part}.{name}": value.shape
-        for part, net in zip(("convolutions", "dense"), network(layer), strict=True)
-        for name, value in net.state_dict().items()
+    shapes = {
+        f"{part}.{name}": tuple(value.shape)
+        for part, layers in zip(("convolutions", "dense"), network(layer), strict=True)
+        for name, value in layers.state_dict().items()
     }
-    named: State = {}
-    for name, value in state.items():
-        ours = name.replace("features.", "convolutions.", 1).replace("classifier.", "dense.", 1)
-        if ours in expected:
-            named[ours] = value
-    wrong = [name for name, shape in expected.items() if name not in named or named[name].shape != shape]
-    if wrong:
-        raise InputError(f"{path}: not VGG16's weights ({wrong[0]} is missing or has another shape)")
-    named = {name: value.half() for name, value in named.items()}  # only now: a hostile file may claim any shape
-    dense = state.get("classifier.0.weight")
-    is_whole = dense is not None and dense.numel() <= _DENSE and bool(dense.isfinite().all())
-    if weights not in NETS and is_whole:
+    return _recognise(path, read_weights_file(path, shapes), given)
+
+
+def named_net(weights: str, net: NetSetting) -> NetName | None:
+    """Return the net that ``features.weights`` or ``features.net`` names; None if neither does."""
+    published = NETS.get(weights)
+    if published is None:
+        return None if net == "auto" else net
+    if net not in ("auto", published.net):
+        raise InputError(f"features.net = '{net}': {weights} is the {published.net} net; leave features.net out")
+    return published.net
+
+
+def net_of(mean: Colour, std: Colour) -> NetSetting:
+    """Return the net that has this preprocessing, or "auto" if none has."""
+    return next((net for net, numbers in PREPROCESSING.items() if numbers == (mean, std)), "auto")
+
+
+def _recognise(path: Path, file: WeightsFile, given: NetName | None) -> Weights:
+    """Return a file's weights with their first kernel in RGB order, and the net that they are.
+
+    The net is recognised by its convolutions, in either order of the colours, or by the whole file.
+    """
+    as_is, turned = file.state, {**file.state, FIRST_KERNEL: file.state[FIRST_KERNEL].flip(1)}
+    for state in (turned, as_is) if file.is_bgr else (as_is, turned):
+        convolutions = {name: value for name, value in state.items() if name.startswith("convolutions.")}
+        if digest_weights(convolutions) == NETS["IMAGENET1K_FEATURES"].digests["conv5_3"]:
+            if given == "torchvision":
+                raise InputError(
+                    f"{path}: the Caffe net, where features.net is 'torchvision'; leave features.net out, or give a "
+                    "file of torchvision's net"
+                )
+            return Weights(state, "caffe")
+    net = given
+    if net is None and file.has_usual_names and not file.has_dense:
+        net = "caffe"  # whose convolutions alone are what such files hold
+    net = net or _PUBLISHED.get(_digest_file(path))
+    if net is None:
         raise InputError(
-            f"{path}: holds fully connected layers, so it is torchvision's own net, whose preprocessing differs; "
-            f"put it at {hub_file('IMAGENET1K_V1')} and set features.weights = IMAGENET1K_V1"
+            f"{path}: VGG16's weights of an unknown net, whose preprocessing must be named; set features.net = 'caffe' "
+            "(only the mean is subtracted, as for Keras's weights) or 'torchvision'"
         )
-    unfit = [name for name, value in named.items() if not bool(value.isfinite().all())]
-    if unfit:
-        raise InputError(f"{path}: {unfit[0]} holds values that are not finite; get the file again")
-    return named
+    return Weights(turned if file.is_bgr and net == "caffe" else as_is, net)
+
+
+def _digest_file(path: Path) -> str:
+    """Return the digest under which a file of weights is published."""
+    with path.open("rb") as file:
+        if is_hdf5(path):
+            return hashlib.file_digest(file, _md5).hexdigest()
+        return hashlib.file_digest(file, "sha256").hexdigest()[:8]
+
+
+def _md5() -> "hashlib._Hash":
+    return hashlib.md5(usedforsecurity=False)
 
 
 def digest_weights(state: State) -> str:
@@ -113,24 +192,35 @@ def digest_weights(state: State) -> str:
     return digest.hexdigest()
 
 
-def hub_file(name: str) -> Path:
-    """Return the path to which torchvision downloads the weights of this name."""
-    return Path(torch.hub.get_dir()) / "checkpoints" / NETS[name].file
+def published_file(name: str) -> Path:
+    """Return the path at which torchvision or Keras keeps its copy of the weights of this name."""
+    folder = _keras_home() / "models" if NETS[name].url else Path(torch.hub.get_dir()) / "checkpoints"
+    return folder / NETS[name].file
+
+
+def _keras_home() -> Path:
+    given = os.environ.get("KERAS_HOME")
+    try:
+        return Path(given) if given else Path.home() / ".keras"
+    except RuntimeError:  # HOME is unset, and the user is not known to the system
+        return Path("~/.keras")
 
 
 def _fetch(name: str) -> Path:
-    path = hub_file(name)
+    path = published_file(name)
     if path.is_file():
         return path
     if os.environ.get("CAPEXP_OFFLINE"):
         raise InputError(f"features.weights = '{name}': not in {path.parent}, and CAPEXP_OFFLINE forbids fetching")
-    from torchvision.models import VGG16_Weights
-
-    path.parent.mkdir(parents=True, exist_ok=True)
     try:
-        torch.hub.download_url_to_file(
-            VGG16_Weights[name].url, str(path), hash_prefix=path.stem.rpartition("-")[2], progress=True
-        )
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if NETS[name].url:
+            _download(NETS[name], path)
+        else:
+            from torchvision.models import VGG16_Weights
+
+            prefix = path.stem.rpartition("-")[2]
+            torch.hub.download_url_to_file(VGG16_Weights[name].url, str(path), hash_prefix=prefix)
     except (OSError, RuntimeError) as error:  # URLError is an OSError; a wrong hash is a RuntimeError
         raise InputError(
             f"features.weights = '{name}': cannot be fetched ({error}); with a copy of the file, "
@@ -139,33 +229,15 @@ def _fetch(name: str) -> Path:
     return path
 
 
-def _load_state(path: Path) -> State:
+def _download(net: Net, path: Path) -> None:
+    """Download a file and put it at its path once its MD5 is found to be right."""
+    part = path.with_name(f".{path.name}.{os.getpid()}.part")
     try:
-        if zipfile.is_zipfile(path):
-            with zipfile.ZipFile(path) as archive:
-                claimed = sum(entry.file_size for entry in archive.infolist())
-            if claimed > path.stat().st_size:  # torch compresses nothing
-                raise InputError(f"{path}: an archive that would swell to {claimed:,} bytes; get the weights again")
-        with path.open("rb", buffering=0) as file, _SizeLimited(file) as limited:
-            state = torch.load(limited, map_location="cpu", weights_only=True)
-    except InputError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # torch raises RuntimeError, UnpicklingError, EOFError, ... depending on the damage
-        kind = type(error).__name__
-        raise InputError(
-            f"{path}: damaged, or holds more than tensors, which is not loaded ({kind}); get the weights again"
-        ) from None
-    if not isinstance(state, dict) or not all(isinstance(k, str) and isinstance(v, Tensor) for k, v in state.items()):
-        raise InputError(f"{path}: holds no table of tensors; give a state_dict of VGG16")
-    return state
-
-
-class _SizeLimited(io.BufferedReader):
-    """A file of which at most the remaining bytes are read: damaged content may ask for more than memory holds."""
-
-    def read(self, size: int | None = -1, /) -> bytes:
-        """Return at most ``size`` bytes."""
-        left = os.fstat(self.fileno()).st_size - self.tell()
-        return super().read(left if size is None or size < 0 else min(size, left))
+        torch.hub.download_url_to_file(net.url, str(part))
+        with part.open("rb") as file:
+            digest = hashlib.file_digest(file, _md5).hexdigest()
+        if digest != net.md5:
+            raise RuntimeError(f"MD5 {digest}, expected {net.md5}")
+        part.replace(path)
+    finally:
+        part.unlink(missing_ok=True)

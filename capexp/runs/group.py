@@ -31,14 +31,8 @@ SEEDS, SEED, MEMBER = "seeds", "seed", "member"
 _EPOCH_METRICS = ("dev_loss", "dev_perplexity")  # logged after each epoch: they are not results of the run
 _ENSEMBLE = "ensemble"  # the folder of the ensemble's bundle, inside the run's folder
 # Settings that are ignored in the search for a run to use as a member: they do not change the captioner.
-_FREE = {
-    "captions.root",
-    "features.weights",
-    "features.file",
-    "features.cache",
-    "features.batch_size",
-    "training.device",
-} | {
+_FREE = {"captions.root", "features.cache", "features.batch_size", "training.device"} | {
+    *("features.weights", "features.net", "features.file"),
     *("training.keep", "training.save_steps", "registry.model", "registry.metric"),
 }
 

@@ -13,7 +13,7 @@ from capexp.captioning.captioner import Captioner
 from capexp.captioning.evaluation import Evaluation
 from capexp.data.feature_files import FileIdentity
 from capexp.data.vgg16 import encoder_at_hand, load_encoder
-from capexp.data.vgg16_weights import State
+from capexp.data.weights_files import State
 from capexp.errors import InputError, Unsent
 from capexp.report.model_card import model_card
 from capexp.runs.conclusion import evaluate_on_dev

@@ -21,7 +21,7 @@ from capexp.data.vgg16 import EncoderIdentity, identify, load_encoder
 from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
 from capexp.errors import InputError
-from capexp.settings import DecodingConfig, FeaturesConfig, ModelConfig
+from capexp.settings import DecodingConfig, FeaturesConfig, ModelConfig, NetName
 
 DIGEST = NETS["IMAGENET1K_FEATURES"].digests["conv5_3"]
 WORDS = Vocabulary(("a", "dog", "runs", "café", "日本"), "standard", "token")
@@ -214,6 +214,38 @@ def test_photos_are_squashed_to_the_captioners_own_size(vgg16: Path, scenes: Pat
     encoder = load_encoder(config).prepare(torch.device("cpu"), "auto")
     features = encoder.encode([squash(read_photo(photo), 336)])
     assert captioner.caption_photos([photo]) == captioner.caption_features(features)
+
+
+def test_photos_are_resized_as_the_captioner_was_trained(random_vgg16: Path, scenes: Path) -> None:
+    config = FeaturesConfig(layer="conv5_3", pool="mean", size=96, resize="nearest", weights=str(random_vgg16))
+    small = ModelConfig(embedding_size=8, lstm_units=8, photo_norm="unit")
+    captioner = Captioner.fresh(small, WORDS, identify(config), DecodingConfig(maximum_length=6), 1)
+    photo = min((scenes / "Scenes_Dataset").iterdir())
+    encoder = captioner.use_encoder(str(random_vgg16))
+    assert encoder.identity == captioner.encoder_identity
+    features = encoder.encode([squash(read_photo(photo), 96, "nearest")])
+    assert captioner.caption_photos([photo]) == captioner.caption_features(features)
+    assert captioner.caption_photos([photo]) != captioner.caption_features(
+        encoder.encode([squash(read_photo(photo), 96, "bilinear")])
+    )
+
+
+def test_a_captioner_knows_which_net_a_file_of_weights_must_hold(random_vgg16: Path, tmp_path: Path) -> None:
+    whole = torch.load(random_vgg16, weights_only=True) | {"classifier.0.weight": torch.zeros(3, 2)}
+    torch.save(whole, tmp_path / "whole.pth")
+    nets: tuple[NetName, ...] = ("caffe", "torchvision")
+    for net in nets:
+        config = FeaturesConfig(layer="conv5_3", pool="mean", weights=str(tmp_path / "whole.pth"), net=net)
+        small = ModelConfig(embedding_size=8, lstm_units=8)
+        captioner = Captioner.fresh(small, WORDS, identify(config), DecodingConfig(), 1)
+        assert captioner.use_encoder(str(tmp_path / "whole.pth")).identity == captioner.encoder_identity
+
+
+def test_named_weights_without_the_captioners_layer_are_refused() -> None:
+    identity = EncoderIdentity("fc2", "none", (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "vgg.pth")
+    captioner = Captioner.fresh(ModelConfig(embedding_size=8, lstm_units=8), WORDS, identity, DecodingConfig(), 1)
+    with pytest.raises(InputError, match=r"^features.layer = 'fc2' needs the fully connected layers"):
+        captioner.use_encoder("IMAGENET1K_FEATURES")
 
 
 def test_weights_of_another_net_are_refused(vgg16: Path) -> None:

@@ -1,6 +1,7 @@
 """Laws of the losses on a split."""
 
 import math
+import shutil
 from pathlib import Path
 
 import numpy as np
@@ -8,13 +9,15 @@ import pytest
 import torch
 from torch import nn
 
-from capexp.captioning.captioner import Caption
-from capexp.captioning.evaluation import blind_cross_entropy, cross_entropy, score_captions
+from capexp.captioning.captioner import Caption, Captioner
+from capexp.captioning.evaluation import blind_cross_entropy, compare, cross_entropy, score_captions
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
+from capexp.data.vgg16 import identify
 from capexp.data.vocabulary import Vocabulary, build_vocabulary
+from capexp.experiment import find_experiment, load_experiment, replace_settings
 from capexp.settings import ModelConfig, VocabularyConfig
 
 PHOTOS = 12
@@ -91,3 +94,22 @@ def test_one_caption_for_all_and_copies_of_train_are_told() -> None:
     summary = score_captions(said, SPLIT, seed=1, train=train).summary
     assert summary["distinct_captions"] == 0.5
     assert summary["copied_from_train"] == 0.75
+
+
+def test_captioners_of_photos_resized_in_two_ways_are_compared_each_on_its_own(
+    random_vgg16: Path, scenes: Path, tmp_path: Path
+) -> None:
+    shutil.copytree(scenes, tmp_path / "data", ignore=shutil.ignore_patterns("features"))
+    (tmp_path / "data" / "Scenes.devImages.txt").write_text("scene_0020.jpg\nscene_0022.jpg\n")
+    features = {"weights": str(random_vgg16), "cache": str(tmp_path / "features"), "size": "96"}
+    overrides = {"captions.root": str(tmp_path / "data")} | {f"features.{name}": of for name, of in features.items()}
+    experiment = load_experiment(find_experiment("scenes"), overrides)
+    captioners = []
+    for resize in ("bilinear", "nearest"):
+        identity = identify(replace_settings(experiment, {"features.resize": resize}).features)
+        vocabulary = Vocabulary(("a", "tree"), "standard", "token")
+        captioners.append(Captioner.fresh(experiment.model, vocabulary, identity, experiment.decoding, 1))
+    comparison = compare(experiment, (captioners[0], captioners[1]), "dev")
+    assert comparison.photos == 2
+    keys = {captioner.encoder_identity.key() for captioner in captioners}
+    assert {path.stem.rpartition("-")[2] for path in (tmp_path / "features").glob("*.features")} == keys

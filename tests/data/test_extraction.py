@@ -15,6 +15,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.data.extraction import Result, compute_features
+from capexp.data.photos import read_photo, squash
 from capexp.data.pixels import (
     PHOTOS_PER_TASK,
     TASKS_PER_WORKER,
@@ -25,7 +26,7 @@ from capexp.data.pixels import (
 )
 from capexp.data.vgg16 import Encoder, load_encoder
 from capexp.errors import InputError, Outage
-from capexp.settings import FeaturesConfig
+from capexp.settings import FeaturesConfig, PhotoResize
 
 SIZE = 224
 AHEAD = TASKS_PER_WORKER * PHOTOS_PER_TASK  # photos that a process is ahead, or all threads together
@@ -84,11 +85,27 @@ def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: 
             np.testing.assert_allclose(shared, expected, rtol=2e-2, atol=1e-1)
 
 
-def test_processes_decode_as_threads_do(tmp_path: Path) -> None:
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_processes_decode_as_threads_do(tmp_path: Path, resize: PhotoResize) -> None:
     photos = write_photos(tmp_path / "photos", 3 * PHOTOS_PER_TASK + 5)
-    by_threads = pixels_of(decode_by_threads(photos, SIZE))
+    by_threads = pixels_of(decode_by_threads(photos, SIZE, resize))
     assert len(by_threads) == len(photos) and not np.array_equal(by_threads[0], by_threads[1])
-    assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, SIZE, 2)))
+    assert np.array_equal(by_threads[0], squash(read_photo(photos[0]), SIZE, resize))
+    assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, SIZE, 2, resize)))
+
+
+@pytest.mark.usefixtures("three_threads")
+def test_features_are_those_of_photos_resized_as_the_encoder_says(tmp_path: Path, random_vgg16: Path) -> None:
+    photos = write_photos(tmp_path / "photos", 3, 300, 200)
+    config = FeaturesConfig(layer="conv5_3", pool="mean", size=SIZE, resize="nearest", weights=str(random_vgg16))
+    encoder = load_encoder(config).prepare(torch.device("cpu"), "float32")
+    expected = encoder.encode([squash(read_photo(photo), SIZE, "nearest") for photo in photos])
+    other = encoder.encode([squash(read_photo(photo), SIZE, "bilinear") for photo in photos])
+    for processes in (0, 2):
+        for i, result in enumerate(flat(compute_features(photos, encoder, 3, processes))):
+            assert not isinstance(result, InputError)
+            np.testing.assert_allclose(result.astype("f4"), expected[i].astype("f4"), rtol=1e-2, atol=1e-2)
+            assert np.abs(result.astype("f4") - other[i]).max() > 0.1
 
 
 class Taken:

@@ -190,6 +190,15 @@ def test_squash_is_bilinear_and_antialiased_over_the_whole_photo(width: int, hei
     assert np.abs(exact.permute(1, 2, 0).numpy() - squashed).max() <= 2  # Pillow rounds after each direction
 
 
+@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (60, 900), (32, 32), (224, 224)])
+def test_squash_by_nearest_neighbour_is_pillows_own_as_in_keras(width: int, height: int) -> None:
+    image = Image.fromarray(noise(width, height))
+    squashed = squash(image, 224, "nearest")
+    assert np.array_equal(squashed, np.asarray(image.resize((224, 224), Image.Resampling.NEAREST)))
+    colours = {tuple(colour) for colour in np.asarray(image).reshape(-1, 3)}
+    assert {tuple(colour) for colour in squashed.reshape(-1, 3)} <= colours, "no colour is mixed"
+
+
 def test_digest_is_sha256_of_the_file(tmp_path: Path) -> None:
     contents = [b"", b"one", b"two" * 100_000, b"one"]
     paths = [tmp_path / str(number) for number in range(len(contents))]

@@ -20,7 +20,7 @@ from torch import Tensor, nn
 from capexp.data.vgg16 import EncoderIdentity, encoder_at_hand, identify, load_encoder
 from capexp.data.vgg16_weights import NETS
 from capexp.errors import InputError
-from capexp.settings import FeaturesConfig, Pool, Precision
+from capexp.settings import FeaturesConfig, PhotoResize, Pool, Precision
 
 OXFORD_MEAN = (123.68, 116.779, 103.939)
 CPU = torch.device("cpu")
@@ -65,8 +65,8 @@ def encoded(
 
 
 def test_published_weights_have_the_file_names_that_torchvision_gives_them() -> None:
-    for name, net in NETS.items():
-        assert net.file == Path(torchvision.models.VGG16_Weights[name].url).name
+    for name in ("IMAGENET1K_V1", "IMAGENET1K_FEATURES"):
+        assert NETS[name].file == Path(torchvision.models.VGG16_Weights[name].url).name
 
 
 @pytest.mark.parametrize(
@@ -128,9 +128,26 @@ def test_key_depends_on_all_that_decides_features_and_not_on_where_the_weights_l
         replace(made, weights_digest="1" * 64),
         replace(made, size=336),
         made.mirrored(),
+        replace(made, transform="squash-nearest"),
+        replace(made, transform="squash-nearest").mirrored(),
     )
     assert made.key() == replace(made, weights="b.pth").key()
-    assert len({made.key(), *(other.key() for other in others)}) == 8
+    assert len({made.key(), *(other.key() for other in others)}) == 10
+
+
+def test_keys_of_encoders_from_before_there_was_a_choice_of_resizing_are_the_same() -> None:
+    """Caches and bundles that exist are found by these."""
+    identity = identify(FeaturesConfig(layer="conv5_3", pool="mean", weights="IMAGENET1K_FEATURES"))
+    assert (identity.key(), identity.mirrored().key()) == ("c49d5d31a6c9b637", "5040383a03572e90")
+
+
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_a_mirrored_encoder_resizes_as_the_other(resize: PhotoResize) -> None:
+    config = FeaturesConfig(layer="conv5_3", weights="IMAGENET1K_FEATURES", resize=resize)
+    identity = identify(config)
+    assert (identity.resize, identity.is_mirrored) == (resize, False)
+    assert (identity.mirrored().resize, identity.mirrored().is_mirrored) == (resize, True)
+    assert identity.mirrored().mirrored() == identity.mirrored()
 
 
 def refusal(weights: str | Path) -> str:
@@ -208,21 +225,9 @@ def test_weights_that_are_not_finite_are_refused(vgg16: Path, tmp_path: Path) ->
     assert "convolutions.28.bias holds values that are not finite" in refusal(tmp_path / "nan.pth")
 
 
-def test_torchvisions_own_net_is_refused_under_a_path_because_its_preprocessing_differs(
-    vgg16: Path, tmp_path: Path
-) -> None:
-    state = torch.load(vgg16, weights_only=True) | {"classifier.0.weight": torch.zeros(2, 2)}
-    torch.save(state, tmp_path / "whole.pth")
-    assert "features.weights = IMAGENET1K_V1" in refusal(tmp_path / "whole.pth")
-    state["classifier.0.weight"] = torch.full((2, 2), torch.nan)  # as torchvision ships the Oxford net
-    torch.save(state, tmp_path / "whole.pth")
-    assert identify(FeaturesConfig(layer="conv5_3", weights=str(tmp_path / "whole.pth"))).mean == OXFORD_MEAN
-
-
-@pytest.mark.parametrize("weights", ["IMAGENET1K_FEATURES", "vgg16.pth"])
-def test_fc2_of_convolution_only_weights_is_refused(weights: str) -> None:
-    with pytest.raises(ValidationError, match=f"fc2.*fully connected.*'{weights}'"):
-        FeaturesConfig(layer="fc2", weights=weights)
+def test_the_fc2_of_named_weights_without_it_is_refused() -> None:
+    with pytest.raises(ValidationError, match=r"fc2.*fully connected.*'IMAGENET1K_FEATURES'.*use KERAS"):
+        FeaturesConfig(layer="fc2", weights="IMAGENET1K_FEATURES")
 
 
 @pytest.mark.parametrize("pool", ["max2", "mean"])
