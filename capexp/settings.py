@@ -217,8 +217,8 @@ class FeaturesConfig(Section):
     weights: str = "IMAGENET1K_V1"
     """Published weights by name, downloaded at first use: ``IMAGENET1K_V1`` (torchvision's own net),
     ``IMAGENET1K_FEATURES`` (the Caffe net's convolutions, for conv5_3) or ``KERAS`` (the whole Caffe net, used by the
-    tutorial); or a file of VGG16's weights that PyTorch or Keras has written. With ``file`` it is ``unknown`` by
-    default; if it is given and photos are at hand, the file is checked against it."""
+    tutorial); or a file of VGG16's weights that PyTorch or Keras has written. With ``file`` the default is ``unknown``;
+    if weights are given and photos are at hand, the file is checked against them."""
     net: NetSetting = "auto"
     """Which net a file of weights holds, and so its preprocessing: ``caffe``, the net of VGG16's authors, which Keras
     has too, or ``torchvision``. ``auto`` recognises published weights; the net of others must be named."""

@@ -10,6 +10,7 @@ if TYPE_CHECKING:
     from capexp.data.captions import PhotosBySplit
     from capexp.data.dataset import Dataset
     from capexp.runs.group import SeedsResult
+    from capexp.runs.lifecycle import Plan
     from capexp.runs.run import Result
     from capexp.settings import Experiment
 
@@ -87,11 +88,11 @@ def train(argv: list[str] | None = None) -> int:
     if experiment.is_ensemble:
         result, members = cli.print_epochs(group.train_ensemble(plan, arguments.resume))
         _print_result(
-            result, data, go_there, [f"member      {member} (run {run_id})" for member, run_id in members.items()]
+            result, plan, go_there, [f"member      {member} (run {run_id})" for member, run_id in members.items()]
         )
         return 0
     result = cli.print_epochs(run.train(plan, arguments.resume, world))
-    _print_result(result, data, go_there)
+    _print_result(result, plan, go_there)
     _print_next(arguments.experiment or experiment.name)
     return 0
 
@@ -183,8 +184,10 @@ def _print_seeds(result: "SeedsResult") -> None:
     print(f"\nregistered  {result.version.describe()}")
 
 
-def _print_result(result: "Result", data: "Dataset", go_there: str | None, members: list[str] | None = None) -> None:
+def _print_result(result: "Result", plan: "Plan", go_there: str | None, members: list[str] | None = None) -> None:
     import os
+
+    from capexp.data.vgg16 import encoder_at_hand
 
     assert result.version is not None
     print(f"\nrun         {result.run_id}")
@@ -211,7 +214,7 @@ def _print_result(result: "Result", data: "Dataset", go_there: str | None, membe
     photo = result.samples[0].photo
     caption = f"python -m capexp.caption --model {result.version.uri}"
     print(f"  {ui:47}  the runs, their curves and captions")
-    if data.reference is not None:
+    if plan.data.reference is not None:
         print(
             f"""\
   {caption} --features.weights PATH PHOTO
@@ -219,12 +222,13 @@ def _print_result(result: "Result", data: "Dataset", go_there: str | None, membe
                                                    they are checked on photos that are at hand"""
         )
     else:
-        print(
-            f"""\
-  {caption} {os.path.relpath(photo) if photo.is_file() else "PHOTO"}
+        print(f"  {caption} {os.path.relpath(photo) if photo.is_file() else 'PHOTO'}")
+        if not encoder_at_hand(plan.experiment.features):  # otherwise the model holds them
+            print(
+                """\
                                                    a new photo needs VGG16's weights: fetched once (528 MB),
                                                    or --features.weights PATH"""
-        )
+            )
 
 
 def _way_to_run() -> str | None:

@@ -350,40 +350,6 @@ ROWS = {
         lambda: replace("evil.pth", pickle.dumps(Code())),
         "--features.weights evil.pth",
     ),
-    "weights of an unknown net": Row(
-        ("own.pth: VGG16's weights of an unknown net", "set features.net = 'caffe'", "or 'torchvision'"),
-        lambda: save_weights("own.pth", "my."),
-        "--features.weights own.pth",
-    ),
-    "convolutions alone for fc2": Row(
-        ("convolutions.pth: holds no fully connected layers", "features.layer = 'fc2'", "KERAS", "conv5_3"),
-        lambda: save_weights("convolutions.pth", "features."),
-        "--features.layer fc2 --features.pool none --features.weights convolutions.pth",
-    ),
-    "named weights of another net": Row(
-        ("features.net = 'torchvision': KERAS is the caffe net",),
-        arguments="--features.weights KERAS --features.net torchvision",
-    ),
-    "Keras's weights not to be had": Row(
-        ("features.weights = 'KERAS'", "CAPEXP_OFFLINE"), arguments="--features.weights KERAS"
-    ),
-    "Keras's weights cut short": Row(
-        ("cut.h5: a damaged HDF5 file",),
-        lambda: replace("cut.h5", hdf5("block1_conv1/block1_conv1/kernel")[:3000]),
-        "--features.weights cut.h5",
-    ),
-    "Keras's weights of another net": Row(
-        ("other.h5: not VGG16's weights", "without Keras's group block1_conv1"),
-        lambda: replace("other.h5", hdf5("conv1/conv1/kernel:0")),
-        "--features.weights other.h5",
-    ),
-    "Keras's weights of another size": Row(
-        ("small.h5: not VGG16's weights (block1_conv1's kernel is missing or has another shape)",),
-        lambda: replace("small.h5", hdf5("block1_conv1/block1_conv1_W_1:0")),
-        "--features.weights small.h5",
-    ),
-    "no such net": Row(("features.net keras", "'caffe'"), arguments="--features.net keras"),
-    "no such resizing": Row(("features.resize bicubic", "'nearest'"), arguments="--features.resize bicubic"),
     "no file of features": Row(("features.file = 'none.pkl': no such file",), arguments="--features.file none.pkl"),
     "features cut short": Row(
         ("cut.pkl: ", "damaged or cut short"),
@@ -437,6 +403,40 @@ ROWS = {
     "weights of no encoder": Row(
         ("features.weights = 'unknown'", "set features.file"), arguments="--features.weights unknown"
     ),
+    "weights of an unknown net": Row(
+        ("own.pth: VGG16's weights of an unknown net", "set features.net = 'caffe'", "or 'torchvision'"),
+        lambda: save_weights("own.pth", "my."),
+        "--features.weights own.pth",
+    ),
+    "convolutions alone for fc2": Row(
+        ("convolutions.pth: holds no fully connected layers", "features.layer = 'fc2'", "KERAS", "conv5_3"),
+        lambda: save_weights("convolutions.pth", "features."),
+        "--features.layer fc2 --features.pool none --features.weights convolutions.pth",
+    ),
+    "named weights of another net": Row(
+        ("features.net = 'torchvision': KERAS is the caffe net",),
+        arguments="--features.weights KERAS --features.net torchvision",
+    ),
+    "Keras's weights not to be had": Row(
+        ("features.weights = 'KERAS'", "CAPEXP_OFFLINE"), arguments="--features.weights KERAS"
+    ),
+    "Keras's weights cut short": Row(
+        ("cut.h5: a damaged HDF5 file",),
+        lambda: replace("cut.h5", hdf5("block1_conv1/block1_conv1/kernel")[:3000]),
+        "--features.weights cut.h5",
+    ),
+    "Keras's weights of another net": Row(
+        ("other.h5: not VGG16's weights", "without Keras's group block1_conv1"),
+        lambda: replace("other.h5", hdf5("conv1/conv1/kernel:0")),
+        "--features.weights other.h5",
+    ),
+    "Keras's weights of another size": Row(
+        ("small.h5: not VGG16's weights (block1_conv1's kernel is missing or has another shape)",),
+        lambda: replace("small.h5", hdf5("block1_conv1/block1_conv1_W_1:0")),
+        "--features.weights small.h5",
+    ),
+    "no such net": Row(("features.net keras", "'caffe'"), arguments="--features.net keras"),
+    "no such resizing": Row(("features.resize bicubic", "'nearest'"), arguments="--features.resize bicubic"),
     "weights not to be had": Row(
         ("IMAGENET1K_FEATURES", "CAPEXP_OFFLINE"), edit(PHOTO, lambda content: Path(OTHER).read_bytes() + b"\0")
     ),

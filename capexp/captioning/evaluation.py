@@ -277,12 +277,10 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     for captioner in captioners:
         encoder = captioner.encoder_identity
         own_features: dict[str, object] = {
-            "features.layer": encoder.layer,
-            "features.pool": encoder.pool,
-            "features.size": encoder.size,
+            f"features.{name}": getattr(encoder, name) for name in ("layer", "pool", "size", "resize")
         }
         if isinstance(encoder, EncoderIdentity):
-            own_features |= {"features.resize": encoder.resize, "features.file": NO_FILE}
+            own_features["features.file"] = NO_FILE
         own = replace_settings(experiment, own_features)
         data = Dataset.read(own, (split,), captioner.vocabulary, captioner.splits)
         if data.encoder.key() != encoder.key():

@@ -39,7 +39,7 @@ from capexp.data.inert_pickle import read_arrays
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.errors import InputError, listed
 from capexp.files import listed_or_filed
-from capexp.settings import CaptionsConfig, FeaturesConfig, Layer, PhotoResize, PhotoSize, Pool
+from capexp.settings import CaptionsConfig, FeaturesConfig, Layer, NetSetting, PhotoResize, PhotoSize, Pool
 
 _MOST_VALUES = 2**22  # of one photo: 16 MiB of float32
 _MOST_NAMES = 10_000_000
@@ -64,13 +64,14 @@ class FileIdentity:
     name: str
     """The file's name; has no effect on :meth:`key`."""
     layer: Layer
-    """The layer, pool and photo size of the encoder as the settings have them; no effect on :meth:`key`."""
+    """The encoder's settings as the training had them: layer, pool, photo size, resize, net; no effect on
+    :meth:`key`."""
     pool: Pool
     size: PhotoSize
+    resize: PhotoResize = "bilinear"
+    net: NetSetting = "auto"
     encoder: EncoderIdentity | None = None
     """The encoder that has been checked against the file, if any; no effect on :meth:`key`."""
-    resize: PhotoResize = "bilinear"
-    """How that encoder's photos are resized, as the settings say; no effect on :meth:`key`."""
 
     is_mirrored = False
 
@@ -91,7 +92,9 @@ class FileIdentity:
 
     def claimed(self, weights: str) -> FeaturesConfig:
         """Return the settings of the encoder as they were at the training, with the weights that are said to be its."""
-        return FeaturesConfig(layer=self.layer, pool=self.pool, size=self.size, resize=self.resize, weights=weights)
+        return FeaturesConfig(
+            layer=self.layer, pool=self.pool, size=self.size, resize=self.resize, net=self.net, weights=weights
+        )
 
     def record(self) -> dict[str, object]:
         """Return what identifies the features, for digests and for the cache's header."""
@@ -158,6 +161,7 @@ class FeatureFile:
                 pool=config.pool,
                 size=config.size,
                 resize=config.resize,
+                net=config.net,
             )
         except ValueError as error:
             raise InputError(f"{path}: {error}") from None

@@ -49,7 +49,7 @@ def opened(path: Path, content: bytes | None = None) -> Iterator["File"]:
         raise InputError(f"{path}: an HDF5 file, which h5py reads: pip install h5py") from None
     try:
         _check_heaps(path, content)
-        with h5py.File(path if content is None else io.BytesIO(content), "r") as file:
+        with h5py.File(path if content is None else io.BytesIO(content), "r", locking=False) as file:
             yield file
     except (InputError, MemoryError):
         raise

@@ -22,8 +22,7 @@ from torch import Tensor, nn
 
 from capexp.data.vgg16_weights import (
     NETS,
-    Net,
-    Weights,
+    PREPROCESSING,
     digest_weights,
     named_net,
     network,
@@ -37,6 +36,7 @@ from capexp.settings import (
     PHOTO_SIZE,
     FeaturesConfig,
     Layer,
+    NetName,
     PhotoResize,
     PhotoSize,
     Pool,
@@ -210,15 +210,15 @@ def identify(config: FeaturesConfig) -> EncoderIdentity:
     named_net(config.weights, config.net)  # refuses a net that the named weights are not
     net = NETS.get(config.weights)
     if net is not None and config.layer in net.digests:
-        return _identity(config, net, net.digests[config.layer])
+        return _identity(config, net.net, net.digests[config.layer])
     weights = read_weights(config.weights, config.layer, config.net)
-    return _identity(config, weights, digest_weights(weights.state))
+    return _identity(config, weights.net, digest_weights(weights.state))
 
 
 def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
     """Return a config's encoder, or the one for mirrored photos; published weights are fetched at their first use."""
     weights = read_weights(config.weights, config.layer, config.net)
-    identity = _identity(config, weights, digest_weights(weights.state))
+    identity = _identity(config, weights.net, digest_weights(weights.state))
     net = NETS.get(config.weights)
     known = None if net is None else net.digests.get(config.layer)
     if known is not None and known != identity.weights_digest:
@@ -234,8 +234,9 @@ def encoder_at_hand(config: FeaturesConfig) -> bool:
     return config.weights not in NETS or published_file(config.weights).is_file()
 
 
-def _identity(config: FeaturesConfig, net: Net | Weights, weights_digest: str) -> EncoderIdentity:
+def _identity(config: FeaturesConfig, net: NetName, weights_digest: str) -> EncoderIdentity:
     """Return the identity of an encoder with the preprocessing of a net and weights of this digest."""
+    mean, std = PREPROCESSING[net]
     name = config.weights if config.weights in NETS else Path(config.weights).name
     transform = _TRANSFORMS[config.resize, False]
-    return EncoderIdentity(config.layer, config.pool, net.mean, net.std, weights_digest, name, config.size, transform)
+    return EncoderIdentity(config.layer, config.pool, mean, std, weights_digest, name, config.size, transform)

@@ -20,11 +20,11 @@ _CHANNELS = (64, 128, 256, 512, 512)  # of the convolutions, by block
 Colour = tuple[float, float, float]
 """A number for each of red, green and blue."""
 
-# The mean and the standard deviation, in units of 0..255, with which each net was trained.
-_PREPROCESSING: Final[dict[NetName, tuple[Colour, Colour]]] = {
+PREPROCESSING: Final[dict[NetName, tuple[Colour, Colour]]] = {
     "caffe": ((123.68, 116.779, 103.939), (1.0, 1.0, 1.0)),
     "torchvision": ((123.675, 116.28, 103.53), (58.395, 57.12, 57.375)),
 }
+"""The mean that is subtracted from photos, and the standard deviation that they are divided by, in units of 0..255."""
 
 
 @dataclass(frozen=True)
@@ -43,12 +43,12 @@ class Net:
     @property
     def mean(self) -> Colour:
         """The mean that is subtracted from photos, in units of 0..255."""
-        return _PREPROCESSING[self.net][0]
+        return PREPROCESSING[self.net][0]
 
     @property
     def std(self) -> Colour:
         """The standard deviation that photos are divided by, in units of 0..255."""
-        return _PREPROCESSING[self.net][1]
+        return PREPROCESSING[self.net][1]
 
 
 NETS: dict[str, Net] = {
@@ -87,16 +87,6 @@ class Weights:
     state: State
     net: NetName
 
-    @property
-    def mean(self) -> Colour:
-        """The mean that is subtracted from photos, in units of 0..255."""
-        return _PREPROCESSING[self.net][0]
-
-    @property
-    def std(self) -> Colour:
-        """The standard deviation that photos are divided by, in units of 0..255."""
-        return _PREPROCESSING[self.net][1]
-
 
 def network(layer: Layer) -> tuple[nn.Sequential, nn.Sequential]:
     """Return VGG16's convolutions and dense layers up to a layer, on the meta device, numbered as torchvision's.
@@ -123,6 +113,7 @@ def read_weights(weights: str, layer: Layer, net: NetSetting = "auto") -> Weight
     ``weights`` is a name in ``NETS``, whose file is fetched at its first use, or the path of a file. ``net`` is the net
     in that file, if its content does not say.
     """
+    given = named_net(weights, net)
     path = Path(weights)
     if weights in NETS:
         path = _fetch(weights)
@@ -136,7 +127,6 @@ def read_weights(weights: str, layer: Layer, net: NetSetting = "auto") -> Weight
         for part, layers in zip(("convolutions", "dense"), network(layer), strict=True)
         for name, value in layers.state_dict().items()
     }
-    given = named_net(weights, net)
     return _recognise(path, read_weights_file(path, shapes), given)
 
 
@@ -152,7 +142,7 @@ def named_net(weights: str, net: NetSetting) -> NetName | None:
 
 def net_of(mean: Colour, std: Colour) -> NetSetting:
     """Return the net that has this preprocessing, or "auto" if none has."""
-    return next((net for net, numbers in _PREPROCESSING.items() if numbers == (mean, std)), "auto")
+    return next((net for net, numbers in PREPROCESSING.items() if numbers == (mean, std)), "auto")
 
 
 def _recognise(path: Path, file: WeightsFile, given: NetName | None) -> Weights:

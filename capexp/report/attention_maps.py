@@ -26,9 +26,9 @@ def require_attention(captioner: Captioner) -> None:
 
 def attention_of(captioner: Captioner, photo: Path | bytes, caption: str) -> NDArray[np.float32]:
     """Return the attention weights over the grid, ``(T, side, side)``, for each word of a photo's caption."""
-    encoder = captioner.use_encoder()
-    pixels = squash(read_photo(photo), encoder.identity.size, encoder.identity.resize)
-    (maps,) = captioner.attention_maps(encoder.encode([pixels]), [caption])
+    encoder = captioner.encoder_identity
+    pixels = squash(read_photo(photo), encoder.size, encoder.resize)
+    (maps,) = captioner.attention_maps(captioner.use_encoder().encode([pixels]), [caption])
     return maps
 
 
