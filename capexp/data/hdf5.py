@@ -22,6 +22,7 @@ if TYPE_CHECKING:
     from h5py import Dataset, File, Group
 
 _SIGNATURE = b"\x89HDF\r\n\x1a\n"
+_MATLAB_HEADER = 512  # bytes before an HDF5 file, in MATLAB's
 _HEAP = b"GCOL\x01"  # begins a global heap: its signature and version
 _LENGTH = struct.Struct("<Q")
 _OBJECT = struct.Struct("<HHIQ")  # the head of an object in it: index, references, nothing, size
@@ -48,7 +49,7 @@ def opened(path: Path, content: bytes | None = None) -> Iterator["File"]:
             raise
         raise InputError(f"{path}: an HDF5 file, which h5py reads: pip install h5py") from None
     try:
-        _check_heaps(path, content)
+        check_heaps(path, content)
         with h5py.File(path if content is None else io.BytesIO(content), "r", locking=False) as file:
             yield file
     except (InputError, MemoryError):
@@ -57,8 +58,11 @@ def opened(path: Path, content: bytes | None = None) -> Iterator["File"]:
         raise InputError(f"{path}: a damaged HDF5 file ({type(error).__name__}); get the file again") from None
 
 
-def _check_heaps(path: Path, content: bytes | None) -> None:
-    """Raise InputError if a global heap, which holds texts, is damaged: an object of no size is read for ever."""
+def check_heaps(path: Path, content: bytes | None = None) -> None:
+    """Raise InputError if a global heap, which holds texts, is damaged: the library loops on an object of no size.
+
+    Call it before the library opens a file. ``content`` is as in :func:`opened`.
+    """
     if content is not None:
         _check_heaps_of(path, content)
         return
@@ -67,9 +71,10 @@ def _check_heaps(path: Path, content: bytes | None) -> None:
 
 
 def _check_heaps_of(path: Path, data: bytes | mmap.mmap) -> None:
-    is_first_version = data[8:9] in (b"\0", b"\1")
-    lengths = data[14:15] if is_first_version else data[10:11]  # bytes of a length in this file
-    is_sound = data[: len(_SIGNATURE)] == _SIGNATURE and lengths == b"\x08"
+    base = 0 if data[: len(_SIGNATURE)] == _SIGNATURE else _MATLAB_HEADER
+    is_first_version = data[base + 8 : base + 9] in (b"\0", b"\1")
+    length = base + (14 if is_first_version else 10)  # where the file says how many bytes a length has
+    is_sound = data[base : base + len(_SIGNATURE)] == _SIGNATURE and data[length : length + 1] == b"\x08"
     start = data.find(_HEAP)
     while start >= 0 and is_sound:
         (size,) = _LENGTH.unpack_from(data, start + 8) if start + 16 <= len(data) else (0,)
