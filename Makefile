@@ -71,4 +71,4 @@ format: .venv/installed-test
 	ruff check --fix .
 
 clean:
-	rm -rf .venv .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info
+	rm -rf .venv .venv-keras .mypy_cache .pytest_cache .ruff_cache .import_linter_cache build dist *.egg-info

@@ -5,7 +5,7 @@ from importlib import import_module
 
 from capexp import cli
 
-COMMANDS = ("train", "tune", "evaluate", "compare", "caption", "extract", "download", "app", "sync")
+COMMANDS = ("train", "tune", "evaluate", "compare", "caption", "extract", "download", "app", "sync", "bundle")
 
 
 def main() -> None:

@@ -5,6 +5,7 @@ import secrets
 import shutil
 import socket
 import subprocess
+import sys
 import tempfile
 import time
 from collections.abc import Callable, Iterator
@@ -17,6 +18,7 @@ if TYPE_CHECKING:
     from selenium.webdriver import Chrome
 
 _ROOT = Path(__file__).parents[1]
+_KERAS = "tensorflow-cpu==2.21.* pillow h5py"
 _CHROMIUM_FLAGS = (
     *("--headless=new", "--window-size=1280,900", "--no-sandbox", "--disable-gpu", "--disable-quic", "--no-first-run"),
     *("--disable-background-networking", "--disable-component-update", "--disable-sync"),
@@ -65,6 +67,40 @@ def flickr8k() -> Path:
 def vgg16() -> Path:
     """The file of VGG16's real convolutional weights."""
     return _real("CAPEXP_VGG16", "vgg16/vgg16_features_fp16.pth", "a file of VGG16's weights is")
+
+
+@pytest.fixture(scope="session")
+def keras() -> Callable[[str, Path], None]:
+    """Runs a step of ``tutorial_in_keras.py`` in a folder, with TensorFlow from an environment of its own.
+
+    The environment is made at the first use, in a minute, in ``.venv-keras`` beside the project's.
+    """
+    from filelock import FileLock
+
+    environment = _ROOT / ".venv-keras"
+    python, installed = environment / "bin" / "python", environment / "installed"
+    with FileLock(_ROOT / ".venv-keras.lock"):
+        if not installed.is_file() or installed.read_text() != _KERAS:
+            installed.unlink(missing_ok=True)
+            commands: tuple[tuple[str | Path, ...], ...] = (
+                (sys.executable, "-m", "venv", environment),
+                (python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check", *_KERAS.split()),
+            )
+            for command in commands:
+                done = subprocess.run(command, capture_output=True, text=True)
+                if done.returncode:
+                    reason = (done.stderr.strip().splitlines() or [str(done.returncode)])[-1]
+                    pytest.skip(f"no environment with Keras ({_KERAS}) can be made: {reason}")
+            installed.write_text(_KERAS)
+
+    def run(step: str, folder: Path) -> None:
+        done = subprocess.run(
+            [python, _ROOT / "tests" / "tutorial_in_keras.py", step, folder],
+            capture_output=True, text=True, env={**os.environ, "PYTHONPATH": ""},
+        )  # fmt: skip
+        assert done.returncode == 0, done.stderr[-4000:]
+
+    return run
 
 
 @pytest.fixture

@@ -24,10 +24,12 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from keras_files import Change, saved_model, tokenizer_json
 from kinds import KINDS
 from mlflow.tracking import MlflowClient
 
 from capexp import cli
+from capexp.bundle import bundle as make_bundle
 from capexp.caption import caption
 from capexp.compare import compare
 from capexp.evaluate import evaluate
@@ -44,6 +46,7 @@ COMMANDS = {
     "caption": caption,
     "compare": compare,
     "extract": extract,
+    "bundle": make_bundle,
 }
 PHOTOS, TOKENS = "data/Scenes_Dataset", "data/Scenes.token.txt"
 LISTS = {split: f"data/Scenes.{split}Images.txt" for split in ("train", "dev", "test")}
@@ -194,6 +197,19 @@ class Row:
 
 
 FILE = "--features.file "
+
+
+def keras_model(change: Change = lambda layers, weights: None, **fields: object) -> Callable[[], None]:
+    """A model as Keras saves the tutorial's, and its tokenizer."""
+
+    def write() -> None:
+        replace("model.h5", saved_model(change=change))
+        replace("tokenizer.json", tokenizer_json(**fields).encode())  # type: ignore[arg-type]
+
+    return write
+
+
+KERAS = "--keras model.h5 --tokenizer tokenizer.json --output tutorial"
 
 
 def first_line(content: bytes) -> bytes:
@@ -655,6 +671,53 @@ ROWS = {
         lambda: replace(str(next(Path().glob("checkpoints/*/last.pt"))), b"junk"),
         "--training.epochs 2 --resume {run}",
     ),
+    "no Keras model": Row(("model.h5: no such model",), arguments=KERAS, command="bundle"),
+    "a Keras model cut short": Row(
+        ("model.h5: a damaged HDF5 file",),
+        both(keras_model(), edit("model.h5", lambda content: content[:5000])),
+        KERAS,
+        "bundle",
+    ),
+    "a Keras model of another architecture": Row(
+        ("model.h5: another architecture: layer 'lstm' is GRU", "needed is the tutorial's network"),
+        keras_model(lambda layers, weights: layers["lstm"].update(kind="GRU")),
+        KERAS,
+        "bundle",
+    ),
+    "a Keras model of other features": Row(
+        ("model.h5: reads 2,048 values for a photo, VGG16's fc2 gives 4,096",),
+        both(keras_model(), lambda: replace("model.h5", saved_model(features=2048))),
+        KERAS,
+        "bundle",
+    ),
+    "a tokenizer of another model": Row(
+        ("model.h5: the model knows 6 words, the tokenizer 2", "trained with"),
+        keras_model(words=("startseq", "endseq")),
+        KERAS,
+        "bundle",
+    ),
+    "a tokenizer with code": Row(
+        ("tokenizer.json: holds 'posix.mkdir', which is not loaded",),
+        both(keras_model(), lambda: replace("tokenizer.json", pickle.dumps(Code()))),
+        KERAS,
+        "bundle",
+    ),
+    "no tokenizer": Row(
+        ("tokenizer.json: no such tokenizer",), both(keras_model(), gone("tokenizer.json")), KERAS, "bundle"
+    ),
+    "a bundle over another file": Row(
+        ("--output data: exists already; name a new folder",),
+        keras_model(),
+        KERAS.replace("tutorial", "data"),
+        "bundle",
+    ),
+    "a bundle in no folder": Row(
+        ("--output no/tutorial: no folder no; make it first",),
+        keras_model(),
+        KERAS.replace("tutorial", "no/tutorial"),
+        "bundle",
+    ),
+    "a bundle without VGG16": Row(("features.weights = 'KERAS'", "CAPEXP_OFFLINE"), keras_model(), KERAS, "bundle"),
     "output into no folder": Row(
         ("--output no/scores.json", "make it first"),
         arguments="--model {bundle} --output no/scores.json",
@@ -690,7 +753,7 @@ def test_each_fault_is_one_line_and_changes_nothing(
     if "{bundle}" in arguments:
         arguments = arguments.format(bundle=Path(bundle("manifest.json")).parent)
     arguments = arguments.replace("{run}", next(Path("checkpoints").iterdir()).name if "{run}" in arguments else "")
-    if row.command != "caption" and "--captions.root" not in arguments and "--resume" not in arguments:
+    if row.command not in ("caption", "bundle") and "--captions.root" not in arguments and "--resume" not in arguments:
         arguments = f"{DATA} {arguments}"
     if row.weights:
         weights = str(request.getfixturevalue("vgg16"))

@@ -23,7 +23,7 @@ from capexp.train import _way_to_run
 
 ROOT = Path(__file__).parents[1]
 
-COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download", "sync")
+COMMANDS = ("train", "tune", "evaluate", "caption", "compare", "extract", "download", "sync", "bundle")
 HEAVY = {"torch", "mlflow", "optuna", "torchvision", "numpy", "streamlit"}
 CODE = """
 import sys

@@ -31,11 +31,13 @@ import tomli_w
 import torch
 from feature_formats import FORMATS, NAMES as NAMES_OF_FEATURES, table
 from hypothesis import HealthCheck, given, settings, strategies as st
+from keras_files import saved_model, write as write_model
 from PIL import Image
 from safetensors.torch import load_file, save_file
 from user_folder import ROOT
 
 from capexp.captioning.captioner import Captioner
+from capexp.captioning.keras_model import read_keras_model
 from capexp.data.cache import FeatureCache
 from capexp.data.caption_files import read_captions, read_list
 from capexp.data.captions import read_splits
@@ -538,6 +540,26 @@ def swelling_hdf5(path: Path) -> None:
 
 def swelling_matlab(path: Path) -> None:
     scipy.io.savemat(path, {"feats": np.zeros((2**10, 2**18))}, appendmat=False, do_compression=True)
+
+
+SAVED = [saved_model(form, features=16) for form in ("Keras 2", "Keras 3", "keras")]
+WITHIN = [(content.index(b'{"class_name"'), content) for content in SAVED]
+
+
+@fuzz
+@given(
+    st.sampled_from(SAVED).flatmap(damaged)
+    | st.sampled_from(WITHIN).flatmap(
+        lambda its: damaged(its[1][its[0] : its[0] + 1500]).map(
+            lambda part: its[1][: its[0]] + part[:1500].ljust(1500) + its[1][its[0] + 1500 :]
+        )
+    )
+)
+def test_models_of_keras(tmp_path: Path, content: bytes) -> None:
+    path, words = write_model(tmp_path, content)
+    with refusable("models of Keras"):
+        vocabulary, weights = read_keras_model(path).convert(read_tokenizer(words))
+        assert len(weights["vocabulary.bias"]) == len(vocabulary)
 
 
 def pictures() -> list[bytes]:

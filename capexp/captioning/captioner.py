@@ -96,6 +96,20 @@ class Captioner:
         return cls((model,), decoder, vocabulary, encoder, decoding)
 
     @classmethod
+    def of_weights(
+        cls,
+        model: ModelConfig,
+        weights: State,
+        vocabulary: Vocabulary,
+        encoder: EncoderIdentity,
+        decoding: DecodingConfig,
+    ) -> "Captioner":
+        """Return a captioner whose decoder has these weights, by the decoder's parameter names."""
+        decoder = outline_decoder((model,), encoder.shape, len(vocabulary))
+        decoder.load_state_dict(weights, assign=True)
+        return cls((model,), decoder.eval(), vocabulary, encoder, decoding)
+
+    @classmethod
     def ensemble(cls, members: Sequence["Captioner"], decoding: DecodingConfig) -> "Captioner":
         """Return an ensemble of captioners, which must have the same vocabulary and features.
 

@@ -35,6 +35,7 @@ from numpy.typing import NDArray
 
 from capexp.data.caption_files import decoded_lines, read_bytes, read_captions
 from capexp.data.captions import Names
+from capexp.data.hdf5 import check_heaps
 from capexp.data.inert_pickle import read_arrays
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.errors import InputError, listed
@@ -395,6 +396,7 @@ def _open_safetensors(path: Path) -> _Content:
 def _open_hdf5(path: Path) -> _Content:
     """Open an HDF5 file; of its data sets only those that are whole in this file are read."""
     h5py, size = _require("h5py", path), path.stat().st_size
+    check_heaps(path)
     with h5py.File(path, "r") as file:
         found: dict[str, tuple[int, ...]] = {}
 

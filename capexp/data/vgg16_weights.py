@@ -10,7 +10,8 @@ import numpy as np
 import torch
 from torch import nn
 
-from capexp.data.weights_files import FIRST_KERNEL, State, WeightsFile, is_hdf5, read_weights_file
+from capexp.data.hdf5 import is_hdf5
+from capexp.data.weights_files import FIRST_KERNEL, State, WeightsFile, read_weights_file
 from capexp.errors import InputError
 from capexp.settings import Layer, NetName, NetSetting
 

@@ -9,19 +9,19 @@ is untrusted: no code is run, no other file is opened, and a shape is checked be
 import io
 import os
 import zipfile
-from collections.abc import Iterator, Mapping
+from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
 from typing import TYPE_CHECKING
 
-import numpy as np
 import torch
 from torch import Tensor
 
+from capexp.data.hdf5 import arrays, group_in, is_hdf5, opened, values_of
 from capexp.errors import InputError
 
 if TYPE_CHECKING:
-    from h5py import Dataset, File, Group
+    from h5py import File
 
 State = dict[str, Tensor]
 Shapes = Mapping[str, tuple[int, ...]]
@@ -32,7 +32,6 @@ FIRST_KERNEL = "convolutions.0.weight"
 
 _DENSE = 4096 * 25088  # weights of the first fully connected layer
 _CONVOLUTIONS = 26  # parameters: 13 kernels and 13 biases
-_SIGNATURE = b"\x89HDF\r\n\x1a\n"
 # The layers in Keras, in order: by their own names, and by the names of their classes in Keras 3's .weights.h5.
 _BLOCKS = [f"block{block}_conv{i}" for block, count in enumerate((2, 2, 3, 3, 3), 1) for i in range(1, count + 1)]
 _BY_NAME = (*_BLOCKS, "fc1", "fc2")
@@ -40,8 +39,6 @@ _BY_CLASS = ("conv2d", *(f"conv2d_{i}" for i in range(1, 13)), "dense", "dense_1
 # The group that holds the layers' groups, by the kind of file: weights, a whole model, Keras 3's weights.
 _KERAS_FORMS = (("", _BY_NAME), ("model_weights", _BY_NAME), ("layers", _BY_CLASS))
 _DEPTH = 3  # groups from a layer's group to its values, at most
-_ENTRIES = 8  # looked at in each group of a layer, at most
-_CHUNK = 2**20  # values of a chunk that need not be fewer than those of the whole
 
 
 @dataclass(frozen=True)
@@ -64,12 +61,6 @@ def read_weights_file(path: Path, shapes: Shapes) -> WeightsFile:
     if unfit:
         raise InputError(f"{path}: {unfit[0]} holds values that are not finite; get the file again")
     return file
-
-
-def is_hdf5(path: Path) -> bool:
-    """Return whether a file is HDF5, as Keras's are."""
-    with path.open("rb") as file:
-        return file.read(len(_SIGNATURE)) == _SIGNATURE
 
 
 def _require_dense(path: Path, shapes: Shapes, has_dense: bool) -> None:
@@ -199,21 +190,8 @@ class _SizeLimited(io.BufferedReader):
 
 
 def _read_keras(path: Path, shapes: Shapes) -> WeightsFile:
-    try:
-        import h5py
-    except ModuleNotFoundError as error:
-        if error.name != "h5py":
-            raise
-        raise InputError(f"{path}: an HDF5 file, which h5py reads: pip install h5py") from None
-    try:
-        with h5py.File(path, "r", locking=False) as file:
-            return _read_groups(path, file, shapes)
-    except InputError:
-        raise
-    except MemoryError:
-        raise
-    except Exception as error:  # h5py raises OSError, KeyError, RuntimeError, ValueError, ... depending on the damage
-        raise InputError(f"{path}: a damaged HDF5 file ({type(error).__name__}); get the weights again") from None
+    with opened(path) as file:
+        return _read_groups(path, file, shapes)
 
 
 def _read_groups(path: Path, file: "File", shapes: Shapes) -> WeightsFile:
@@ -221,26 +199,26 @@ def _read_groups(path: Path, file: "File", shapes: Shapes) -> WeightsFile:
     forms = [
         (parent, names)
         for prefix, names in _KERAS_FORMS
-        if (parent := _group(file, prefix) if prefix else file) is not None and _group(parent, names[0]) is not None
+        if (parent := group_in(file, prefix) if prefix else file) is not None and group_in(parent, names[0]) is not None
     ]
     if not forms:
         raise InputError(f"{path}: not VGG16's weights (an HDF5 file without Keras's group block1_conv1)")
     parent, names = forms[0]
-    has_dense = _group(parent, names[len(_BLOCKS)]) is not None
+    has_dense = group_in(parent, names[len(_BLOCKS)]) is not None
     _require_dense(path, shapes, has_dense)
     # The kernel and the bias of each layer, one layer in float32 at a time.
     state: State = {}
     layers = dict.fromkeys(name.rpartition(".")[0] for name in shapes)
     for layer, name in zip(layers, names, strict=False):
-        group = _group(parent, name)
-        datasets = [] if group is None else list(_datasets(path, group, _DEPTH))
+        group = group_in(parent, name)
+        datasets = [] if group is None else list(arrays(path, group, _DEPTH))
         for kind in ("weight", "bias"):
             ours = shapes[f"{layer}.{kind}"]
             theirs = (*ours[2:], *ours[1::-1])  # (out, in, height, width) is (height, width, in, out) there
             dataset = next((one for one in datasets if one.shape == theirs), None)
             if dataset is None:
                 raise _not_vgg16(path, f"{name}'s {'kernel' if kind == 'weight' else 'bias'}")
-            state[f"{layer}.{kind}"] = _as_torch(_read_values(path, dataset), f"{layer}.{kind}")
+            state[f"{layer}.{kind}"] = _as_torch(torch.from_numpy(values_of(path, dataset)).half(), f"{layer}.{kind}")
     return WeightsFile(state, is_bgr=True, has_dense=has_dense, has_usual_names=False)
 
 
@@ -250,70 +228,3 @@ def _as_torch(values: Tensor, name: str) -> Tensor:
         return values.view(7, 7, 512, -1).permute(3, 2, 0, 1).flatten(1).contiguous()
     order = {1: (0,), 2: (1, 0), 4: (3, 2, 0, 1)}[values.dim()]
     return values.permute(order).contiguous()
-
-
-def _hard_links(group: "Group") -> Iterator[bytes]:
-    """Yield the first names in a group that are hard links; other links may lead to other files."""
-    from h5py.h5l import TYPE_HARD
-
-    names: list[bytes] = []
-
-    def collect(name: bytes) -> bool | None:
-        names.append(name)
-        return True if len(names) == _ENTRIES else None  # True ends the iteration
-
-    group.id.links.iterate(collect)
-    for name in names:
-        if b"/" not in name and name not in (b".", b"..") and group.id.links.get_info(name).type == TYPE_HARD:
-            yield name
-
-
-def _group(parent: "Group", name: str) -> "Group | None":
-    """Return a group in a group, reached by a hard link; None if there is none."""
-    from h5py import Group
-    from h5py.h5l import TYPE_HARD
-
-    links, key = parent.id.links, name.encode()
-    if not links.exists(key) or links.get_info(key).type != TYPE_HARD:
-        return None
-    found = parent[name]
-    return found if isinstance(found, Group) else None
-
-
-def _datasets(path: Path, group: "Group", depth: int) -> Iterator["Dataset"]:
-    """Yield the arrays of floating-point numbers in a layer's group and below."""
-    from h5py import Dataset, Group
-
-    for name in _hard_links(group):
-        found = group[name]
-        if isinstance(found, Group) and depth > 1:
-            yield from _datasets(path, found, depth - 1)
-        elif isinstance(found, Dataset):
-            _require_plain(path, found)
-            if found.dtype.kind == "f" and found.dtype.itemsize in (2, 4, 8):
-                yield found
-
-
-def _require_plain(path: Path, dataset: "Dataset") -> None:
-    """Raise InputError if an array's values are not all in the file as they are."""
-    from h5py.h5d import CHUNKED, COMPACT, CONTIGUOUS
-
-    made = dataset.id.get_create_plist()
-    # The layout first: even the shape of a virtual array may depend on other files. A filter may swell what it reads.
-    is_plain = made.get_layout() in (COMPACT, CONTIGUOUS, CHUNKED) and not made.get_nfilters()
-    if not is_plain or made.get_external_count():
-        raise InputError(
-            f"{path}: {dataset.name} is compressed, virtual or in another file, which is not read; save the weights "
-            "again as plain arrays"
-        )
-
-
-def _read_values(path: Path, dataset: "Dataset") -> Tensor:
-    """Return the values of an array in float16; its shape has been checked."""
-    chunk = int(np.prod(dataset.chunks, dtype=np.float64)) if dataset.chunks else 0
-    is_whole = dataset.id.get_storage_size() >= dataset.size * dataset.dtype.itemsize
-    if not is_whole or chunk > max(_CHUNK, dataset.size):
-        raise InputError(f"{path}: not all values of {dataset.name} are there; get the weights again")
-    values = np.empty(dataset.shape, np.float32)
-    dataset.read_direct(values)
-    return torch.from_numpy(values).half()

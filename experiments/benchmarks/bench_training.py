@@ -147,7 +147,7 @@ class Task:
     def keras(self, photos: int) -> Callable[[], float]:
         """Return a contestant with the tutorial's method in Keras, over the first ``photos`` photos."""
         os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "3")
-        from tensorflow import keras  # type: ignore[import-untyped]
+        from tensorflow import keras
 
         layers = keras.layers
         seen, said = keras.Input((FEATURES,)), keras.Input((LONGEST,), dtype="int32")

@@ -1,0 +1,57 @@
+"""Make a captioner's bundle of the Flickr8k tutorial's saved Keras model and tokenizer, so that every command takes it.
+
+Neither Keras nor TensorFlow is needed, and nothing in the files is run. The features are those of the tutorial: by
+default features.weights is KERAS and features.resize is nearest here.
+"""
+
+from pathlib import Path
+
+from capexp import cli
+
+_TUTORIAL = "flickr8k-tutorial"  # the experiment with the tutorial's features
+
+
+def bundle(argv: list[str] | None = None) -> int:
+    """Run the command; return its exit status."""
+    used = ("features.weights", "features.net", "features.resize", "decoding.")
+    parser = cli.Parser("bundle", __doc__, used)
+    parser.add_argument(
+        "--keras", metavar="MODEL.h5", type=Path, required=True, help="the model that Keras has saved (.h5 or .keras)"
+    )
+    parser.add_argument(
+        "--tokenizer", metavar="FILE", type=Path, required=True, help="its Keras Tokenizer, pickled or as JSON"
+    )
+    parser.add_argument("--output", metavar="FOLDER", type=Path, required=True, help="the new folder of the bundle")
+    parser.add_argument(
+        "--without-encoder",
+        action="store_true",
+        help="leave VGG16's weights (256 MiB) out; captioning photos will then need --features.weights",
+    )
+    arguments, settings = parser.parse(argv)
+    if arguments.output.exists() or arguments.output.is_symlink():
+        parser.error(f"--output {arguments.output}: exists already; name a new folder")
+    if not arguments.output.absolute().parent.is_dir():
+        parser.error(f"--output {arguments.output}: no folder {arguments.output.parent}; make it first")
+
+    from capexp.captioning.captioner import Captioner
+    from capexp.captioning.keras_model import read_keras_model
+    from capexp.data.inert_pickle import read_tokenizer
+    from capexp.data.vgg16 import load_encoder
+    from capexp.experiment import find_experiment, load_experiment, override_decoding
+    from capexp.settings import DecodingConfig
+
+    experiment = load_experiment(find_experiment(_TUTORIAL), settings)
+    model = read_keras_model(arguments.keras)
+    vocabulary, state = model.convert(read_tokenizer(arguments.tokenizer))
+    model.require_features(*experiment.features.shape)
+    encoder = load_encoder(experiment.features)
+    decoding = override_decoding(DecodingConfig(maximum_length=model.maximum_length), settings)
+    captioner = Captioner.of_weights(model.config, state, vocabulary, encoder.identity, decoding)
+    captioner.save(arguments.output, None if arguments.without_encoder else encoder.weights())
+    print(f"bundle      {arguments.output}: {len(vocabulary.words):,} words, features of {encoder.identity}")
+    print(f"evaluate it with  python -m capexp.evaluate --experiment {_TUTORIAL} --model {arguments.output}")
+    return 0
+
+
+if __name__ == "__main__":
+    cli.main("bundle", bundle)
