@@ -7,6 +7,7 @@ from pathlib import Path
 import mlflow
 import numpy as np
 import pytest
+from keras_files import saved_model, tokenizer_json
 from PIL import Image, ImageOps
 from user_folder import Folder
 
@@ -87,3 +88,22 @@ def test_an_encoder_that_was_checked_in_training_is_known(folder: Folder, scenes
         "--features.file", "features.pkl",
     )  # fmt: skip
     assert "100 photos of dev" in compared.stdout, "each captioner has its own features"
+
+
+def test_the_tutorials_model_is_compared_on_its_own_features(folder: Folder) -> None:
+    (folder.path / "model.h5").write_bytes(saved_model(features=512))
+    (folder.path / "tokenizer.json").write_text(tokenizer_json())
+    files = ("--keras", "model.h5", "--tokenizer", "tokenizer.json", "--features.file", "features.pkl")
+    printed = folder.run("bundle", *files, "--output", "tutorial").stdout
+    assert "features of file features.pkl" in printed and "--features.file features.pkl" in printed
+    train(folder)
+    words = ("--experiment", "scenes", "--captions.root", ".", "--features.file", "features.pkl")
+    cache = ("--features.cache", "cache")
+    compared = folder.run("compare", "tutorial", "models:/capexp-scenes@champion", *words, *cache).stdout
+    assert "100 photos of dev" in compared and "cider" in compared
+    assert folder.run("evaluate", "--model", "tutorial", *words, *cache).stdout.startswith("{")
+    wider = ("--keras", "other.h5", "--tokenizer", "tokenizer.json", "--output", "wider")
+    (folder.path / "other.h5").write_bytes(saved_model(features=513))
+    message = folder.run("bundle", *wider, "--features.file", "features.pkl", status=2).stderr
+    assert "reads 513 values for a photo, the features have 1 x 512" in message
+    assert not (folder.path / "wider").exists()
