@@ -1,7 +1,8 @@
 """Make a captioner's bundle of the Flickr8k tutorial's saved Keras model and tokenizer, so that every command takes it.
 
 Neither Keras nor TensorFlow is needed, and nothing in the files is run. The features are those of the tutorial: by
-default features.weights is KERAS and features.resize is nearest here.
+default features.weights is KERAS and features.resize is nearest. With features.file the bundle takes the features of
+that file, such as the tutorial's features.pkl; VGG16's weights are then needed only to caption new photos.
 """
 
 from pathlib import Path
@@ -13,7 +14,7 @@ _TUTORIAL = "flickr8k-tutorial"  # the experiment with the tutorial's features
 
 def bundle(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    used = ("features.weights", "features.net", "features.resize", "decoding.")
+    used = ("features.weights", "features.net", "features.resize", "features.file", "captions.", "decoding.")
     parser = cli.Parser("bundle", __doc__, used)
     parser.add_argument(
         "--keras", metavar="MODEL.h5", type=Path, required=True, help="the model that Keras has saved (.h5 or .keras)"
@@ -35,6 +36,9 @@ def bundle(argv: list[str] | None = None) -> int:
 
     from capexp.captioning.captioner import Captioner
     from capexp.captioning.keras_model import read_keras_model
+    from capexp.data.cache import Identity
+    from capexp.data.encoder_check import Reference
+    from capexp.data.feature_files import FeatureFile
     from capexp.data.inert_pickle import read_tokenizer
     from capexp.data.vgg16 import load_encoder
     from capexp.experiment import find_experiment, load_experiment, override_decoding
@@ -43,13 +47,24 @@ def bundle(argv: list[str] | None = None) -> int:
     experiment = load_experiment(find_experiment(_TUTORIAL), settings)
     model = read_keras_model(arguments.keras)
     vocabulary, state = model.convert(read_tokenizer(arguments.tokenizer))
-    model.require_features(*experiment.features.shape)
-    encoder = load_encoder(experiment.features)
     decoding = override_decoding(DecodingConfig(maximum_length=model.maximum_length), settings)
-    captioner = Captioner.of_weights(model.config, state, vocabulary, encoder.identity, decoding)
-    captioner.save(arguments.output, None if arguments.without_encoder else encoder.weights())
-    print(f"bundle      {arguments.output}: {len(vocabulary.words):,} words, features of {encoder.identity}")
-    print(f"evaluate it with  python -m capexp.evaluate --experiment {_TUTORIAL} --model {arguments.output}")
+    if experiment.features.from_photos:
+        model.require_features(*experiment.features.shape)
+        encoder = load_encoder(experiment.features)
+        identity: Identity = encoder.identity
+        weights = None if arguments.without_encoder else encoder.weights()
+        reference, given = None, ""
+    else:
+        file = FeatureFile.open(experiment.features, experiment.captions)
+        model.require_features(*file.identity.shape)
+        identity, weights = file.identity, None
+        reference = Reference(experiment.captions.photos_of("train").absolute(), file.sample(Reference.MOST))
+        given = f" --features.file {file.path}"
+    captioner = Captioner.of_weights(model.config, state, vocabulary, identity, decoding)
+    captioner.reference = reference
+    captioner.save(arguments.output, weights)
+    print(f"bundle      {arguments.output}: {len(vocabulary.words):,} words, features of {identity}")
+    print(f"evaluate it with  python -m capexp.evaluate --experiment {_TUTORIAL} --model {arguments.output}{given}")
     return 0
 
 

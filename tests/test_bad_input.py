@@ -685,7 +685,7 @@ ROWS = {
         "bundle",
     ),
     "a Keras model of other features": Row(
-        ("model.h5: reads 2,048 values for a photo, VGG16's fc2 gives 4,096",),
+        ("model.h5: reads 2,048 values for a photo, the features have 1 x 4,096", "--features.file"),
         both(keras_model(), lambda: replace("model.h5", saved_model(features=2048))),
         KERAS,
         "bundle",

@@ -101,7 +101,7 @@ class Captioner:
         model: ModelConfig,
         weights: State,
         vocabulary: Vocabulary,
-        encoder: EncoderIdentity,
+        encoder: Identity,
         decoding: DecodingConfig,
     ) -> "Captioner":
         """Return a captioner whose decoder has these weights, by the decoder's parameter names."""

@@ -17,15 +17,16 @@ from numpy.typing import NDArray
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.captioning.decoder import Decoder
 from capexp.data.batches import Batch, CaptionBatches
+from capexp.data.cache import Identity
 from capexp.data.captions import Split, read_splits, read_texts
 from capexp.data.dataset import Dataset
+from capexp.data.feature_files import FileIdentity
 from capexp.data.features import Features
-from capexp.data.vgg16 import EncoderIdentity
 from capexp.errors import InputError
 from capexp.experiment import replace_settings
 from capexp.metrics.java import Unavailable, meteor, spice
 from capexp.metrics.scores import Difference, PhotoScores, paired_difference, score, tokenize, tutorial_bleu
-from capexp.settings import NO_FILE, Experiment, SplitName, TokenRule
+from capexp.settings import NO_FILE, UNKNOWN_WEIGHTS, Experiment, SplitName, TokenRule
 
 log = logging.getLogger(__name__)
 
@@ -275,17 +276,10 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     # Caption all photos with each captioner.
     hypotheses = []
     for captioner in captioners:
-        encoder = captioner.encoder_identity
-        own_features: dict[str, object] = {
-            f"features.{name}": getattr(encoder, name) for name in ("layer", "pool", "size", "resize")
-        }
-        if isinstance(encoder, EncoderIdentity):
-            own_features["features.file"] = NO_FILE
-        own = replace_settings(experiment, own_features)
+        own = _with_features_of(experiment, captioner.encoder_identity)
         data = Dataset.read(own, (split,), captioner.vocabulary, captioner.splits)
-        if data.encoder.key() != encoder.key():
-            setting = "weights" if isinstance(encoder, EncoderIdentity) else "file"
-            raise InputError(f"a captioner takes features of {encoder}, not of {data.encoder}; set features.{setting}")
+        if data.encoder.key() != captioner.encoder_identity.key():
+            raise _other_features(captioner, data)
         hypotheses.append(caption_all(captioner, data.with_features().features[split]))
     # Score the captions; sort the photos by the difference in CIDEr.
     photos, references = data.splits[split].photos, data.splits[split].references
@@ -302,6 +296,23 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     )
     differences = paired_difference(second, first, seed=experiment.seed)
     return Comparison(len(photos), (first.corpus(), second.corpus()), differences, most)
+
+
+def _with_features_of(experiment: Experiment, identity: Identity) -> Experiment:
+    """Return the experiment with the features that a captioner takes: of its own encoder, or of ``features.file``."""
+    if isinstance(identity, FileIdentity):
+        return replace_settings(
+            experiment, {} if experiment.features.from_photos else {"features.weights": UNKNOWN_WEIGHTS}
+        )
+    own = {f"features.{name}": getattr(identity, name) for name in ("layer", "pool", "size", "resize")}
+    return replace_settings(experiment, own | {"features.file": NO_FILE})
+
+
+def _other_features(captioner: Captioner, data: Dataset) -> InputError:
+    setting = "file" if isinstance(captioner.encoder_identity, FileIdentity) else "weights"
+    return InputError(
+        f"a captioner takes features of {captioner.encoder_identity}, not of {data.encoder}; set features.{setting}"
+    )
 
 
 def _common_rule(captioners: tuple[Captioner, Captioner]) -> TokenRule:

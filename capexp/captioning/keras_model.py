@@ -71,8 +71,8 @@ class KerasModel:
         """Raise InputError unless the model reads ``positions`` vectors of ``size`` values for a photo."""
         if (positions, size) != (1, self.features):
             raise InputError(
-                f"{self.path}: reads {self.features:,} values for a photo, VGG16's fc2 gives {size:,}; only models "
-                "of VGG16's fc2 are taken"
+                f"{self.path}: reads {self.features:,} values for a photo, the features have {positions} x {size:,}; "
+                "give the features that it was trained on with --features.file"
             )
 
     def vocabulary(self, tokenizer: TokenizerRecord) -> tuple[Vocabulary, list[int]]:

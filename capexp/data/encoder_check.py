@@ -6,7 +6,7 @@ The features that it gives to photos at hand are compared with those in the file
 from collections.abc import Mapping
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Final
+from typing import ClassVar, Final
 
 import numpy as np
 from numpy.typing import NDArray
@@ -17,13 +17,15 @@ from capexp.data.photos import read_photo, squash
 from capexp.data.vgg16 import Encoder
 from capexp.errors import InputError
 
-_MOST = 16  # photos that are compared
 _COSINE: Final = 0.999  # at least; bfloat16 and other JPEG decoders leave 0.9995
 
 
 @dataclass(frozen=True)
 class Reference:
     """The features of some photos, as a file has them, to check an encoder on those that are at hand."""
+
+    MOST: ClassVar = 16
+    """Photos that are compared, at most."""
 
     folder: Path
     """The folder of the photos."""
@@ -35,7 +37,7 @@ class Reference:
         """Return the features of some photos of a split, if possible of photos that are at hand."""
         at_hand = [position for position, path in enumerate(split.paths()) if path.is_file()]
         positions = at_hand or list(range(len(split.photos)))
-        chosen = positions[:: -(-len(positions) // _MOST)]
+        chosen = positions[:: -(-len(positions) // cls.MOST)]
         return cls(
             split.folder.absolute(),
             {split.photos[position]: features.gather(np.array([position]))[0] for position in chosen},

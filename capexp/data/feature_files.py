@@ -198,6 +198,10 @@ class FeatureFile:
             for position, values in zip(positions, self._content.read(positions), strict=True):
                 yield self.names[position], self._checked(self.names[position], values)
 
+    def sample(self, count: int) -> dict[str, NDArray[np.float16]]:
+        """Return the features ``(P, F)`` of at most ``count`` photos of the file, by name."""
+        return dict(self.read(set(self.names[:: -(-len(self.names) // count)])))
+
     def _checked(self, name: str, values: NDArray[Any]) -> NDArray[np.float16]:
         where = f"{self.path}: {name!r}"
         if values.shape != self._content.shape:
