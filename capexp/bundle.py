@@ -14,7 +14,8 @@ _TUTORIAL = "flickr8k-tutorial"  # the experiment with the tutorial's features
 
 def bundle(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status."""
-    used = ("features.weights", "features.net", "features.resize", "features.file", "captions.", "decoding.")
+    features = ("features.weights", "features.net", "features.resize", "features.file")
+    used = (*features, "captions.", "decoding.", "registry.model")
     parser = cli.Parser("bundle", __doc__, used)
     parser.add_argument(
         "--keras", metavar="MODEL.h5", type=Path, required=True, help="the model that Keras has saved (.h5 or .keras)"
@@ -64,6 +65,13 @@ def bundle(argv: list[str] | None = None) -> int:
     captioner.reference = reference
     captioner.save(arguments.output, weights)
     print(f"bundle      {arguments.output}: {len(vocabulary.words):,} words, features of {identity}")
+    if "registry.model" in settings:
+        from capexp.tracking.registry import register_bundle
+
+        card = f"The Flickr8k tutorial's captioner, as Keras has saved it in {arguments.keras.name}, on {identity}."
+        name = experiment.registry.model
+        number = register_bundle(arguments.output, name, experiment.name, card)
+        print(f"registered  {name} version {number}: models:/{name}/{number}")
     print(f"evaluate it with  python -m capexp.evaluate --experiment {_TUTORIAL} --model {arguments.output}{given}")
     return 0
 

@@ -94,14 +94,19 @@ def test_the_tutorials_model_is_compared_on_its_own_features(folder: Folder) -> 
     (folder.path / "model.h5").write_bytes(saved_model(features=512))
     (folder.path / "tokenizer.json").write_text(tokenizer_json())
     files = ("--keras", "model.h5", "--tokenizer", "tokenizer.json", "--features.file", "features.pkl")
-    printed = folder.run("bundle", *files, "--output", "tutorial").stdout
+    printed = folder.run("bundle", *files, "--output", "tutorial", "--registry.model", "tutorial").stdout
     assert "features of file features.pkl" in printed and "--features.file features.pkl" in printed
+    assert "registered  tutorial version 1: models:/tutorial/1" in printed
+    mlflow.set_tracking_uri(folder.store)
+    (answer,) = mlflow.pyfunc.load_model("models:/tutorial/1").predict({"photo": [b"no picture"]})
+    assert answer["caption"] is None and "cannot be read as a picture" in answer["error"]
     train(folder)
     words = ("--experiment", "scenes", "--captions.root", ".", "--features.file", "features.pkl")
     cache = ("--features.cache", "cache")
     compared = folder.run("compare", "tutorial", "models:/capexp-scenes@champion", *words, *cache).stdout
     assert "100 photos of dev" in compared and "cider" in compared
-    assert folder.run("evaluate", "--model", "tutorial", *words, *cache).stdout.startswith("{")
+    logged = folder.run("evaluate", "--model", "models:/tutorial/1", *words, *cache, "--log")
+    assert logged.stdout.startswith("{") and "logged as run" in logged.stderr
     wider = ("--keras", "other.h5", "--tokenizer", "tokenizer.json", "--output", "wider")
     (folder.path / "other.h5").write_bytes(saved_model(features=513))
     message = folder.run("bundle", *wider, "--features.file", "features.pkl", status=2).stderr

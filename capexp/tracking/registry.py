@@ -3,6 +3,8 @@
 import base64
 import importlib.metadata
 import io
+import shutil
+import tempfile
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from pathlib import Path
@@ -22,10 +24,12 @@ from PIL import Image
 from capexp.captioning.captioner import Captioner
 from capexp.distributed import environment
 from capexp.errors import InputError
+from capexp.files import writing
 from capexp.settings import Metric, TokenRule
+from capexp.tracking.known_runs import adopted_run
 from capexp.tracking.models import find_bundle
 from capexp.tracking.outbox import Point
-from capexp.tracking.store import artifact_faults, is_missing, store_lock
+from capexp.tracking.store import artifact_faults, check_store, is_missing, prepare_store, store_faults, store_lock
 
 ARTIFACT = "captioner"
 CHAMPION = "champion"
@@ -163,6 +167,26 @@ def log_captioner(run_id: str, bundle: Path) -> str:
             pip_requirements=[f"{name}=={importlib.metadata.version(name)}" for name in _REQUIREMENTS],
         )
     return str(model.model_id)
+
+
+def register_bundle(bundle: Path, name: str, experiment: str, card: str) -> str:
+    """Register a bundle that no run has trained, from a run of its own; return the version's number.
+
+    It is not compared with the champion. ``card`` is the version's description in Markdown.
+    """
+    check_store(experiment, adopted_run())
+    prepare_store()
+    captioner = Captioner.load(bundle)
+    with store_faults(), tempfile.TemporaryDirectory() as folder:
+        named = Path(folder, "bundle")  # MLflow names the artifact like the folder, and refuses a link
+        with writing(named):
+            shutil.copytree(bundle, named)
+        if adopted_run() is None:
+            mlflow.set_experiment(experiment)
+        with mlflow.start_run(run_name=f"bundle {bundle.name}", log_system_metrics=False) as run:
+            number = register_model(log_captioner(str(run.info.run_id), named), name, captioner)
+            describe_version(name, number, captioner, card, {})
+    return number
 
 
 def register_model(model_id: str, name: str, captioner: Captioner) -> str:
