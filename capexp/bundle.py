@@ -5,6 +5,7 @@ default features.weights is KERAS and features.resize is nearest. With features.
 that file, such as the tutorial's features.pkl; VGG16's weights are then needed only to caption new photos.
 """
 
+import shlex
 from pathlib import Path
 
 from capexp import cli
@@ -54,13 +55,12 @@ def bundle(argv: list[str] | None = None) -> int:
         encoder = load_encoder(experiment.features)
         identity: Identity = encoder.identity
         weights = None if arguments.without_encoder else encoder.weights()
-        reference, given = None, ""
+        reference = None
     else:
         file = FeatureFile.open(experiment.features, experiment.captions)
         model.require_features(*file.identity.shape)
         identity, weights = file.identity, None
         reference = Reference(experiment.captions.photos_of("train").absolute(), file.sample(Reference.MOST))
-        given = f" --features.file {file.path}"
     captioner = Captioner.of_weights(model.config, state, vocabulary, identity, decoding)
     captioner.reference = reference
     captioner.save(arguments.output, weights)
@@ -72,7 +72,9 @@ def bundle(argv: list[str] | None = None) -> int:
         name = experiment.registry.model
         number = register_bundle(arguments.output, name, experiment.name, card)
         print(f"registered  {name} version {number}: models:/{name}/{number}")
-    print(f"evaluate it with  python -m capexp.evaluate --experiment {_TUTORIAL} --model {arguments.output}{given}")
+    flags = [f"--{name} {shlex.quote(value)}" for name, value in settings.items() if not name.startswith("registry.")]
+    evaluate = f"python -m capexp.evaluate --experiment {_TUTORIAL} --model {shlex.quote(str(arguments.output))}"
+    print("evaluate it with ", evaluate, *flags)
     return 0
 
 

@@ -375,7 +375,7 @@ ROWS = {
         FILE + "features.pkl",
     ),
     "features without a photo": Row(
-        ("features.pkl: has no features of 100 of the 100 photos of dev: ", " and 97 more", "take the photos out"),
+        ("features.pkl: has no features of 100 of the 100 photos of dev: ", " and 97 more", "leave these photos out"),
         lambda: features("features.pkl", lists=("train",)),
         FILE + "features.pkl",
     ),

@@ -21,6 +21,7 @@ from dataclasses import dataclass
 from pathlib import Path
 from typing import Annotated, Literal, TypeVar
 
+import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
@@ -45,7 +46,8 @@ _VOCABULARY = "vocabulary.json"
 _DECODER = "decoder.safetensors"
 _ENCODER = "encoder.safetensors"
 _REFERENCE = "reference.safetensors"
-_FOLDER = "folder"  # of the photos, in the metadata of the reference
+_FEATURES = "features"  # the reference's tensor
+_FOLDER, _NAMES = "folder", "names"  # of the reference's photos, in its metadata
 
 M = TypeVar("M", bound=BaseModel)
 
@@ -153,20 +155,22 @@ def _write_manifest(folder: Path, settings: Settings) -> None:
 
 
 def _write_reference(path: Path, reference: Reference) -> None:
-    tensors = {name: torch.from_numpy(features.copy()) for name, features in reference.features.items()}
-    save_file(tensors, path, {_FOLDER: os.fsencode(reference.folder).decode(errors="replace")})
+    features = torch.from_numpy(np.stack([*reference.features.values()]))  # (photos, P, F)
+    folder = os.fsencode(reference.folder).decode(errors="replace")
+    save_file({_FEATURES: features}, path, {_FOLDER: folder, _NAMES: json.dumps([*reference.features])})
 
 
 def _read_reference(path: Path, shape: tuple[int, int]) -> Reference:
-    tensors = read_tensors(path)
-    wrong = [name for name, value in tensors.items() if value.shape != shape or value.dtype != torch.float16]
-    if wrong or not tensors:
-        raise InputError(
-            f"{path}: {wrong[0] if wrong else 'nothing'}: not features {shape} in float16; copy the bundle again"
-        )
+    features = read_tensors(path).get(_FEATURES)
     with safe_open(path, "pt") as file:
-        folder = (file.metadata() or {}).get(_FOLDER, "")
-    return Reference(Path(folder), {name: value.numpy() for name, value in tensors.items()})
+        metadata = file.metadata() or {}
+    try:
+        names = TypeAdapter(list[str]).validate_json(metadata.get(_NAMES, ""))
+    except ValidationError:
+        names = []
+    if features is None or features.dtype != torch.float16 or features.shape != (len(names), *shape) or not names:
+        raise InputError(f"{path}: not the features {shape} of some photos in float16; copy the bundle again")
+    return Reference(Path(metadata.get(_FOLDER, "")), dict(zip(names, features.numpy(), strict=True)))
 
 
 def read_bundle(folder: Path) -> Bundle:

@@ -135,6 +135,11 @@ class Captioner:
             decoders.append(member.decoder)
         return cls(tuple(models), Ensemble(decoders), first.vocabulary, first.encoder_identity, decoding)
 
+    def take_data(self, data: Dataset) -> None:
+        """Record what the captioner's bundle keeps of the data that it is trained on."""
+        assert data.encoder.key() == self.encoder_identity.key()
+        self.encoder_identity, self.splits, self.reference = data.encoder, data.drawn, data.reference
+
     @property
     def has_maps(self) -> bool:
         """Whether there are attention maps: the decoder attends to the positions of a square grid."""

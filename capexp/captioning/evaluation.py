@@ -26,7 +26,7 @@ from capexp.errors import InputError
 from capexp.experiment import replace_settings
 from capexp.metrics.java import Unavailable, meteor, spice
 from capexp.metrics.scores import Difference, PhotoScores, paired_difference, score, tokenize, tutorial_bleu
-from capexp.settings import NO_FILE, UNKNOWN_WEIGHTS, Experiment, SplitName, TokenRule
+from capexp.settings import NO_FILE, UNKNOWN_WEIGHTS, WEIGHTS, Experiment, SplitName, TokenRule
 
 log = logging.getLogger(__name__)
 
@@ -195,6 +195,7 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
         log.warning(
             "the captioner was not trained on random splits: photos of this random split may be among its train photos"
         )
+    _require_file(experiment, captioner.encoder_identity)
     data = Dataset.read(experiment, (split,), captioner.vocabulary, captioner.splits)
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(
@@ -300,12 +301,21 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
 
 def _with_features_of(experiment: Experiment, identity: Identity) -> Experiment:
     """Return the experiment with the features that a captioner takes: of its own encoder, or of ``features.file``."""
+    _require_file(experiment, identity)
     if isinstance(identity, FileIdentity):
-        return replace_settings(
-            experiment, {} if experiment.features.from_photos else {"features.weights": UNKNOWN_WEIGHTS}
-        )
+        return replace_settings(experiment, {"features.weights": UNKNOWN_WEIGHTS})
     own = {f"features.{name}": getattr(identity, name) for name in ("layer", "pool", "size", "resize")}
+    if experiment.features.weights == UNKNOWN_WEIGHTS:
+        if identity.weights not in WEIGHTS:
+            raise InputError(f"a captioner takes features of {identity}; give its weights with --features.weights")
+        own["features.weights"] = identity.weights
     return replace_settings(experiment, own | {"features.file": NO_FILE})
+
+
+def _require_file(experiment: Experiment, identity: Identity) -> None:
+    """Raise InputError if a captioner takes the features of a file and the experiment names none."""
+    if isinstance(identity, FileIdentity) and experiment.features.from_photos:
+        raise InputError(f"a captioner takes features of {identity}; give that file with --features.file")
 
 
 def _other_features(captioner: Captioner, data: Dataset) -> InputError:

@@ -32,7 +32,7 @@ class Split:
     photos: tuple[str, ...]
     references: tuple[tuple[str, ...], ...]
     files: tuple[str, ...] | None = None
-    """The names on disk, if they are spelled in another Unicode form than ``photos``."""
+    """The names on disk, if they are spelled otherwise than in ``photos``."""
 
     def paths(self) -> list[Path]:
         """Return the photo files."""
@@ -70,8 +70,9 @@ def read_splits(
         source = sources[name]
         files = PhotoFiles(source.folder)
         found = [files.find(file_name, source.origin) for file_name in source.names]
-        if not with_photos:
-            found = [file or (file_name, file_name) for file_name, file in zip(source.names, found, strict=True)]
+        if not with_photos:  # the names are those of the list, whether the photos are at hand or not
+            at_hand = [own if file is None else file[1] for own, file in zip(source.names, found, strict=True)]
+            found = [*zip(source.names, at_hand, strict=True)]
         uncaptioned = [photo for photo in source.photos if photo not in source.captions]
         missing = [file_name for file_name, file in zip(source.names, found, strict=True) if file is None]
         where = f"{source.origin}: {{}} of its {name} photos"

@@ -18,6 +18,7 @@ from capexp.data.vgg16 import Encoder
 from capexp.errors import InputError
 
 _COSINE: Final = 0.999  # at least; bfloat16 and other JPEG decoders leave 0.9995
+_RATIO: Final = 0.02  # by which lengths may differ: normalised or scaled features are others
 
 
 @dataclass(frozen=True)
@@ -60,17 +61,24 @@ class Reference:
         paths = {name: path for name, path in found.items() if path is not None}
         for name, path in paths.items():
             (computed,) = encoder.encode([squash(read_photo(path), encoder.identity.size, encoder.identity.resize)])
-            cosine = _cosine(computed, self.features[name])
-            if not cosine >= _COSINE:
-                raise InputError(
-                    f"features.weights: {encoder.identity} gives {path} features whose cosine with those of "
-                    f"features.file is {cosine:.4f}, below {_COSINE}: they were computed with another encoder; set "
-                    "features.weights and features.resize to those, or features.weights = 'unknown'"
-                )
+            cosine, ratio = compare_features(computed, self.features[name])
+            if cosine < _COSINE:
+                fault = f"whose cosine with those of features.file is {cosine:.4f}, below {_COSINE}"
+            elif abs(ratio - 1) > _RATIO:
+                fault = f"that are {ratio:.3g} times as long as those of features.file"
+            else:
+                continue
+            raise InputError(
+                f"features.weights: {encoder.identity} gives {path} features {fault}: these were computed otherwise; "
+                "set features.weights and features.resize as they were then, or features.weights = 'unknown'"
+            )
         return len(paths)
 
 
-def _cosine(first: NDArray[np.float16], second: NDArray[np.float16]) -> float:
-    a, b = (values.astype(np.float64).ravel() for values in (first, second))
-    norms = float(np.linalg.norm(a) * np.linalg.norm(b))
-    return float(a @ b) / norms if norms else float(np.array_equal(a, b))
+def compare_features(computed: NDArray[np.float16], given: NDArray[np.float16]) -> tuple[float, float]:
+    """Return the cosine of two photos' features, and the ratio of their lengths; both are 1 for equal features."""
+    a, b = (values.astype(np.float64).ravel() for values in (computed, given))
+    lengths = float(np.linalg.norm(a)), float(np.linalg.norm(b))
+    if min(lengths) == 0:
+        return float(max(lengths) == 0), 1.0
+    return float(a @ b) / (lengths[0] * lengths[1]), lengths[0] / lengths[1]

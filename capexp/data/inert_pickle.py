@@ -446,6 +446,8 @@ class _Interpreter:
             target.value = target.value.newbyteorder(_BYTE_ORDERS[_as_text(order) or ""])
         elif isinstance(target, _Record):
             self._spend(len(state))
+            if not isinstance(state, dict):
+                raise ValueError
             fields = {_as_text(key): value for key, value in state.items()}
             target.fields = {name: value for name, value in fields.items() if name is not None}
         else:

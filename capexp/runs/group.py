@@ -197,7 +197,7 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
         run.tracked.set_tags({f"{MEMBER}_{number}": run_id for number, run_id in enumerate(members.values(), start=1)})
         captioner = Captioner.ensemble(captioners, experiment.decoding)
         loss = cross_entropy(captioner.decoder, data.batches("dev", experiment.training).in_order()).per_token
-        captioner.splits, captioner.reference = data.drawn, data.reference
+        captioner.take_data(data)
         captioner.record = TrainingRecord(
             epoch=None, train_loss=None, dev_loss=loss, dev_digest=data.splits["dev"].digest()
         )

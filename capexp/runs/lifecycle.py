@@ -160,7 +160,8 @@ def _require_same_data(run_id: str, data: Dataset) -> None:
         if name in before and before[name] != now[name]:
             raise InputError(
                 f"--resume {run_id}: {name} is {now[name][:12]}, the run was started with {before[name][:12]}; "
-                "photos, captions, lists or weights have changed: restore them, or start a new run"
+                "photos, captions, lists, weights or the file of features have changed: restore them, or start a new "
+                "run"
             )
 
 

@@ -157,7 +157,7 @@ def _phases(plan: Plan, device: torch.device, folder: RunFolder | None, world: W
     """
     experiment, data = plan.experiment, plan.data
     captioner = Captioner.fresh(experiment.model, data.vocabulary, data.encoder, experiment.decoding, experiment.seed)
-    captioner.splits, captioner.reference = data.drawn, data.reference
+    captioner.take_data(data)
     config = experiment.training
     training = Training(
         captioner, data.batches("train", config), data.batches("dev", config), config, experiment.seed, device, world

@@ -10,10 +10,11 @@ import h5py
 import numpy as np
 import pytest
 import scipy.io
-from feature_formats import FORMATS, NAMES, Table, table, write_hdf5, write_matlab5, write_npy, write_npz
+from feature_formats import FORMATS, NAMES, Table, table, write_hdf5, write_matlab5, write_npy, write_npz, write_pickle
+from PIL import Image
 
 from capexp.data.dataset import Dataset
-from capexp.data.encoder_check import Reference
+from capexp.data.encoder_check import Reference, compare_features
 from capexp.data.feature_files import FeatureFile
 from capexp.data.features import Features
 from capexp.errors import InputError
@@ -151,7 +152,7 @@ def matlab(path: Path, **variables: object) -> None:
 REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a text": (lambda path: path.write_text("a.jpg 1 2 3"), "no known format of features"),
     "empty": (lambda path: path.write_text(""), "no known format of features"),
-    "a folder": (lambda path: path.mkdir(), "no such file"),
+    "a folder": (lambda path: path.mkdir(), "is no file"),
     "features first": (lambda path: write_npz(path, table(512, 7, 7)), "bring them last: (7, 7, 512)"),
     "five axes": (lambda path: write_npz(path, table(2, 2, 2, 2, 2)), "(F,), (P, F) or (height, width, F) is needed"),
     "single numbers": (lambda path: save(path, a=np.float32(1)), "an array ()"),
@@ -166,6 +167,7 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle with code": (lambda path: path.write_bytes(b"cos\nsystem\n(S'touch x'\ntR."), "os.system"),
     "an empty archive": (lambda path: zipfile.ZipFile(path, "w").close(), "holds no features"),
     "no arrays in HDF5": (lambda path: h5py.File(path, "w").close(), "holds no features"),
+    "names that are not Unicode": (lambda path: write_pickle(path, {"a\udc80": np.ones((1, 8), np.float32)}), "cannot be names"),
     "values in another file": (external, "in another file"),
 }
 
@@ -184,6 +186,49 @@ def test_links_out_of_an_hdf5_file_are_not_followed(path: Path) -> None:
         file["b.jpg"] = h5py.ExternalLink("other.h5", "b.jpg")
         file["loop"] = h5py.SoftLink("/")
     assert opened(path).names == ("a.jpg",)
+
+
+def test_a_table_in_blocks_of_rows(path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    """Chunks may hold a few values of every row, and are decompressed once for each block, not for each row."""
+    monkeypatch.setattr("capexp.data.feature_formats._BLOCK", 2 * 8 * 4)
+    values = table(8)
+    with h5py.File(path, "w") as file:
+        file["names"] = NAMES
+        file.create_dataset("features", data=np.stack([*values.values()]), compression="gzip", chunks=(4, 2))
+    read = dict(opened(path).read({NAMES[0], NAMES[1], NAMES[3]}))
+    assert list(read) == [NAMES[0], NAMES[1], NAMES[3]]
+    assert all(np.array_equal(read[name][0], values[name]) for name in read)
+
+
+def test_rows_of_an_archive_without_names(path: Path) -> None:
+    values = table()
+    save(path, features=np.stack([*values.values()]))
+    path.with_name("names.txt").write_text("\n".join(NAMES))
+    assert np.array_equal(dict(opened(path).read({"d.jpg"}))["d.jpg"], values["d.jpg"])
+
+
+@pytest.mark.parametrize("kind", ["npz", "npy", "hdf5 table", "safetensors"])
+def test_a_file_that_changes_while_it_is_read_is_refused(path: Path, kind: str) -> None:
+    FORMATS[kind](path, table())
+    file = opened(path)
+    FORMATS[kind](path, {name: 2 * values for name, values in table().items()})
+    with pytest.raises(InputError, match=r"has changed while it was read|bring the file again"):
+        deque(file.read(set(NAMES)), 0)
+
+
+def test_an_array_that_is_cut_after_it_was_opened_is_refused(path: Path) -> None:
+    write_npy(path, table())
+    file = opened(path)
+    path.write_bytes(path.read_bytes()[:140])
+    with pytest.raises(InputError, match=r"ends too early|fits into the file"):
+        deque(file.read(set(NAMES)), 0)
+
+
+def test_columns_are_in_the_order_of_the_images_whatever_lies_beside(path: Path) -> None:
+    write_matlab5(path, table(8))
+    path.with_suffix(".txt").write_text("\n".join(reversed(NAMES)))
+    path.with_name("names.txt").write_text("\n".join(reversed(NAMES)))
+    assert opened(path).names == tuple(NAMES)
 
 
 @pytest.mark.parametrize("columns", [3, 5])
@@ -256,6 +301,36 @@ def test_the_encoder_is_checked_on_photos_at_hand(tmp_path: Path, random_vgg16: 
         InputError, match=r"gives \(196, 512\) features a photo, the file of features\.file has \(1, 512\)"
     ):
         scenes(tmp_path, file=str(path), weights=str(vgg16), layer="conv5_3", pool="none").with_features()
+
+
+def test_scaled_features_are_of_another_encoder(tmp_path: Path) -> None:
+    first = np.abs(np.random.default_rng(3).normal(size=(4, 8))).astype(np.float16)
+    assert np.allclose(compare_features(first, first), 1)
+    cosine, ratio = compare_features(first, (first / 20).astype(np.float16))
+    assert cosine == pytest.approx(1, abs=1e-3) and ratio == pytest.approx(20, rel=1e-2)
+    assert compare_features(first * 0, first)[0] == 0
+
+
+def test_the_data_are_the_same_whether_photos_are_at_hand_or_not(tmp_path: Path) -> None:
+    """So that a run is resumed and its captioner compared on both machines."""
+    names = ("a", "b", "c", "d")
+    (tmp_path / "captions.csv").write_text("image,caption\n" + "".join(f"{name},a dog runs\n" for name in names))
+    (tmp_path / "train.txt").write_text("a\nb\nc\n")
+    (tmp_path / "dev.txt").write_text("d\n")
+    write_npz(tmp_path / "features", {f"{name}.jpg": np.ones((1, 8), np.float32) for name in names})
+    overrides = {
+        "captions.root": str(tmp_path), "captions.photos": "photos", "captions.captions": "captions.csv",
+        "captions.train": "train.txt", "captions.dev": "dev.txt",
+        "features.file": str(tmp_path / "features"), "features.cache": str(tmp_path / "cache"),
+    }  # fmt: skip
+    experiment = load_experiment(find_experiment("scenes"), overrides)
+    without = Dataset.read(experiment)
+    (tmp_path / "photos").mkdir()
+    for name in names:
+        Image.new("RGB", (9, 9)).save(tmp_path / "photos" / f"{name}.jpg")
+    with_photos = Dataset.read(experiment)
+    assert with_photos.digest() == without.digest()
+    assert all(path.is_file() for path in with_photos.splits["train"].paths())
 
 
 def test_a_reference_prefers_photos_that_are_at_hand(tmp_path: Path) -> None:
