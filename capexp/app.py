@@ -8,7 +8,7 @@ from capexp import cli
 
 def app(argv: list[str] | None = None) -> int:
     """Run the command: serve the page until it is interrupted."""
-    parser = cli.Parser("app", __doc__, ("features.weights", "decoding.", "training.device"))
+    parser = cli.Parser("app", __doc__, (*cli.ENCODER_SETTINGS, "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(
         "--host",
@@ -17,7 +17,7 @@ def app(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("--port", type=_port, default=7860, help="port to listen on (default: %(default)s)")
     arguments, settings = parser.parse(argv)
-    weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
+    device = settings.get("training.device", "auto")
 
     from capexp.captioning.captioner import Captioner
     from capexp.distributed import choose_device
@@ -34,7 +34,7 @@ def app(argv: list[str] | None = None) -> int:
     _refuse_taken(arguments.host, arguments.port)
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
     decoding = override_decoding(captioner.decoding, settings)
-    captioner.use_encoder(weights)
+    cli.use_encoder(captioner, settings)
     print(f"a page to try {arguments.model}: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
     page.serve(page.ServedCaptioner(captioner, arguments.model, decoding), arguments.host, arguments.port)
     return 0

@@ -57,6 +57,8 @@ def bundle(argv: list[str] | None = None) -> int:
         weights = None if arguments.without_encoder else encoder.weights()
         reference = None
     else:
+        if arguments.without_encoder:
+            parser.error("--without-encoder: a bundle with features.file holds no encoder anyway; leave it out")
         file = FeatureFile.open(experiment.features, experiment.captions)
         model.require_features(*file.identity.shape)
         identity, weights = file.identity, None

@@ -9,9 +9,7 @@ from capexp import cli
 
 def caption(argv: list[str] | None = None) -> int:
     """Run the command; return its exit status, which is 1 if a photo could not be captioned."""
-    parser = cli.Parser(
-        "caption", __doc__, ("features.weights", "captions.root", "captions.photos", "decoding.", "training.device")
-    )
+    parser = cli.Parser("caption", __doc__, (*cli.ENCODER_SETTINGS, "decoding.", "training.device"))
     cli.add_model(parser)
     parser.add_argument(
         "--json",
@@ -26,7 +24,7 @@ def caption(argv: list[str] | None = None) -> int:
     )
     parser.add_argument("photos", metavar="PHOTO", nargs="+", help="files, folders, or patterns in quotes")
     arguments, settings = parser.parse(argv)
-    weights, device = settings.get("features.weights"), settings.get("training.device", "auto")
+    device = settings.get("training.device", "auto")
 
     from capexp.captioning.captioner import Caption, Captioner
     from capexp.data.photos import find_photos
@@ -40,7 +38,7 @@ def caption(argv: list[str] | None = None) -> int:
     decoding = override_decoding(captioner.decoding, settings)
     if arguments.maps is not None:
         maps.require_attention(captioner)
-    captioner.use_encoder(weights, _folder_of_photos(settings))
+    cli.use_encoder(captioner, settings)
     status = 0
     results = captioner.caption_photos([*photos], decoding)
     for number, (photo, result) in enumerate(zip(photos, results, strict=True), start=1):
@@ -61,13 +59,6 @@ def caption(argv: list[str] | None = None) -> int:
         else:
             print(f"{photo}\t{result.text}")
     return status
-
-
-def _folder_of_photos(settings: dict[str, str]) -> Path | None:
-    """Return the folder of the photos that an encoder is checked on, if it is given."""
-    if "captions.root" not in settings and "captions.photos" not in settings:
-        return None
-    return Path(settings.get("captions.root", ""), settings.get("captions.photos", ""))
 
 
 if __name__ == "__main__":

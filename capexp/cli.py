@@ -24,12 +24,15 @@ if TYPE_CHECKING:
 
     from pydantic.fields import FieldInfo
 
+    from capexp.captioning.captioner import Captioner
     from capexp.settings import Experiment
     from capexp.training.loop import Epoch, Update
 
 R = TypeVar("R")
 USAGE, UNSENT, INTERRUPTED = 2, 3, 130
 """Exit statuses: a user's mistake; a run that was not completely sent to MLflow's server; an interrupt."""
+ENCODER_SETTINGS = ("features.weights", "features.net", "captions.root", "captions.photos")
+"""The settings of commands that caption new photos."""
 _RECENT = 3600  # seconds; a stray folder is removed only if it is younger than this
 
 
@@ -250,6 +253,24 @@ def add_model(parser: argparse.ArgumentParser) -> None:
         required=True,
         help="a bundle's folder, runs:/ID/captioner, models:/NAME/VERSION or models:/NAME@champion",
     )
+
+
+def use_encoder(captioner: "Captioner", settings: Mapping[str, str]) -> None:
+    """Load a captioner's encoder, by the flags in :data:`ENCODER_SETTINGS`.
+
+    ``captions.root`` and ``captions.photos`` name the folder of the photos on which weights are checked, where the
+    captioner was trained on a file of features.
+    """
+    from capexp.errors import InputError
+    from capexp.settings import NetSetting
+
+    net = settings.get("features.net", "auto")
+    if net not in get_args(NetSetting):
+        raise InputError(f"--features.net {net}: none of {', '.join(get_args(NetSetting))}")
+    folder = None
+    if settings.keys() & {"captions.root", "captions.photos"}:
+        folder = Path(settings.get("captions.root", ""), settings.get("captions.photos", ""))
+    captioner.use_encoder(settings.get("features.weights"), folder, net)  # type: ignore[arg-type]
 
 
 def refuse_output(parser: Parser, output: Path | None, flag: str = "--output") -> None:

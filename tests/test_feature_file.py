@@ -82,12 +82,26 @@ def test_an_encoder_that_was_checked_in_training_is_known(folder: Folder, scenes
     # The features of photos are not the file's, however near they are.
     words = ("--experiment", "scenes", "--captions.root", ".", "--features.cache", "cache")
     refused = folder.run("evaluate", *MODEL, *words, "--features.weights", str(vgg16), status=2).stderr
-    assert "the captioner takes features of file features.pkl" in refused and "or features.file" in refused
+    assert "takes features of file features.pkl" in refused and "give that file with --features.file" in refused
     compared = folder.run(
         "compare", "models:/of-photos@champion", "models:/capexp-scenes@champion", *words,
         "--features.file", "features.pkl",
     )  # fmt: skip
     assert "100 photos of dev" in compared.stdout, "each captioner has its own features"
+
+
+def test_an_ensemble_of_members_from_before_its_encoder_was_checked(folder: Folder, scenes: Path, vgg16: Path) -> None:
+    members = '[{"experiment": "scenes", "seeds": [1, 2], "settings": {"training.epochs": 1, "model.lstm_units": 32}}]'
+    words = (
+        *("--experiment", "scenes-ensemble", "--captions.root", ".", "--features.file", "features.pkl"),
+        *("--features.cache", "cache", "--ensemble.members", members),
+    )
+    folder.run("train", *words)
+    shutil.copytree(scenes / "Scenes_Dataset", folder.path / "Scenes_Dataset")
+    found = folder.run("train", *words, "--features.weights", str(vgg16), "--registry.model", "checked")
+    assert "found" in found.stderr, "the members are the same"
+    photo = "Scenes_Dataset/scene_0107.jpg"
+    assert folder.run("caption", "--model", "models:/checked@champion", photo).stdout.startswith(f"{photo}\t")
 
 
 def test_the_tutorials_model_is_compared_on_its_own_features(folder: Folder) -> None:
@@ -105,6 +119,8 @@ def test_the_tutorials_model_is_compared_on_its_own_features(folder: Folder) -> 
     cache = ("--features.cache", "cache")
     compared = folder.run("compare", "tutorial", "models:/capexp-scenes@champion", *words, *cache).stdout
     assert "100 photos of dev" in compared and "cider" in compared
+    message = folder.run("evaluate", "--model", "tutorial", *words[:4], *cache, status=2).stderr
+    assert "give that file with --features.file" in message
     logged = folder.run("evaluate", "--model", "models:/tutorial/1", *words, *cache, "--log")
     assert logged.stdout.startswith("{") and "logged as run" in logged.stderr
     wider = ("--keras", "other.h5", "--tokenizer", "tokenizer.json", "--output", "wider")

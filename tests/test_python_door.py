@@ -58,6 +58,7 @@ def test_a_photo_in_any_form_gives_the_same_caption(captioner: Captioner, photo:
     assert captions[0] == captioner.caption_photos([photo])[0]
 
 
+@pytest.mark.slow
 def test_a_list_gives_a_list_and_an_iterator_reads_as_it_is_asked(captioner: Captioner, photo: Path) -> None:
     one = captioner(photo)
     assert captioner([photo, photo.read_bytes()]) == [one, one]

@@ -33,7 +33,7 @@ from capexp.data.vocabulary import PAD, UNK, Vocabulary
 from capexp.data.weights_files import State
 from capexp.errors import InputError
 from capexp.experiment import members_of, override_decoding
-from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig
+from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelConfig, NetSetting
 
 log = logging.getLogger(__name__)
 
@@ -165,20 +165,21 @@ class Captioner:
             digest.update(value.detach().cpu().contiguous().numpy().data)
         return digest.hexdigest()
 
-    def use_encoder(self, weights: str | None = None, photos: Path | None = None) -> Encoder:
+    def use_encoder(self, weights: str | None = None, photos: Path | None = None, net: NetSetting = "auto") -> Encoder:
         """Return the encoder, loaded at the first call.
 
         Its weights are ``weights`` (a name or a path) if given, else those in the bundle, else torchvision's, which
         are downloaded if needed. If the captioner was trained with a weights file, that file must be given.
 
         If the captioner was trained on a file of features whose encoder is not known, ``weights`` must be given. They
-        are checked on photos of the file that are at hand, in the folder ``photos`` or where they were.
+        are checked on photos of the file that are at hand, in the folder ``photos`` or where they were. ``net`` is the
+        net of weights that are not recognised.
         """
         if self._encoder is None:
             identity = self.encoder_identity
             known = identity.encoder if isinstance(identity, FileIdentity) else identity
             if known is None:
-                encoder = self._check_encoder(weights, photos)
+                encoder = self._check_encoder(weights, photos, net)
             elif self._bundled_encoder is not None and weights is None:
                 encoder = self._read_encoder(known, self._bundled_encoder)
             else:
@@ -191,7 +192,7 @@ class Captioner:
             self._encoder = encoder.prepare(self.device, "auto")
         return self._encoder
 
-    def _check_encoder(self, weights: str | None, photos: Path | None) -> Encoder:
+    def _check_encoder(self, weights: str | None, photos: Path | None, net: NetSetting) -> Encoder:
         """Load the encoder of features that came from a file, and check it on the photos that are at hand."""
         identity, reference = self.encoder_identity, self.reference
         assert isinstance(identity, FileIdentity)
@@ -200,7 +201,7 @@ class Captioner:
                 f"the captioner was trained on features from the file {identity.name!r}, whose encoder is not known; "
                 "to caption photos give --features.weights, VGG16's weights that the features were computed with"
             )
-        encoder = load_encoder(identity.claimed(weights)).prepare(self.device, "auto")
+        encoder = load_encoder(identity.claimed(weights, net)).prepare(self.device, "auto")
         if reference.check(encoder, photos) == 0:
             names = ", ".join(list(reference.features)[:3])
             log.warning(

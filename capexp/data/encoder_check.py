@@ -59,8 +59,14 @@ class Reference:
         files = PhotoFiles(self.folder if folder is None else folder)
         found = {name: files.path(name) for name in self.features}
         paths = {name: path for name, path in found.items() if path is not None}
+        checked = 0
         for name, path in paths.items():
-            (computed,) = encoder.encode([squash(read_photo(path), encoder.identity.size, encoder.identity.resize)])
+            try:
+                photo = read_photo(path)
+            except InputError:  # a damaged photo checks nothing
+                continue
+            checked += 1
+            (computed,) = encoder.encode([squash(photo, encoder.identity.size, encoder.identity.resize)])
             cosine, ratio = compare_features(computed, self.features[name])
             if cosine < _COSINE:
                 fault = f"whose cosine with those of features.file is {cosine:.4f}, below {_COSINE}"
@@ -72,7 +78,7 @@ class Reference:
                 f"features.weights: {encoder.identity} gives {path} features {fault}: these were computed otherwise; "
                 "set features.weights and features.resize as they were then, or features.weights = 'unknown'"
             )
-        return len(paths)
+        return checked
 
 
 def compare_features(computed: NDArray[np.float16], given: NDArray[np.float16]) -> tuple[float, float]:

@@ -19,6 +19,7 @@ from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
+from pydantic import ValidationError
 
 from capexp.data.caption_files import decoded_lines, read_bytes, read_captions
 from capexp.data.captions import Names
@@ -71,11 +72,14 @@ class FileIdentity:
         """The beginning of the name of the cache's file."""
         return "file"
 
-    def claimed(self, weights: str) -> FeaturesConfig:
-        """Return the settings of the encoder as they were at the training, with the weights that are said to be its."""
-        return FeaturesConfig(
-            layer=self.layer, pool=self.pool, size=self.size, resize=self.resize, net=self.net, weights=weights
-        )
+    def claimed(self, weights: str, net: NetSetting = "auto") -> FeaturesConfig:
+        """Return the settings of the encoder as the training had them, with the weights that are said to be its."""
+        own: dict[str, object] = {"layer": self.layer, "pool": self.pool, "size": self.size, "resize": self.resize}
+        own |= {"net": self.net if net == "auto" else net, "weights": weights}
+        try:
+            return FeaturesConfig.model_validate(own)
+        except ValidationError as error:  # weights without the layer, or a size that does not fit it
+            raise InputError(error.errors()[0]["msg"].removeprefix("Value error, ")) from None
 
     def record(self) -> dict[str, object]:
         """Return what identifies the features, for digests and for the cache's header."""
@@ -205,12 +209,13 @@ def _grid(path: Path, shape: tuple[int, ...]) -> tuple[int, int]:
         )
     while len(shape) > 1 and shape[0] == 1:
         shape = shape[1:]
-    if len(shape) == 3 and shape[1] == shape[2] < shape[0]:
+    positions, size = math.prod(shape[:-1]), shape[-1]
+    if (len(shape) == 3 and shape[0] > size) or (positions > size and math.isqrt(size) ** 2 == size):
         raise InputError(
             f"{path}: a photo's features are an array {shape}, with the features first; bring them last: "
-            f"({shape[1]}, {shape[2]}, {shape[0]})"
+            f"({', '.join(map(str, shape[1:]))}, {shape[0]})"
         )
-    return math.prod(shape[:-1]), shape[-1]
+    return positions, size
 
 
 def _digest(path: Path, extra: bytes) -> str:

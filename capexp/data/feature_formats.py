@@ -12,7 +12,6 @@ The files are untrusted: nothing in them is executed, and no array is read befor
 Shapes: N photos in the file, F features.
 """
 
-import importlib
 import math
 import os
 import zipfile
@@ -21,15 +20,18 @@ from contextlib import contextmanager
 from dataclasses import dataclass
 from itertools import groupby
 from pathlib import Path
-from typing import IO, Any, Final
+from typing import IO, TYPE_CHECKING, Any, Final
 
 import numpy as np
 from numpy.lib import format as npy
 from numpy.typing import NDArray
 
-from capexp.data.hdf5 import check_heaps
+from capexp.data.hdf5 import is_hdf5, opened
 from capexp.data.inert_pickle import read_arrays
 from capexp.errors import InputError, listed
+
+if TYPE_CHECKING:
+    from h5py import File
 
 MOST_VALUES = 2**22
 """Values of one photo's features, at most: 16 MiB of float32."""
@@ -74,8 +76,8 @@ def faults(path: Path) -> Iterator[None]:
 def open_content(path: Path) -> Content:
     """Open a file of features, in the format that its first bytes tell."""
     with path.open("rb") as file:
-        head = file.read(520)
-    if head.startswith(b"\x89HDF\r\n\x1a\n") or head[512:].startswith(b"\x89HDF"):
+        head = file.read(20)
+    if is_hdf5(path):
         return _open_hdf5(path)
     if head.startswith(b"MATLAB 5.0 MAT-file"):
         return _open_matlab(path)
@@ -87,6 +89,8 @@ def open_content(path: Path) -> Content:
         return _open_safetensors(path)
     if head[:1] in (b"\x80", b"(", b"}", b"c"):
         return _of_arrays(path, read_arrays(path))
+    if head.startswith(b"\x1f\x8b"):
+        raise InputError(f"{path}: compressed by gzip; unpack it first (gunzip)")
     raise InputError(f"{path}: begins with {head[:8]!r}, no known format of features; give {EXAMPLES}")
 
 
@@ -131,9 +135,14 @@ def _open_npy(path: Path) -> Content:
 def _open_npz(path: Path) -> Content:
     """Open a NumPy archive, of which one array, or one row of ``features``, is in memory at a time."""
     with zipfile.ZipFile(path) as archive:
-        entries = {entry.filename.removesuffix(".npy"): entry for entry in archive.infolist()}
+        listing = archive.infolist()
+        entries = {entry.filename.removesuffix(".npy"): entry for entry in listing}
         if not entries:
             raise InputError(f"{path}: holds no features")
+        if not all(entry.filename.endswith(".npy") for entry in listing):
+            raise InputError(f"{path}: an archive, but not one of NumPy's (.npz); give {EXAMPLES}")
+        if len(entries) < len(listing):
+            raise InputError(f"{path}: an array is there twice; save it again with numpy.savez")
         names: tuple[str, ...] | None = tuple(entries)
         is_table = entries.keys() in ({_TABLE}, {_TABLE, _NAMES})
         first = entries[_TABLE if is_table else next(iter(entries))]
@@ -165,8 +174,12 @@ def _npy_header(where: str, file: IO[bytes], size: int) -> tuple[tuple[int, ...]
     """Return shape and type of an array of at most ``size`` bytes, and go to its first value."""
     version = npy.read_magic(file)
     shape, is_fortran, dtype = (npy.read_array_header_1_0 if version == (1, 0) else npy.read_array_header_2_0)(file)
-    if dtype.hasobject or (is_fortran and len(shape) > 1) or math.prod(shape) * dtype.itemsize > size:
-        raise InputError(f"{where}: no array of numbers in C order that fits into the file; save it again")
+    if dtype.hasobject:
+        raise InputError(f"{where}: an array of objects; save numbers as float32, and names as an array of strings")
+    if is_fortran and len(shape) > 1:
+        raise InputError(f"{where}: an array in Fortran order; save numpy.ascontiguousarray of it")
+    if math.prod(shape) * dtype.itemsize > size:
+        raise InputError(f"{where}: an array {shape}, for which the file is too short; bring the file again")
     return shape, dtype
 
 
@@ -214,35 +227,22 @@ def _open_safetensors(path: Path) -> Content:
 
 
 def _open_hdf5(path: Path) -> Content:
-    """Open an HDF5 file; of its data sets only those that are whole in this file are read."""
-    h5py, size = _require("h5py", path), path.stat().st_size
-    check_heaps(path)
-    with h5py.File(path, "r") as file:
-        found: dict[str, tuple[int, ...]] = {}
-
-        def visit(name: str, item: Any) -> bool | None:
-            if isinstance(item, h5py.Dataset):
-                if item.external or item.is_virtual:
-                    raise InputError(f"{path}: {name} has its values in another file, which is not read")
-                chunk = math.prod(item.chunks or (0,)) * item.dtype.itemsize
-                if item.size * item.dtype.itemsize > _COMPRESSION * size or chunk > _CHUNK:
-                    raise InputError(f"{path}: {name} claims {item.size:,} values, more than the file can hold")
-                found[name] = item.shape
-            return True if len(found) > _MOST_NAMES else None
-
-        file.visititems(visit)  # visits no soft or external link, and each object once
+    """Open an HDF5 file; only arrays whose values are in this file are read."""
+    with opened(path) as file:
+        found = _hdf5_shapes(path, file)
         if not found:
             raise InputError(f"{path}: holds no features")
-        matlab = found.keys() & {_MATLAB}
         names = None
         if {_TABLE, _NAMES} <= found.keys():
             if math.prod(found[_NAMES]) > _MOST_NAMES:
-                raise InputError(f"{path}: {_NAMES} has {math.prod(found[_NAMES]):,} entries")
+                raise InputError(f"{path}: {_NAMES} has {math.prod(found[_NAMES]):,} entries, over {_MOST_NAMES:,}")
             names = tuple(_as_text(path, value) for value in file[_NAMES][()].reshape(-1).tolist())
-    table = _MATLAB if matlab else _TABLE if names is not None or found.keys() == {_TABLE} else None
+    is_table = names is not None or found.keys() == {_TABLE}
+    is_matlab = not is_table and _MATLAB in found
+    table = _MATLAB if is_matlab else _TABLE
 
     def read_rows(positions: Sequence[int]) -> Iterator[NDArray[Any]]:
-        with h5py.File(path, "r") as file:
+        with opened(path) as file:
             rows = file[table]
             # In blocks: a chunk may hold a few values of every row, and would be decompressed again for each.
             size = max(1, _BLOCK // (math.prod(rows.shape[1:]) * rows.dtype.itemsize))
@@ -253,28 +253,52 @@ def _open_hdf5(path: Path) -> Content:
 
     def read_each(positions: Sequence[int]) -> Iterator[NDArray[Any]]:
         keys = list(found)
-        with h5py.File(path, "r") as file:
+        with opened(path) as file:
             for position in positions:
                 yield file[keys[position]][()]
 
-    if table is not None:  # MATLAB's columns are HDF5's rows
-        return _of_table(path, found[table], names, read_rows, bool(matlab))
+    if is_table or is_matlab:  # MATLAB's columns are HDF5's rows
+        return _of_table(path, found[table], names, read_rows, is_matlab)
     first = next(iter(found.values()))
     if math.prod(first) > MOST_VALUES:
         raise InputError(f"{path}: {next(iter(found))} is an array {first}; the features of one photo are needed")
     return Content(tuple(found), len(found), first, read_each)
 
 
+def _hdf5_shapes(path: Path, file: "File") -> dict[str, tuple[int, ...]]:
+    """Return the shapes of all arrays by name; refuse arrays whose values the file cannot hold."""
+    from h5py import Dataset
+
+    found: dict[str, tuple[int, ...]] = {}
+    size = path.stat().st_size
+
+    def visit(name: str, item: object) -> None:
+        if not isinstance(item, Dataset):
+            return
+        if item.external or item.is_virtual:
+            raise InputError(f"{path}: {name} has its values in another file, which is not read")
+        chunk = math.prod(item.chunks or (0,)) * item.dtype.itemsize
+        if item.size * item.dtype.itemsize > _COMPRESSION * size or chunk > _CHUNK:
+            raise InputError(f"{path}: {name} claims {item.size:,} values, more than the file can hold")
+        found[name] = item.shape
+
+    file.visititems(visit)  # visits no soft or external link, and each object once
+    return found
+
+
 def _open_matlab(path: Path) -> Content:
     """Read the variable ``feats`` of a MATLAB 5 file, (F, N), into memory."""
-    scipy_io = _require("scipy.io", path)
-    variables = {name: shape for name, shape, _ in scipy_io.whosmat(path)}
+    try:
+        from scipy import io
+    except ModuleNotFoundError:
+        raise InputError(f"{path}: a MATLAB file, which SciPy reads: pip install scipy") from None
+    variables = {name: shape for name, shape, _ in io.whosmat(path)}
     if _MATLAB not in variables:
         raise InputError(f"{path}: has no variable '{_MATLAB}' but {listed(sorted(variables)) or 'none'}; rename it")
     shape = variables[_MATLAB]
     if math.prod(shape) > _MATLAB_COMPRESSION * path.stat().st_size:
         raise InputError(f"{path}: {_MATLAB} claims {math.prod(shape):,} values, more than the file can hold")
-    values = scipy_io.loadmat(path, variable_names=[_MATLAB])[_MATLAB]
+    values = io.loadmat(path, variable_names=[_MATLAB])[_MATLAB]
     if not isinstance(values, np.ndarray) or values.dtype.kind not in "fiu" or values.ndim != 2:
         raise InputError(f"{path}: {_MATLAB} is no matrix of numbers; (F, N) is needed, a column for each photo")
 
@@ -283,15 +307,6 @@ def _open_matlab(path: Path) -> Content:
             yield values[:, position]
 
     return _of_table(path, values.T.shape, None, read, is_of_images=True)
-
-
-def _require(module: str, path: Path) -> Any:
-    """Import a package of the extra ``files``."""
-    try:
-        return importlib.import_module(module)
-    except ImportError:
-        package = module.partition(".")[0]
-        raise InputError(f"{path}: reading it needs {package}: pip install {package}") from None
 
 
 def _as_text(path: Path, value: object) -> str:

@@ -31,9 +31,10 @@ _CHUNK = 2**20  # values of a chunk that need not be fewer than those of the who
 
 
 def is_hdf5(path: Path) -> bool:
-    """Return whether a file is HDF5."""
+    """Return whether a file is HDF5, maybe behind MATLAB's header."""
     with path.open("rb") as file:
-        return file.read(len(_SIGNATURE)) == _SIGNATURE
+        head = file.read(_MATLAB_HEADER + len(_SIGNATURE))
+    return head.startswith(_SIGNATURE) or head[_MATLAB_HEADER:] == _SIGNATURE
 
 
 @contextmanager

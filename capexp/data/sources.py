@@ -19,7 +19,7 @@ from capexp.data.photos import digest_photos
 from capexp.data.vgg16 import Encoder, EncoderIdentity, encoder_at_hand, identify, load_encoder
 from capexp.distributed import ALONE, World, choose_device
 from capexp.errors import InputError
-from capexp.settings import UNKNOWN_WEIGHTS, Experiment, SplitName
+from capexp.settings import UNKNOWN_WEIGHTS, Experiment, SplitName, grid_shape
 
 log = logging.getLogger(__name__)
 
@@ -175,6 +175,14 @@ class FileSource(Source):
             if checked:
                 log.info("%s: %d photos have the features of %s", self._file.path, checked, encoder.identity)
                 return replace(self.identity, encoder=encoder.identity), None
+        claimed = grid_shape(self.config.layer, self.config.pool, self.config.size)
+        if claimed != self.identity.shape:
+            log.warning(
+                "%s: has %d x %d features a photo, VGG16 with features.layer = '%s', pool and size gives %d x %d; to "
+                "caption photos later, set them as the features were computed, or train on features of VGG16",
+                self._file.path, *self.identity.shape, self.config.layer, *claimed,
+            )  # fmt: skip
+            return self.identity, reference
         log.info(
             "%s: its encoder is not checked; to caption photos, give --features.weights, VGG16's weights that the "
             "features were computed with", self._file.path,

@@ -1,6 +1,9 @@
 """Files of features in all formats: read as they were written, matched with photos by name, refused in one line."""
 
+import gzip
+import io
 import pickle
+import warnings
 import zipfile
 from collections import deque
 from collections.abc import Callable
@@ -145,6 +148,15 @@ def external(path: Path) -> None:
         file.create_dataset("a.jpg", (1, 8), "<f4", external=[(str(path.parent / "raw"), 0, 4 * 8)])
 
 
+def archive(path: Path, *names: str) -> None:
+    content = io.BytesIO()
+    np.save(content, np.ones((1, 8), np.float32))
+    with zipfile.ZipFile(path, "w") as file, warnings.catch_warnings():
+        warnings.simplefilter("ignore")  # of the name that is there twice
+        for name in names:
+            file.writestr(name, content.getvalue())
+
+
 def matlab(path: Path, **variables: object) -> None:
     scipy.io.savemat(path, variables, appendmat=False)
 
@@ -154,9 +166,15 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "empty": (lambda path: path.write_text(""), "no known format of features"),
     "a folder": (lambda path: path.mkdir(), "is no file"),
     "features first": (lambda path: write_npz(path, table(512, 7, 7)), "bring them last: (7, 7, 512)"),
+    "features first, flat": (lambda path: write_npz(path, table(512, 49)), "bring them last: (49, 512)"),
+    "one feature": (lambda path: write_npz(path, table(64, 1)), "bring them last: (1, 64)"),
+    "Fortran order": (lambda path: save(path, a=np.asfortranarray(np.ones((3, 4)))), "numpy.ascontiguousarray"),
+    "gzip": (lambda path: path.write_bytes(gzip.compress(b"x")), "unpack it first"),
+    "another archive": (lambda path: archive(path, "data.pkl"), "not one of NumPy's"),
+    "an array twice": (lambda path: archive(path, "a.npy", "a.npy"), "is there twice"),
     "five axes": (lambda path: write_npz(path, table(2, 2, 2, 2, 2)), "(F,), (P, F) or (height, width, F) is needed"),
     "single numbers": (lambda path: save(path, a=np.float32(1)), "an array ()"),
-    "objects": (lambda path: save(path, a=np.array([None, {}])), "no array of numbers"),
+    "objects": (lambda path: save(path, a=np.array([None, {}])), "an array of objects"),
     "texts": (lambda path: save(path, a=np.array(["x", "y"])), "not numbers"),
     "no names": (without_names, "has no names of photos"),
     "too few names": (cut_names, "4 photos' features, but 3 names"),
@@ -167,7 +185,10 @@ REFUSED: dict[str, tuple[Callable[[Path], object], str]] = {
     "a pickle with code": (lambda path: path.write_bytes(b"cos\nsystem\n(S'touch x'\ntR."), "os.system"),
     "an empty archive": (lambda path: zipfile.ZipFile(path, "w").close(), "holds no features"),
     "no arrays in HDF5": (lambda path: h5py.File(path, "w").close(), "holds no features"),
-    "names that are not Unicode": (lambda path: write_pickle(path, {"a\udc80": np.ones((1, 8), np.float32)}), "cannot be names"),
+    "names that are not Unicode": (
+        lambda path: write_pickle(path, {"a\udc80": np.ones((1, 8), np.float32)}),
+        "cannot be names",
+    ),
     "values in another file": (external, "in another file"),
 }
 
