@@ -240,7 +240,7 @@ class Study:
             trials = self._trials()
             if sum(len(trials[state]) for state in ("COMPLETE", "PRUNED", "RUNNING")) >= self._config.trials:
                 return None
-            self._study.sampler = self._sampler(sum(map(len, trials.values())))
+            self._study.sampler = self._sampler(self._count_sampled(trials))
             trial = self._study.ask()
             life.enter_context(self._storage.heartbeat(trial.number))
             trial.set_user_attr(_BEGUN, True)
@@ -253,8 +253,8 @@ class Study:
         continued = {trial.user_attrs.get(_EARLIER, [None])[0] for state in trials.values() for trial in state}
         for trial in trials["FAIL"]:
             attributes = trial.user_attrs
-            values = {**trial.system_attrs.get("fixed_params", {}), **trial.params}
-            if _ERROR in attributes or trial.number in continued or not values:
+            values = _values_of(trial)
+            if _ERROR in attributes or trial.number in continued or not values.keys() >= self._config.search.keys():
                 continue
             vanished = attributes.get(_VANISHED, 0) + (_STOPPED not in attributes)
             if vanished <= _RETRIES:
@@ -277,8 +277,16 @@ class Study:
                 return True
         return False
 
+    def _count_sampled(self, trials: dict[str, list[Any]]) -> int:
+        """Return how often all values were sampled, so that a kill changes nothing that is sampled after it.
+
+        Trials that run the values of interrupted ones again do not count, nor those whose worker died while sampling.
+        """
+        every = [trial for of_state in trials.values() for trial in of_state if _EARLIER not in trial.user_attrs]
+        return sum(_values_of(trial).keys() >= self._config.search.keys() for trial in every)
+
     def _sampler(self, number: int) -> Any:
-        """Return the sampler of a trial; its seed depends on the trial's number, so that no two trials sample alike."""
+        """Return the sampler after ``number`` samples; its seed depends on that, so that no two trials sample alike."""
         import optuna
 
         seed = int(np.random.SeedSequence([self._seed, number]).generate_state(1)[0])
@@ -294,6 +302,11 @@ class Study:
             for trial in self._study.get_trials(deepcopy=False):
                 by_state[trial.state.name].append(trial)
         return by_state
+
+
+def _values_of(trial: Any) -> dict[str, Any]:
+    """Return the values of a trial that was sampled or queued with values."""
+    return {**trial.system_attrs.get("fixed_params", {}), **trial.params}
 
 
 def _suggest(trial: Any, name: str, space: Space) -> Value:

@@ -97,6 +97,19 @@ def test_one_seed_gives_the_same_trials_twice_and_a_resumed_study_those_of_an_un
     assert not set(drawn(seeded)) & set(drawn(first))
 
 
+def test_a_kill_changes_nothing_that_is_drawn_after_it(tmp_path: Path) -> None:
+    whole, disturbed = open_study(tmp_path / "whole", 6), open_study(tmp_path / "disturbed", 6)
+    run_all(whole)
+    run_one(disturbed)
+    half = disturbed.optuna.ask()  # a worker that dies while it samples: it has one of two values
+    half.suggest_float("x", -1, 1)
+    run_one(disturbed)
+    vanish(disturbed)
+    run_all(open_study(tmp_path / "disturbed", 6))
+    begun = [values for values in drawn(disturbed) if len(values) == 2]
+    assert list(dict.fromkeys(begun)) == drawn(whole)
+
+
 def test_two_workers_draw_different_values_and_begin_no_more_than_are_wanted(tmp_path: Path) -> None:
     one, two = open_study(tmp_path, 3), open_study(tmp_path, 3)
     begun = [study.run_trial(bowl) for study in (one, two, one)]
