@@ -256,7 +256,8 @@ class Study:
             values = _values_of(trial)
             if _ERROR in attributes or trial.number in continued or not values.keys() >= self._config.search.keys():
                 continue
-            vanished = attributes.get(_VANISHED, 0) + (_STOPPED not in attributes)
+            # A worker that had finished the trial's run, but not yet told the study, was not killed by the trial.
+            vanished = attributes.get(_VANISHED, 0) + (not {_STOPPED, _RUN} & attributes.keys())
             if vanished <= _RETRIES:
                 log.info("trial %d was broken off; it is run again", trial.number)
                 earlier = [trial.number, *attributes.get(_EARLIER, ())]

@@ -139,6 +139,17 @@ def test_the_trial_of_a_vanished_worker_is_run_again_at_most_twice(tmp_path: Pat
     assert first.values not in [trial.params for trial in study.optuna.get_trials()[3:]]
 
 
+def test_a_trial_whose_run_had_ended_is_run_again_however_often_its_worker_was_killed(tmp_path: Path) -> None:
+    for _ in range(4):
+        with ExitStack() as life:
+            begun = open_study(tmp_path, 1)._start_trial(life)
+            assert begun is not None
+            begun[0].set_user_attr("run_id", "run")  # killed before it could tell the study
+    study = open_study(tmp_path, 1)
+    assert run_one(study) is not None and study.is_complete()
+    assert len(set(drawn(study)) - {()}) == 1, "the same values again"
+
+
 def test_a_stopped_trial_is_run_again_however_often_it_was_stopped(tmp_path: Path) -> None:
     study = open_study(tmp_path, 1)
     for _ in range(5):
