@@ -29,7 +29,7 @@ from capexp.errors import InputError, listed
 from capexp.files import listed_or_filed
 from capexp.settings import CaptionsConfig, FeaturesConfig, Layer, NetSetting, PhotoResize, PhotoSize, Pool
 
-# Control characters, and the surrogates of what is not Unicode.
+# Control characters, and surrogates, which stand for bytes that are not Unicode.
 _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 
 

@@ -58,7 +58,7 @@ def read_arrays(path: Path) -> dict[str, NDArray[Any]]:
 
 @dataclass(frozen=True)
 class TokenizerRecord:
-    """What is needed of a Keras ``Tokenizer``: its words and their numbers."""
+    """The words of a Keras ``Tokenizer`` and their numbers."""
 
     word_index: dict[str, int]
     """The number of each word, from 1."""
