@@ -55,8 +55,6 @@ class FileIdentity:
     encoder: EncoderIdentity | None = None
     """The encoder that has been checked against the file, if any; no effect on :meth:`key`."""
 
-    is_mirrored = False
-
     def __post_init__(self) -> None:
         """Raise ValueError for a shape that no features have."""
         if min(self.shape) < 1 or math.prod(self.shape) > MOST_VALUES:
@@ -73,7 +71,7 @@ class FileIdentity:
         return "file"
 
     def claimed(self, weights: str, net: NetSetting = "auto") -> FeaturesConfig:
-        """Return the settings of the encoder as the training had them, with the weights that are said to be its."""
+        """Return the settings of an encoder: those of the training, with other weights, and another net unless auto."""
         own: dict[str, object] = {"layer": self.layer, "pool": self.pool, "size": self.size, "resize": self.resize}
         own |= {"net": self.net if net == "auto" else net, "weights": weights}
         try:

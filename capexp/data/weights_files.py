@@ -104,7 +104,7 @@ def _read_torch(path: Path, shapes: Shapes) -> WeightsFile:
 
 
 def _by_name(state: State, shapes: Shapes) -> State:
-    """Return the tensors with torchvision's names, or those of the published Caffe net, and VGG16's shapes."""
+    """Return VGG16's tensors, of the right shapes, under torchvision's or the published Caffe net's names."""
     numbers = {"dense.0": "dense.1", "dense.3": "dense.4"} if "classifier.0.weight" not in state else {}
     ours = {
         name.replace("features.", "convolutions.", 1).replace("classifier.", "dense.", 1): value
