@@ -39,6 +39,12 @@ def test_one_command_finds_one_member_trains_the_other_and_registers_them_as_one
     refused = folder.run("train", "--resume", other.info.run_id, status=2)
     assert f"one of several under run {together.info.run_id}" in refused.stderr
 
+    # As after a kill before it had logged its settings and data: only the tags of its start tell whose it is.
+    shutil.rmtree(tmp_path / "checkpoints" / other.info.run_id)
+    folder.artifact(other, "experiment.toml").unlink()
+    for tag in ("data_digest", "vocabulary_digest", "encoder_key"):
+        folder.client.delete_tag(other.info.run_id, tag)
+
     printed = folder.run("train", "--resume", together.info.run_id)  # with VGG16's weights, as it began
     assert f"scenes, seed 1: found, run {single.info.run_id}" in printed.stderr
     assert f"scenes, seed 2: resumed, run {other.info.run_id}" in printed.stderr

@@ -191,7 +191,8 @@ def train_ensemble(plan: Plan, resume: str | None = None) -> Generator[Update, N
             _write_member(run, member, number)
             name = member_name(member)
             member_plan = Plan(member, data, name, name, {MEMBER: name}, run.run_id, CHECKPOINTS, registers=False)
-            result = yield from child(member_plan, _earlier_member(member, data))
+            earlier = _earlier_member(member, data) or _begun_member(member, run.run_id)
+            result = yield from child(member_plan, earlier)
             members[f"{number}: {name}"] = result.run_id
             captioners.append(Captioner.load(result.bundle, run.device))
         run.tracked.set_tags({f"{MEMBER}_{number}": run_id for number, run_id in enumerate(members.values(), start=1)})
@@ -239,6 +240,20 @@ def _earlier_member(member: Experiment, data: Dataset) -> EarlierRun | None:
     return None
 
 
+def _begun_member(member: Experiment, run_id: str) -> EarlierRun | None:
+    """Return the newest unfinished run of a member under the ensemble's run ``run_id``; None if there is none.
+
+    :func:`_earlier_member` does not find a run that was killed before it had logged its settings and data. Such a run
+    is found here by the tag that it has from its start.
+    """
+    for run in nested_runs(run_id, f"tags.{MEMBER} = '{member_name(member)}'"):
+        settings = CHECKPOINTS / run.info.run_id / SETTINGS
+        # Members with the same name may differ in their settings.
+        if run.info.status != "FINISHED" and (not settings.is_file() or _has_settings(settings, member)):
+            return EarlierRun(str(run.info.run_id))
+    return None
+
+
 def _matching_runs(member: Experiment, data: Dataset) -> list[FoundRun]:
     """Return the runs with a member's settings on the same data, vocabulary and features, the newest first.
 
@@ -246,17 +261,13 @@ def _matching_runs(member: Experiment, data: Dataset) -> list[FoundRun]:
     """
     found = runs_of({"name": member.name, "seed": str(member.seed)}, comparable_tags(data))
     single_runs = [run for run in found if not {"pruned", SEEDS, STUDY} & run.tags.keys()]
-    return [run for run in single_runs if _has_settings(run.run_id, member)]
+    # MLflow may truncate params, so the settings are read from the file among a run's artifacts.
+    files = {run.run_id: fetch_artifacts(run.run_id, SETTINGS) for run in single_runs}
+    return [run for run in single_runs if (path := files[run.run_id]) is not None and _has_settings(path, member)]
 
 
-def _has_settings(run_id: str, member: Experiment) -> bool:
-    """Return whether a run was made with a member's settings.
-
-    The run's settings are read from the file among its artifacts, because MLflow may truncate params.
-    """
-    path = fetch_artifacts(run_id, SETTINGS)
-    if path is None:
-        return False
+def _has_settings(path: Path, member: Experiment) -> bool:
+    """Return whether a run was made with a member's settings; ``path`` is the run's settings file."""
     try:
         run_settings, member_settings = load_recorded(path).flat(), member.flat()
     except InputError:  # written by another version of the project

@@ -132,13 +132,14 @@ def moments(folder: Folder, kind: Kind) -> dict[str, Callable[[float], object]]:
     def count_finished() -> int:
         return sum(run.info.status == "FINISHED" for run in folder.runs())
 
-    def is_described() -> bool:
-        """Return whether a run under it can be found again: by its settings and, logged after them, its data."""
-        runs = [run for run in folder.runs() if kind.count == 1 or "mlflow.parentRunId" in run.data.tags]
-        return any("encoder_key" in run.data.tags for run in runs)
+    def is_begun() -> object:
+        """Return whether a run that trains can be resumed; one under another can be as soon as it exists."""
+        if kind.count == 1:
+            return kind.trained(folder, "experiment.toml")
+        return any(PARENT in run.data.tags for run in folder.runs())
 
     is_new = {
-        "within the first epoch": lambda begun: kind.trained(folder, "experiment.toml") and is_described(),
+        "within the first epoch": lambda begun: is_begun(),
         "while a resumed run reads its state": lambda begun: time.time() > begun + 3,
         "while the first epoch's state is written": lambda begun: (
             len({path.parent for path in kind.trained(folder, "ep001-*")}) == kind.count
