@@ -185,7 +185,7 @@ def test_captions_in_tables_and_records(tmp_path: Path, content: bytes, form: Ca
 @fuzz
 @given(st.text(max_size=200))
 def test_tokens(text: str) -> None:
-    for token in split_words(text) + split_characters(text):
+    for token in (*split_words(text), *split_characters(text)):
         assert token and not any(character.isspace() for character in token)
 
 

@@ -9,6 +9,7 @@ in earlier versions of the project.
 
 import re
 import unicodedata
+from functools import lru_cache
 
 
 def _marks() -> str:
@@ -89,13 +90,14 @@ def lower(text: str) -> str:
     return text.lower().replace("i\u0307", "i")
 
 
-def split_words(caption: str) -> list[str]:
+@lru_cache(2**17)  # a run splits each of its captions several times: for its vocabulary, its batches and its scores
+def split_words(caption: str) -> tuple[str, ...]:
     """Return the tokens of COCO's scorer: Penn Treebank tokens in lower case, without punctuation.
 
     Brackets stay, as ``-lrb-`` and ``-rrb-``, and so do signs such as ``#``, ``&`` and ``!!``.
     """
     if _SIMPLE.fullmatch(caption) and not _HALVES.search(caption):
-        return caption.split(" ")
+        return tuple(caption.split(" "))
     tokens = []
     for match in _TOKEN.finditer(caption):
         kind, token = match.lastgroup, match[0]
@@ -109,7 +111,7 @@ def split_words(caption: str) -> list[str]:
             token = token.replace("’", "'")
         if token:
             tokens.append(lower(token))
-    return tokens
+    return tuple(tokens)
 
 
 def split_characters(caption: str) -> list[str]:

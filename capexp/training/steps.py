@@ -17,6 +17,7 @@ from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.data.batches import on_device
 from capexp.settings import SelfCriticalConfig, TrainingConfig
 from capexp.training.loop import Training
+from capexp.training.optimizer import AdamW
 
 _PADDING_LIMIT = 5
 """The limit of padded batches' words (padding included) per real word. At or above it batches are packed.
@@ -53,7 +54,7 @@ class Steps(ABC):
         optimizer whose steps are captured in a CUDA graph.
         """
         self.training, self.decoder = training, decoder
-        self.optimizer = torch.optim.AdamW(
+        self.optimizer = AdamW(
             [value for value in decoder.parameters() if value.requires_grad],
             lr=training.config.learning_rate if rate is None else rate,
             eps=1e-7,  # Keras's default
