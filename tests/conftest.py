@@ -34,6 +34,29 @@ def _real(variable: str, default: str, what: str) -> Path:
 
 
 @pytest.fixture(scope="session")
+def once(tmp_path_factory: pytest.TempPathFactory) -> Callable[[str, Callable[[Path], None]], Path]:
+    """Returns a function that makes a folder of this name once for all of pytest's processes, and returns it."""
+    from filelock import FileLock
+
+    base = tmp_path_factory.getbasetemp()
+    if "PYTEST_XDIST_WORKER" in os.environ:
+        base = base.parent  # of all processes
+
+    def once(name: str, make: Callable[[Path], None]) -> Path:
+        folder, made = base / f"once {name}" / "folder", base / f"once {name}" / "made"
+        folder.parent.mkdir(exist_ok=True)
+        with FileLock(folder.parent / "lock"):
+            if not made.exists():
+                shutil.rmtree(folder, ignore_errors=True)
+                folder.mkdir()
+                make(folder)
+                made.touch()
+        return folder
+
+    return once
+
+
+@pytest.fixture(scope="session")
 def random_vgg16(tmp_path_factory: pytest.TempPathFactory) -> Path:
     """VGG16's convolutions with random weights, for tests that do not care what a photo's features mean."""
     import torch

@@ -54,19 +54,21 @@ PHOTO, OTHER = f"{PHOTOS}/scene_0000.jpg", f"{PHOTOS}/scene_0002.jpg"  # of the 
 
 
 @pytest.fixture(scope="module")
-def earlier(tmp_path_factory: pytest.TempPathFactory, scenes: Path) -> Path:
+def earlier(once: Callable[[str, Callable[[Path], None]], Path], scenes: Path) -> Path:
     """A user's folder with data, its features, and what an earlier run has left."""
-    folder = tmp_path_factory.mktemp("earlier")
-    shutil.copytree(scenes, folder / "data")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-    subprocess.run(
-        [
-            *(sys.executable, "-m", "capexp.train", "--captions.root", "data", "--features.cache", "data/features"),
-            *("--training.epochs", "1", "--model.lstm_units", "16", "--model.embedding_size", "16"),
-        ],
-        cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
-    )  # fmt: skip
-    return folder
+
+    def train(folder: Path) -> None:
+        shutil.copytree(scenes, folder / "data")
+        environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        subprocess.run(
+            [
+                *(sys.executable, "-m", "capexp.train", "--captions.root", "data", "--features.cache", "data/features"),
+                *("--training.epochs", "1", "--model.lstm_units", "16", "--model.embedding_size", "16"),
+            ],
+            cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
+        )  # fmt: skip
+
+    return once("earlier run", train)
 
 
 @pytest.fixture

@@ -28,7 +28,7 @@ TOGETHER = ("--experiment", "scenes-ensemble", "--ensemble.members", MEMBERS)
 def test_one_command_finds_one_member_trains_the_other_and_registers_them_as_one(
     tmp_path: Path, vgg16: Path, scenes: Path
 ) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     folder.run("train", *SINGLE)
     (single,) = folder.runs()
     process = folder.start(sys.executable, "-m", "capexp.train", *TOGETHER, "--features.weights", str(vgg16))
@@ -101,7 +101,7 @@ def test_one_command_finds_one_member_trains_the_other_and_registers_them_as_one
 
 
 def test_an_interrupt_ends_member_and_ensemble_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     process = folder.start(sys.executable, "-m", "capexp.train", *TOGETHER)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/last.pt")))
     process.send_signal(signal.SIGINT)
@@ -119,7 +119,7 @@ def test_an_interrupt_ends_member_and_ensemble_killed_and_the_same_command_goes_
 
 
 def test_a_member_that_was_interrupted_as_a_run_of_its_own_is_resumed(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     process = folder.start(sys.executable, "-m", "capexp.train", *SINGLE)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/last.pt")))
     process.send_signal(signal.SIGINT)
@@ -146,7 +146,7 @@ def test_a_member_that_was_interrupted_as_a_run_of_its_own_is_resumed(tmp_path: 
 def test_what_an_ensemble_cannot_do_is_told_in_one_line_and_leaves_no_run(
     tmp_path: Path, words: tuple[str, ...], says: str
 ) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     err = folder.run(words[0], "--experiment", "scenes-ensemble", *words[1:], status=2).stderr
     assert says in err and err.count("\n") == 1
     assert folder.runs() == []

@@ -32,7 +32,7 @@ def folder(tmp_path: Path, scenes: Path) -> Folder:
     for path in scenes.glob("*.txt"):
         shutil.copy(path, tmp_path)
     shutil.copytree(scenes / "features", tmp_path / "cache")
-    return Folder(tmp_path)
+    return Folder(tmp_path, has_store=True)
 
 
 def train(folder: Folder, *arguments: str) -> str:

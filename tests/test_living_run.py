@@ -104,7 +104,7 @@ def test_a_second_process_leaves_a_run_that_is_being_trained_untouched(
 @SLOW
 @pytest.mark.parametrize("kind", KINDS)
 def test_a_fault_of_the_store_is_one_line_whatever_the_run(tmp_path: Path, kind: str) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     MlflowClient(folder.store).search_experiments()
     with closing(sqlite3.connect(tmp_path / "mlflow.db")) as store:
         store.execute("CREATE TRIGGER full BEFORE INSERT ON params BEGIN SELECT RAISE(ABORT, 'no params here'); END")

@@ -166,16 +166,16 @@ def test_a_server_that_is_stopped_and_started_during_training_misses_nothing(awa
 
 @pytest.mark.parametrize("name", [name for name in KINDS if name != "single"])
 def test_a_server_that_stays_away_stops_what_has_more_runs_to_do_and_it_goes_on_later(away: Away, name: str) -> None:
-    folder, server, _ = away
+    folder, _, proxy = away
     kind = KINDS[name]
     process = begin(folder, kind, 4)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
-    server.stop()
+    proxy.is_away = True
     _, said = end(process, status=3)
     run_id = said.split()[-1]
     assert said.splitlines()[-1].endswith(f"nothing is lost: when the server is back, python -m capexp.sync {run_id}")
     assert run_id in journals_of(folder)
-    server.start()
+    proxy.is_away = False
     assert {run.info.status for run in folder.runs()} == {"RUNNING"}
     assert "ended       FINISHED" in folder.run("sync", run_id).stdout
     folder.run(*kind.go_on(folder, training__epochs=4, training__patience=500))
@@ -184,16 +184,16 @@ def test_a_server_that_stays_away_stops_what_has_more_runs_to_do_and_it_goes_on_
 
 
 def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tmp_path: Path) -> None:
-    folder, server, _ = away
+    folder, _, proxy = away
     process = begin(folder, KINDS["single"], 4)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
-    server.stop()
+    proxy.is_away = True
     _, said = end(process, status=3)
     (run_id,) = journals_of(folder)
     assert said.splitlines()[-1].endswith(f"python -m capexp.sync {run_id}")
     away_still = folder.run("sync", run_id, status=2)
     assert away_still.stderr.count("\n") == 1
-    server.start()
+    proxy.is_away = False
     assert folder.runs()[0].info.status == "RUNNING"
     printed = folder.run("sync", run_id)
     assert "registered  capexp-scenes version 1 @champion (the first champion)" in printed.stdout
@@ -271,16 +271,16 @@ def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(awa
 
 @EACH
 def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Away, name: str) -> None:
-    folder, server, _ = away
+    folder, _, proxy = away
     kind, settings = KINDS[name], {"training__epochs": 14, "training__patience": 500}
     process = begin(folder, kind, 14)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
-    server.stop()
+    proxy.is_away = True
     there = epochs_of(folder)
     wait_for(lambda: epochs_of(folder) >= there + 1, 200)
     process.send_signal(signal.SIGINT)
     _, said = end(process, status=130)
-    server.start()
+    proxy.is_away = False
     for run_id in journals_of(folder):
         assert f"python -m capexp.sync {run_id}" in said
         assert "ended       KILLED" in folder.run("sync", run_id).stdout
@@ -290,12 +290,12 @@ def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Awa
     there = epochs_of(folder)
     process = start(folder, kind.go_on(folder, **settings))
     wait_for(lambda: epochs_of(folder) >= there + 1, 200)
-    server.stop()
+    proxy.is_away = True
     there = epochs_of(folder)
     wait_for(lambda: epochs_of(folder) >= there + 1, 200)
     process.kill()
     process.communicate()
-    server.start()
+    proxy.is_away = False
     for run_id in journals_of(folder):
         told = folder.run("sync", run_id).stdout
         again = kind.is_resumed and run_id == run.info.run_id
@@ -310,16 +310,16 @@ def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Awa
 
 
 def test_the_workers_of_a_study_get_over_an_outage(away: Away) -> None:
-    folder, server, _ = away
+    folder, _, proxy = away
     space = json.dumps({"model.dropout": {"low": 0.1, "high": 0.5}})
     words = ("--trials", "4", "--workers", "2", "--training.epochs", "4", "--tune.pruner", "none")
     process = start(folder, ("tune", *SMALL, *words, "--tune.search", space))
     wait_for(lambda: len(list(folder.path.glob("studies/scenes/*/ep*"))) >= 2, 300)
-    server.stop()
+    proxy.is_away = True
     journals = folder.path.glob("studies/scenes/*/journal.jsonl")
     sizes = {path: path.stat().st_size for path in journals}
     wait_for(lambda: all(not path.exists() or path.stat().st_size > size for path, size in sizes.items()), 200)
-    server.start()
+    proxy.is_away = False
     end(process)
     parent, *trials = folder.runs()
     assert {run.info.status for run in (parent, *trials)} == {"FINISHED"}

@@ -43,7 +43,7 @@ def losses(folder: Folder, run: Run) -> list[tuple[float, float]]:
 
 @pytest.fixture
 def folder(tmp_path: Path) -> Folder:
-    made = Folder(tmp_path)
+    made = Folder(tmp_path, has_store=True)
     made.environment["OMP_NUM_THREADS"] = "1"
     return made
 

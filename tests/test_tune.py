@@ -95,7 +95,7 @@ def assert_counted_once(study: optuna.Study, runs: list[Run], wanted: int) -> No
 
 @pytest.mark.slow
 def test_a_study_survives_kill_9_of_a_worker_and_then_of_everything(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     command = ("--trials", "6", "--workers", "2", "--training.epochs", "3")
     process = start(folder, *command)
     wait_for(lambda: len(at_work(folder)) == 2, 300)
@@ -130,7 +130,7 @@ def test_a_study_survives_kill_9_of_a_worker_and_then_of_everything(tmp_path: Pa
 
 @pytest.mark.slow
 def test_ctrl_c_ends_the_trials_killed_and_the_same_command_goes_on(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     command = ("--trials", "3", "--workers", "2", "--training.epochs", "4", "--write-best")
     process = start(folder, *command)
     wait_for(lambda: len(at_work(folder)) == 2, 300)
@@ -248,7 +248,7 @@ def test_machines_share_a_study_through_postgresql_and_an_mlflow_server(
 @pytest.mark.slow
 def test_a_storage_that_goes_away_is_told_in_one_line(postgresql: Callable[[str], str], tmp_path: Path) -> None:
     storage = postgresql("away")
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     refused = end(start(folder, "--storage", storage.replace("/away", "/nowhere")), status=2)
     assert refused.count("\n") == 1
     assert 'database "nowhere" does not exist' in refused
@@ -260,7 +260,7 @@ def test_a_storage_that_goes_away_is_told_in_one_line(postgresql: Callable[[str]
 
 @pytest.mark.slow
 def test_one_failing_trial_is_told_and_the_study_goes_on(tmp_path: Path) -> None:
-    folder = Folder(tmp_path)
+    folder = Folder(tmp_path, has_store=True)
     space = json.dumps({"training.learning_rate": {"choices": [0.01, 1e30]}})
     said = end(folder.start(
         sys.executable, "-m", "capexp.tune", "--trials", "2", "--training.epochs", "1", "--model.lstm_units", "16",

@@ -14,7 +14,7 @@ from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
 
-from user_folder import Folder, wait_for
+from user_folder import Folder, wait_for, write_store
 
 from capexp.tracking.store import database_uri
 
@@ -35,6 +35,8 @@ class Server:
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if not (self.folder / "server.db").exists():
+            write_store(self.folder / "server.db", "mlflow-artifacts:")
         with (self.folder / "server.log").open("a") as log:
             process = self._process = subprocess.Popen(
                 ["mlflow", "server", "--backend-store-uri", database_uri(self.folder / "server.db"), "--workers", "1",
@@ -60,11 +62,12 @@ class Server:
 
 
 class Proxy:
-    """Passes requests on to a server, after ``delay`` seconds; ``fails`` answers 500 instead, and ``loses`` the
-    answer to the first request of each kind that changes something, after it has done its work."""
+    """Passes requests on to a server, after ``delay`` seconds; ``is_away`` answers as if there was no server, ``fails``
+    answers 500 instead, and ``loses`` the answer to the first request of each kind that changes something, after it has
+    done its work."""
 
     def __init__(self, server: Server) -> None:
-        self.delay, self.fails, self.loses = 0.0, False, False
+        self.delay, self.is_away, self.fails, self.loses = 0.0, False, False, False
         self.lost: set[tuple[str, str]] = set()
         self.failed = 0
         proxy = self
@@ -77,6 +80,9 @@ class Proxy:
                 if self.headers.get("Transfer-Encoding") == "chunked":
                     body = self.read_chunks()
                 time.sleep(proxy.delay)
+                if proxy.is_away:
+                    self.answer(502, b"no server")
+                    return
                 if proxy.fails:
                     proxy.failed += 1
                     self.answer(500, b"the server is unwell")

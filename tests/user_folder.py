@@ -1,10 +1,14 @@
 """A user's folder, in which commands run as real processes."""
 
 import os
+import sqlite3
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Callable
+from contextlib import closing
+from functools import cache
 from pathlib import Path
 from typing import Any
 
@@ -20,8 +24,11 @@ ROOT = Path(__file__).parents[1]
 class Folder:
     """A user's folder, with what the commands leave in it."""
 
-    def __init__(self, path: Path) -> None:
+    def __init__(self, path: Path, has_store: bool = False) -> None:
+        """With ``has_store``, the folder has an empty store of MLflow, as if it had been used before."""
         self.path = path
+        if has_store:
+            write_store(path / "mlflow.db", f"{path}/mlruns")
         self.environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
         self.environment |= {
             "PYTHONPATH": str(ROOT),
@@ -64,6 +71,22 @@ class Folder:
     def artifact(self, run: Run, name: str) -> Path:
         mlflow.set_tracking_uri(self.store)
         return Path(mlflow.artifacts.download_artifacts(run_id=run.info.run_id, artifact_path=name))
+
+
+@cache
+def _empty_store() -> bytes:
+    """Have MLflow create a database, which takes it seconds; return the file's content."""
+    with tempfile.TemporaryDirectory() as folder:
+        path = Path(folder, "mlflow.db")
+        MlflowClient(database_uri(path)).search_experiments()
+        return path.read_bytes()
+
+
+def write_store(path: Path, artifacts: str) -> None:
+    """Write MLflow's database without any runs; ``artifacts`` is the folder or URI of its artifacts."""
+    path.write_bytes(_empty_store())
+    with closing(sqlite3.connect(path)) as database, database:
+        database.execute("UPDATE experiments SET artifact_location = ?", (f"{artifacts}/0",))
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 90) -> None:

@@ -24,12 +24,13 @@ from capexp.train import train
 from capexp.training.checkpoints import Checkpoints
 
 SLOW = pytest.mark.slow
+Once = Callable[[str, Callable[[Path], None]], Path]
 Undisturbed = Callable[[str], tuple[Folder, dict[str, Any]]]
 
 
-def make(path: Path) -> Folder:
+def make(path: Path, has_store: bool = True) -> Folder:
     path.mkdir(exist_ok=True)
-    folder = Folder(path)
+    folder = Folder(path, has_store)
     folder.environment["OMP_NUM_THREADS"] = "1"  # the same sums in the same order
     return folder
 
@@ -39,16 +40,19 @@ def start(folder: Folder, command: tuple[str, ...]) -> subprocess.Popen[str]:
 
 
 @pytest.fixture(scope="session")
-def undisturbed(tmp_path_factory: pytest.TempPathFactory) -> Undisturbed:
+def undisturbed(once: Once) -> Undisturbed:
     """Return a function that runs a kind of run once without disturbance, and returns its folder and result."""
-    made: dict[str, tuple[Folder, dict[str, Any]]] = {}
+    ends: dict[str, dict[str, Any]] = {}
 
-    def undisturbed(kind: str) -> tuple[Folder, dict[str, Any]]:
-        if kind not in made:
-            folder = make(tmp_path_factory.mktemp(kind))
-            folder.run(*KINDS[kind].begin())
-            made[kind] = folder, KINDS[kind].end(folder)
-        return made[kind]
+    def undisturbed(name: str) -> tuple[Folder, dict[str, Any]]:
+        def run(path: Path) -> None:
+            make(path).run(*KINDS[name].begin())
+
+        path = once(name, run)
+        folder = make(path, has_store=False)  # it has one by now
+        if name not in ends:
+            ends[name] = KINDS[name].end(folder)
+        return folder, ends[name]
 
     return undisturbed
 
