@@ -186,23 +186,33 @@ def sample_captions(
 
     Return ``(B * count, T)`` from features ``(B, P, F)``: the words, EOS, then PAD. The captions of a photo are
     adjacent rows. Raises FloatingPointError if the decoder's logits are not finite.
+
+    The decoder runs only on captions that are not finished, but random numbers are drawn for all: a caption does not
+    depend on which others are finished.
     """
-    state = decoder.start(features)
-    state = state.repeat(count)
-    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
-    words = torch.full((len(features) * count,), BOS, device=features.device)
-    sampled: list[Tensor] = []
-    for _ in range(maximum_length):
-        logits, state = decoder.step(state, words)  # (N, V)
+    rows, device = len(features) * count, features.device
+    forbidden = torch.tensor(vocabulary.never_emitted, device=device)
+    samples = torch.full((maximum_length, rows), PAD, device=device)
+    active = torch.arange(rows, device=device)  # (M,): the captions that the state holds
+    # Before the first word all captions of a photo are the same.
+    logits, state = decoder.step(decoder.start(features), torch.full((len(features),), BOS, device=device))
+    logits, state = logits.repeat_interleave(count, 0), state.repeat(count)  # (M, V)
+    for step in range(maximum_length):
         if not logits.isfinite().all():
             raise FloatingPointError("logits are not finite")
-        next_words = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
-        next_words = next_words.where((words != EOS) & (words != PAD), PAD)
-        sampled.append(next_words)
-        words = next_words
-        if bool(((words == EOS) | (words == PAD)).all()):
+        # Of exponential random numbers, each divided by its word's probability, the least is a word drawn with that
+        # probability. Torch's own multinomial draws so too, but for all rows that it is given.
+        times = torch.empty(rows, logits.shape[1], device=device).exponential_()
+        probabilities = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1)
+        words = probabilities.div_(times[active]).argmax(1)
+        samples[step, active] = words
+        unfinished = (words != EOS).nonzero().squeeze(1)
+        if len(unfinished) == 0 or step == maximum_length - 1:
             break
-    return torch.stack(sampled, 1)
+        if len(unfinished) < len(words):
+            state, words, active = state.select(unfinished), words[unfinished], active[unfinished]
+        logits, state = decoder.step(state, words)
+    return samples[: step + 1].t().contiguous()
 
 
 def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray:
