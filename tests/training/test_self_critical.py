@@ -1,6 +1,7 @@
 """Laws of training on the score itself."""
 
 import math
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -102,7 +103,8 @@ def test_what_is_drawn_is_words_then_the_end_then_padding() -> None:
     assert len({tuple(row) for row in drawn.tolist()}) > 100
 
 
-def test_captions_are_those_that_torch_draws_with_no_caption_left_out() -> None:
+@pytest.mark.parametrize("fixed", [False, True])
+def test_captions_are_those_that_torch_draws_with_no_caption_left_out(fixed: bool) -> None:
     decoder, photos, count, most = small(), torch.rand(30, 4, 5), 4, 8
     forbidden = torch.tensor(WORDS.never_emitted)
     torch.manual_seed(2)
@@ -118,8 +120,32 @@ def test_captions_are_those_that_torch_draws_with_no_caption_left_out() -> None:
             ended |= words == EOS
     following = torch.rand(3)
     torch.manual_seed(2)
-    assert torch.equal(sample_captions(decoder, photos, WORDS, count, most), torch.stack(columns, 1))
-    assert torch.equal(torch.rand(3), following), "as many random numbers"
+    assert torch.equal(sample_captions(decoder, photos, WORDS, count, most, fixed), torch.stack(columns, 1))
+    if not fixed:
+        assert torch.equal(torch.rand(3), following), "as many random numbers"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_sampling_on_a_gpu_waits_only_at_its_end() -> None:
+    decoder, photos = small().cuda(), torch.rand(30, 4, 5).cuda()
+    sample_captions(decoder, photos, WORDS, 4, 8)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            sample_captions(decoder, photos, WORDS, 4, 8)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) <= 2
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_logits_that_are_not_finite_are_told(fixed: bool) -> None:
+    decoder = small()
+    with torch.no_grad():
+        decoder.get_parameter("vocabulary.bias")[WORDS.first_word] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample_captions(decoder, torch.rand(2, 4, 5), WORDS, 4, 8, fixed)
 
 
 def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
