@@ -12,6 +12,7 @@ from torch import Tensor
 
 from capexp.captioning.consensus import agreement
 from capexp.captioning.decoder import Decoder
+from capexp.data.batches import on_device
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.errors import InputError
 from capexp.settings import DecodingConfig
@@ -180,29 +181,56 @@ def _consensus(
 
 @torch.no_grad()
 def sample_captions(
-    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, count: int, maximum_length: int
+    decoder: Decoder,
+    features: Tensor,
+    vocabulary: Vocabulary,
+    count: int,
+    maximum_length: int,
+    fixed: bool | None = None,
 ) -> Tensor:
     """Sample ``count`` captions of each photo with torch's global random generator, as targets for training.
 
     Return ``(B * count, T)`` from features ``(B, P, F)``: the words, EOS, then PAD. The captions of a photo are
     adjacent rows. Raises FloatingPointError if the decoder's logits are not finite.
+
+    On a CPU the decoder runs only on captions that are not finished. If ``fixed``, which is the default on other
+    devices, it runs on all of them for ``maximum_length`` steps: all shapes are known beforehand, and nothing waits for
+    the device before the end. Random numbers are drawn for all captions in both cases, so both draw the same ones.
     """
-    state = decoder.start(features)
-    state = state.repeat(count)
-    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
-    words = torch.full((len(features) * count,), BOS, device=features.device)
-    sampled: list[Tensor] = []
-    for _ in range(maximum_length):
-        logits, state = decoder.step(state, words)  # (N, V)
-        if not logits.isfinite().all():
-            raise FloatingPointError("logits are not finite")
-        next_words = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
-        next_words = next_words.where((words != EOS) & (words != PAD), PAD)
-        sampled.append(next_words)
-        words = next_words
-        if bool(((words == EOS) | (words == PAD)).all()):
-            break
-    return torch.stack(sampled, 1)
+    rows, device = len(features) * count, features.device
+    fixed = device.type != "cpu" if fixed is None else fixed
+    forbidden = on_device(torch.tensor(vocabulary.never_emitted), device)
+    samples = torch.full((maximum_length, rows), PAD, device=device)
+    active = torch.arange(rows, device=device)  # (M,): the captions that the state holds
+    ended = torch.zeros(rows, dtype=torch.bool, device=device)
+    is_finite = torch.ones((), dtype=torch.bool, device=device)
+    # Before the first word all captions of a photo are the same.
+    logits, state = decoder.step(decoder.start(features), torch.full((len(features),), BOS, device=device))
+    logits, state = logits.repeat_interleave(count, 0), state.repeat(count)  # (M, V)
+    for step in range(maximum_length):
+        is_finite &= logits.isfinite().all()
+        # Of exponential random numbers, each divided by its word's probability, the least is that of a word drawn with
+        # that probability. Torch's own multinomial draws so too, but for all rows that it is given.
+        times = torch.empty(rows, logits.shape[1], device=device).exponential_()
+        probabilities = logits.float().index_fill(1, forbidden, -torch.inf).softmax(1)
+        words = probabilities.div_(times if fixed else times[active]).argmax(1)
+        if fixed:
+            words = words.masked_fill(ended, PAD)
+            ended |= words == EOS
+            samples[step] = words
+        else:
+            samples[step, active] = words
+            unfinished = (words != EOS).nonzero().squeeze(1)
+            if len(unfinished) == 0 or not is_finite:
+                break
+            if len(unfinished) < len(words):
+                state, words, active = state.select(unfinished), words[unfinished], active[unfinished]
+        if step < maximum_length - 1:
+            logits, state = decoder.step(state, words)
+    if not is_finite:
+        raise FloatingPointError("logits are not finite")
+    longest = int((samples != PAD).any(1).sum())
+    return samples[:longest].t().contiguous()
 
 
 def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray:

@@ -13,6 +13,8 @@ _CHUNK_LOGITS = 2**23
 """Logits in memory at a time (32 MiB); eight times as many on a GPU."""
 _LINE = 16
 """Float32 values in a cache line (64 bytes). GPUs too are fastest on matrices whose sizes are multiples of it."""
+_FORBIDDEN = -1e30
+"""The bias of an entry with probability zero. It is finite, so that a share of zero times its cross-entropy is zero."""
 _SMALL = 40.0
 """While all logits are smaller than this in absolute value, float32 can hold the sum of their exponentials: the largest
 logit need not be subtracted first."""
@@ -22,7 +24,13 @@ class VocabularyLayer(nn.Linear):
     """A linear layer over the vocabulary. Calling it gives logits."""
 
     def cross_entropy(
-        self, outputs: Tensor, targets: Tensor, smoothing: float = 0.0, real: Tensor | None = None
+        self,
+        outputs: Tensor,
+        targets: Tensor,
+        smoothing: float = 0.0,
+        real: Tensor | None = None,
+        weights: Tensor | None = None,
+        forbidden: Tensor | None = None,
     ) -> tuple[Tensor, Tensor]:
         """Compute the cross-entropy of targets ``(M,)`` given outputs ``(M, H)``, in chunks.
 
@@ -31,18 +39,27 @@ class VocabularyLayer(nn.Linear):
         CVPR 2016), which spreads the share ``smoothing`` of each target's probability over the vocabulary; it is the
         one to minimise.
 
+        ``weights`` ``(M,)`` multiply the targets' terms in the second mean; they may be negative. ``forbidden`` are
+        entries of the vocabulary that get probability zero; they must not be targets, except where ``real`` is false.
+        Neither goes with label smoothing.
+
         The ``(M, V)`` logits are never in memory all at once: each chunk goes through the layer once, and the gradient
         of its logits is not stored. Matrix products are in the precision of the surrounding autocast, everything else
         is in float32.
         """
+        assert not smoothing or (weights is None and forbidden is None)
         kind = outputs.device.type
         dtype = torch.get_autocast_dtype(kind) if torch.is_autocast_enabled(kind) else self.weight.dtype
         needs_gradient = torch.is_grad_enabled()
         counted = torch.ones_like(targets) if real is None else real
         shares = counted / counted.sum()  # (M,): the weight of each target in the mean
-        layer = self.weight, self.bias
+        weighted = shares if weights is None else shares * weights
+        bias = self.bias if forbidden is None else self.bias.index_fill(0, forbidden, _FORBIDDEN)
+        layer = self.weight, bias
         with torch.autocast(kind, enabled=False):
-            loss, smoothed = _CrossEntropy.apply(outputs, *layer, targets, shares, smoothing, dtype, needs_gradient)
+            loss, smoothed = _CrossEntropy.apply(
+                outputs, *layer, targets, shares, weighted, smoothing, dtype, needs_gradient
+            )
         return loss, smoothed
 
 
@@ -62,6 +79,7 @@ class _CrossEntropy(torch.autograd.Function):
         bias: Tensor,
         targets: Tensor,
         shares: Tensor,
+        weighted: Tensor,
         smoothing: float,
         dtype: torch.dtype,
         needs_gradient: bool,
@@ -76,14 +94,14 @@ class _CrossEntropy(torch.autograd.Function):
         size = -(-count // chunks // _LINE) * _LINE
         # The last chunk is padded with outputs of zero whose shares are zero: whole cache lines are read much faster.
         padded_outputs = nn.functional.pad(outputs.to(dtype), (0, 0, 0, -count % size))
-        padded_shares = nn.functional.pad(shares, (0, -count % size)).unsqueeze(1)
+        padded_shares = nn.functional.pad(weighted, (0, -count % size)).unsqueeze(1)
         softmax = (
             _softmax_by_word(outputs, weight, bias, layer, size)
             if by_word
             else _softmax_by_output(bias, layer, needs_gradient)
         )
         # The log-normalisers of all chunks, and the term p of the gradients.
-        largest_share, log_sums = shares.amax(), []
+        largest_share, log_sums = weighted.abs().amax().clamp(min=torch.finfo(torch.float32).tiny), []
         grad_outputs = torch.empty_like(padded_outputs, dtype=torch.float32)
         grad_weight, grad_bias = None, torch.zeros_like(bias)
         for start in range(0, count, size):
@@ -105,34 +123,34 @@ class _CrossEntropy(torch.autograd.Function):
         # The losses.
         log_sum = torch.cat(log_sums)[:count]  # (M,)
         target_weights = weight[targets]  # (M, H)
-        loss = ((log_sum - (outputs * target_weights).sum(1) - bias[targets]) * shares).sum()
-        smoothed = loss
+        losses = log_sum - (outputs * target_weights).sum(1) - bias[targets]
+        loss, smoothed = (losses * shares).sum(), (losses * weighted).sum()
         if smoothing:
             # Cross-entropy against the uniform distribution: minus the mean log-probability over the vocabulary.
             mean_weight = weight.mean(0)
-            uniform = ((log_sum - outputs.float() @ mean_weight - bias.mean()) * shares).sum()
-            smoothed = (1 - smoothing) * loss + smoothing * uniform
+            uniform = ((log_sum - outputs.float() @ mean_weight - bias.mean()) * weighted).sum()
+            smoothed = (1 - smoothing) * smoothed + smoothing * uniform
         # The other two terms of the gradients: one for the target, one for the smoothing.
         if needs_gradient:
             assert grad_weight is not None
-            share_column = shares.unsqueeze(1)  # (M, 1)
+            share_column = weighted.unsqueeze(1)  # (M, 1)
             grad_outputs = grad_outputs[:count].addcmul_(target_weights, share_column, value=smoothing - 1)
             grad_weight.index_add_(0, targets, outputs.float() * share_column, alpha=smoothing - 1)
-            grad_bias.index_add_(0, targets, shares, alpha=smoothing - 1)
+            grad_bias.index_add_(0, targets, weighted, alpha=smoothing - 1)
             if smoothing:
                 grad_outputs -= smoothing * share_column * mean_weight
-                grad_weight -= smoothing / words * (shares @ outputs.float())
+                grad_weight -= smoothing / words * (weighted @ outputs.float())
                 grad_bias -= smoothing / words
             ctx.save_for_backward(grad_outputs.to(outputs.dtype), grad_weight, grad_bias)
         ctx.mark_non_differentiable(loss)
-        return loss, smoothed.clone()
+        return loss, smoothed
 
     @staticmethod
     def backward(ctx: Any, _: Any, gradient: Tensor) -> Any:
         grad_outputs, grad_weight, grad_bias = ctx.saved_tensors
         if gradient.device.type != "cpu" or gradient != 1:
             grad_outputs, grad_weight, grad_bias = grad_outputs * gradient, grad_weight * gradient, grad_bias * gradient
-        return grad_outputs, grad_weight, grad_bias, None, None, None, None, None
+        return grad_outputs, grad_weight, grad_bias, None, None, None, None, None, None
 
 
 def _is_by_word(device: torch.device) -> bool:
@@ -172,18 +190,19 @@ def _softmax_by_output(bias: Tensor, layer: Tensor, needs_gradient: bool) -> Sof
     """
     # The vocabulary is padded with words of probability zero: matrix products of uneven width take six times as long.
     padded_bias = nn.functional.pad(bias, (0, len(layer) - len(bias)), value=-torch.inf)
+    frequent = padded_bias.argmax(keepdim=True)  # an entry that is not forbidden
 
     def softmax(chunk: Tensor) -> tuple[Tensor, Tensor, Tensor | None]:
         product = chunk @ layer.t()
         logits = product + padded_bias  # (C, V)
         log_probabilities = logits.log_softmax(1)
-        log_sum = logits[:, 0] - log_probabilities[:, 0]
+        log_sum = (logits.index_select(1, frequent) - log_probabilities.index_select(1, frequent)).squeeze(1)
         return log_sum, (torch.exp(log_probabilities, out=product) if needs_gradient else product).t(), None
 
     return softmax
 
 
 def _logit_bound(outputs: Tensor, weight: Tensor, bias: Tensor) -> float:
-    """Return an upper bound of the logits' absolute values, by the Cauchy-Schwarz inequality, without the logits."""
+    """Return an upper bound of the allowed logits' absolute values, by the Cauchy-Schwarz inequality."""
     norms = [torch.linalg.vector_norm(rows, dim=1, dtype=torch.float32).max() for rows in (outputs, weight)]
-    return float(norms[0] * norms[1] + bias.abs().max())
+    return float(norms[0] * norms[1] + bias.where(bias != _FORBIDDEN, 0.0).abs().max())

@@ -8,6 +8,7 @@ Shapes: N photos, S resamples.
 """
 
 import math
+import re
 from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
@@ -26,6 +27,7 @@ Scores = dict[str, NDArray[np.float64]]
 
 _ROUGE_BETA = 1.2
 _TUTORIAL_WEIGHTS = ((1.0, 0.0, 0.0, 0.0), (0.5, 0.5, 0.0, 0.0), (0.3, 0.3, 0.3, 0.0), (0.25, 0.25, 0.25, 0.25))
+_PLAIN = re.compile("[a-z0-9]+(?:-[a-z0-9]+)*")
 _BLOCK = 2**20  # photos drawn at a time for resamples: bounds the memory, 8 MB per array
 
 
@@ -35,6 +37,17 @@ def tokenize(caption: str, rule: TokenRule = "words") -> Tokens:
     Rule ``words`` gives exactly the tokens of COCO's scorer, brackets and signs included.
     """
     return tuple(split_words(caption) if rule == "words" else vocabulary.tokenize(caption, "standard", rule))
+
+
+def is_split_alone(word: str, rule: TokenRule) -> bool:
+    """Return whether a word of a vocabulary surely has the same tokens in every caption.
+
+    The caption's other words must be such words too. By rule ``words``, the tokens of words with dots or apostrophes
+    may depend on the words beside them.
+    """
+    if rule == "characters":
+        return tokenize(word, rule) == tuple(word)
+    return rule == "whitespace" or _PLAIN.fullmatch(word) is not None
 
 
 def tokenized(
@@ -142,9 +155,9 @@ def score(hypotheses: Sequence[str], references: Sequence[Sequence[str]], rule: 
     photos = tokenized(hypotheses, references, rule)
     bleu = [_bleu_counts(*photo) for photo in photos]
     cider_references = CiderReferences([captions for _, captions in photos])
-    cider = np.array(
-        [cider_references.score(photo, hypothesis) for photo, (hypothesis, _) in enumerate(photos)]
-    )  # (N, 2)
+    cider = cider_references.score(  # (N, 2)
+        range(len(photos)), [cider_references.token_ids(hypothesis) for hypothesis, _ in photos]
+    )
     return PhotoScores(
         matches=np.array([matches for matches, _, _ in bleu], dtype=np.int64),
         guesses=np.array([guesses for _, guesses, _ in bleu], dtype=np.int64),

@@ -18,15 +18,14 @@ from numpy.typing import NDArray
 from torch import Tensor
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder, Packed
+from capexp.captioning.decoder import Packed, RecurrentDecoder
 from capexp.captioning.decoding import sample_captions
 from capexp.captioning.evaluation import Loss, caption_all
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.metrics.cider import CiderReferences
-from capexp.metrics.scores import score, tokenize
-from capexp.settings import TokenRule
+from capexp.metrics.scores import is_split_alone, score, tokenize
 from capexp.training.checkpoints import EpochProgress, TrainingState
 from capexp.training.loop import DevStats, Epoch, Objective, Save, Training, TrainStats
 from capexp.training.steps import clip, learning_rate, seed_step
@@ -37,21 +36,34 @@ _END = ""  # a token for the end of a caption, which is rewarded too: otherwise 
 class Reward:
     """The reward of a caption: its CIDEr-D, with the end as a token. The references' n-grams are counted once."""
 
-    def __init__(self, references: Sequence[Sequence[str]], rule: TokenRule = "words") -> None:
-        self._rule = rule
+    def __init__(self, references: Sequence[Sequence[str]], vocabulary: Vocabulary) -> None:
+        rule, words = vocabulary.tokens, enumerate(vocabulary.words, start=vocabulary.first_word)
+        self._vocabulary = vocabulary
         self._references = CiderReferences(
             [[(*tokenize(caption, rule), _END) for caption in captions] for captions in references]
         )
+        self._end = self._references.token_ids([_END])
+        # The scorer's tokens of each entry whose tokens do not depend on the entries beside it.
+        self._tokens: dict[int, list[int]] = {EOS: [], PAD: []} | {
+            entry: self._references.token_ids(tokenize(word, rule))
+            for entry, word in words
+            if is_split_alone(word, rule)
+        }
 
-    def of(self, photo: int, caption: str) -> float:
-        """Return the CIDEr-D, from 0 to 10, of a caption of the photo at position ``photo`` of the split."""
-        return self._references.score(photo, (*tokenize(caption, self._rule), _END))[0]
+    def of(self, photos: Sequence[int], captions: Sequence[Sequence[int]]) -> Tensor:
+        """Return the CIDEr-D, from 0 to 10, of captions given as entries of the vocabulary, PAD and EOS included.
 
-    def of_samples(self, photos: list[int], samples: Tensor, vocabulary: Vocabulary) -> Tensor:
-        """Return the rewards ``(B,)`` of sampled captions ``(B, T)``, the same number per photo."""
-        per_photo = len(samples) // len(photos)
-        texts = [vocabulary.decode([entry for entry in row if entry not in (EOS, PAD)]) for row in samples.tolist()]
-        return torch.tensor([self.of(photos[i // per_photo], text) for i, text in enumerate(texts)])
+        ``photos`` are the positions of their photos in the split.
+        """
+        scores = self._references.score(photos, [self._token_ids(caption) for caption in captions])
+        return torch.from_numpy(scores[:, 0].astype(np.float32))
+
+    def _token_ids(self, caption: Sequence[int]) -> list[int]:
+        tokens = self._tokens
+        if all(entry in tokens for entry in caption):
+            return [token for entry in caption for token in tokens[entry]] + self._end
+        text = self._vocabulary.decode(entry for entry in caption if entry not in (EOS, PAD))
+        return self._references.token_ids(tokenize(text, self._vocabulary.tokens)) + self._end
 
 
 class SelfCritical(Objective):
@@ -75,7 +87,7 @@ class SelfCritical(Objective):
             lr=self._settings.learning_rate,
             fused=True,
         )
-        self._reward = Reward(training.train.split.references, training.captioner.vocabulary.tokens)
+        self._reward = Reward(training.train.split.references, training.captioner.vocabulary)
 
     @property
     def learning_rate(self) -> float:
@@ -150,11 +162,10 @@ class SelfCritical(Objective):
                 )
             except FloatingPointError as error:
                 raise self.diverged(f"{error} in epoch {number}") from None
-            rewards = self._reward.of_samples(photos.tolist(), samples, vocabulary)  # (B,)
+            rewards = self._reward.of(photos.repeat(settings.samples).tolist(), samples.tolist())  # (B,)
             # Learn with dropout. Without it the decoder soon overfits to the train photos.
             decoder.train()
-            chosen = log_probabilities(decoder, features, samples, vocabulary)  # (B, T)
-            loss = policy_loss(chosen, samples, advantages(rewards, settings.samples))
+            nats, loss = policy_loss(decoder, features, samples, advantages(rewards, settings.samples), vocabulary)
             reference_loss, reference_count = loss.new_zeros(()), 0
             if settings.cross_entropy:
                 reference_loss, reference_count = self._cross_entropy(number, photos)
@@ -174,7 +185,7 @@ class SelfCritical(Objective):
         self._optimizer.step()
         if not is_own:
             return 0.0, 0, 0.0, 0
-        return -float(chosen.detach().sum()), sampled, float(rewards.sum()), len(rewards)
+        return float(nats) * sampled, sampled, float(rewards.sum()), len(rewards)
 
     def _cross_entropy(self, number: int, photos: NDArray[np.int64]) -> tuple[Tensor, int]:
         """Return the mean cross-entropy of the photos' reference captions in nats, and the number of targets."""
@@ -207,28 +218,28 @@ def advantages(rewards: Tensor, samples: int) -> Tensor:
     return (by_photo - others).flatten()
 
 
-def log_probabilities(decoder: Decoder, features: Tensor, targets: Tensor, vocabulary: Vocabulary) -> Tensor:
-    """Return the log-probability ``(B, T)`` of each target among the tokens that may be emitted; 0 at PAD.
+def policy_loss(
+    decoder: RecurrentDecoder, features: Tensor, samples: Tensor, advantage: Tensor, vocabulary: Vocabulary
+) -> tuple[Tensor, Tensor]:
+    """Return the cross-entropy of sampled captions, and the policy loss: its mean with weights, the advantages.
 
-    ``targets`` ``(B, T)`` are captions in the order of the photos, the same number per photo.
-    """
-    photos = torch.arange(len(features), device=targets.device).repeat_interleave(len(targets) // len(features))
-    inputs = torch.cat([torch.full_like(targets[:, :1], BOS), targets[:, :-1]], 1)
-    packed = Packed.of(inputs.where(inputs != EOS, PAD))
-    logits = decoder.logits(features, photos[packed.order], packed.words, packed.counts)  # (M, V)
-    forbidden = torch.tensor(vocabulary.never_emitted, device=targets.device)
-    values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
-    indices = packed.rows, packed.steps
-    chosen = values.gather(1, targets[indices].unsqueeze(1)).squeeze(1)  # (M,)
-    return chosen.new_zeros(targets.shape).index_put(indices, chosen)
-
-
-def policy_loss(chosen: Tensor, targets: Tensor, advantage: Tensor) -> Tensor:
-    """Return the mean over targets of minus the log-probability ``(B, T)`` times the caption's advantage ``(B,)``.
+    ``samples`` ``(B, T)`` are captions in the order of the photos, the same number per photo, and ``advantage`` is
+    ``(B,)``. Both means are over targets, in nats. The probabilities are normalised over the entries that may be
+    emitted. Only the policy loss is differentiable.
 
     Its gradient is that of the expected reward, up to sign and scale (REINFORCE: Williams, 1992), if all batches have
     the same number of targets and captions are sampled from the model that learns. The second condition does not hold
     exactly: the decoder samples without dropout and learns with it. A caption that is often sampled and has a low
     reward can become less probable without limit. So this loss is for a few epochs only.
     """
-    return -(chosen * advantage.to(chosen.device).unsqueeze(1)).sum() / (targets != PAD).sum()
+    device = samples.device
+    photos = torch.arange(len(features), device=device).repeat_interleave(len(samples) // len(features))
+    inputs = torch.cat([torch.full_like(samples[:, :1], BOS), samples[:, :-1]], 1)
+    packed = Packed.of(inputs.where(inputs != EOS, PAD))
+    outputs = decoder.outputs(features, photos[packed.order], packed.words, packed.counts)  # (M, H)
+    return decoder.vocabulary.cross_entropy(
+        outputs,
+        samples[packed.rows, packed.steps],
+        weights=advantage.to(device)[packed.rows],
+        forbidden=torch.tensor(vocabulary.never_emitted, device=device),
+    )

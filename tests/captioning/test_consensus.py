@@ -20,7 +20,8 @@ def test_it_is_cider_d_where_every_ngram_is_as_rare_as_any(others: list[Tokens])
     # Of two photos, nothing is said of both: so each n-gram is of one photo, those that nobody has said count so too.
     people = CiderReferences([[(*map(str, tokens), "end") for tokens in others], [("else",)]])
     long = [tokens for tokens in CAPTIONS if len(tokens) > 2]  # which have n-grams of all orders
-    expected = [people.score(0, (*map(str, tokens), "end"))[0] / 10 for tokens in long]
+    ids = [people.token_ids((*map(str, tokens), "end")) for tokens in long]
+    expected = people.score([0] * len(long), ids)[:, 0] / 10
     np.testing.assert_allclose(agreement(long, others), expected, rtol=1e-12, atol=1e-12)
 
 

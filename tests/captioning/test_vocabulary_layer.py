@@ -84,6 +84,25 @@ def test_targets_that_are_not_real_count_for_nothing(smoothing: float) -> None:
         torch.testing.assert_close(ours, theirs, rtol=1e-4, atol=1e-6)
 
 
+@pytest.mark.usefixtures("at_once", "way")
+@pytest.mark.parametrize("scale", [0.1, 100.0])
+def test_weights_and_forbidden_entries_give_the_policy_loss_of_the_logits(scale: float) -> None:
+    layer, outputs, targets = some(scale)
+    forbidden, weights, real = torch.tensor([0, 3]), torch.randn(M), torch.rand(M) < 0.6
+    targets = targets.where(~torch.isin(targets, forbidden), 1).where(real, 0)
+    nats, minimised = layer.cross_entropy(outputs, targets, 0.0, real, weights, forbidden)
+    logits = layer(outputs).index_fill(1, forbidden, -torch.inf)
+    costs = nn.functional.cross_entropy(logits[real], targets[real], reduction="none")
+    expected = (costs * weights[real]).mean()
+    torch.testing.assert_close(nats, costs.mean())
+    torch.testing.assert_close(minimised, expected)
+    found = gradients(minimised, layer, outputs)
+    for ours, torchs in zip(found, gradients(expected, layer, outputs), strict=True):
+        torch.testing.assert_close(ours, torchs, rtol=1e-4, atol=1e-6 * max(scale, 1))
+    _, nothing = layer.cross_entropy(outputs, targets, 0.0, real, torch.zeros(M), forbidden)
+    assert all(not gradient.any() for gradient in gradients(nothing, layer, outputs))
+
+
 @pytest.mark.usefixtures("way")
 def test_in_bfloat16_words_as_frequent_as_people_use_them_are_learnt_alike() -> None:
     torch.manual_seed(0)

@@ -1,6 +1,7 @@
 """Laws of training on the score itself."""
 
 import math
+import warnings
 from collections.abc import Generator, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -14,7 +15,7 @@ from teacher_forcing import logits_of
 
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoder import Decoder
+from capexp.captioning.decoder import RecurrentDecoder
 from capexp.captioning.decoding import sample_captions
 from capexp.captioning.model import build_decoder
 from capexp.data.batches import CaptionBatches
@@ -23,18 +24,19 @@ from capexp.data.features import Features
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.distributed import ALONE, World
 from capexp.errors import InputError
-from capexp.metrics.scores import score
+from capexp.metrics.cider import CiderReferences
+from capexp.metrics.scores import score, tokenize
 from capexp.settings import DecodingConfig, ModelConfig, Schedule, SelfCriticalConfig, SplitName, TrainingConfig
 from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.loop import Epoch, Training, fit
-from capexp.training.self_critical import Reward, SelfCritical, advantages, dev_cider, log_probabilities, policy_loss
+from capexp.training.self_critical import Reward, SelfCritical, advantages, dev_cider, policy_loss
 
 BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
 WORDS = Vocabulary((*COLOURS, *THINGS), "standard", "token")
 
 
-def small(positions: int = 4) -> Decoder:
+def small(positions: int = 4) -> RecurrentDecoder:
     torch.manual_seed(0)
     config = ModelConfig(decoder="attention", embedding_size=6, lstm_units=6, dropout=0.5)
     return build_decoder(config, (positions, 5), len(WORDS)).eval()
@@ -54,10 +56,35 @@ def data(name: SplitName, photos: int, seed: int) -> tuple[Split, Features]:
 def test_the_reward_is_cider_of_captions_whose_end_is_a_word() -> None:
     references = [["a red dog runs", "the dog is red"], ["two cats sleep"], ["a ball lies on the grass", "a ball"]]
     said = ["a red dog", "two cats sleep", "a ball on the"]
-    reward = Reward(references)
+    words = sorted({word for photo in references for caption in photo for word in caption.split()})
+    vocabulary = Vocabulary(tuple(words), "standard", "token", "words")
+    reward = Reward(references, vocabulary)
+
+    def rewards(*captions: str) -> list[float]:
+        photos = range(3) if len(captions) == 3 else [2]
+        return reward.of(photos, [[*vocabulary.encode(caption), EOS, PAD] for caption in captions]).tolist()
+
     ended = score([f"{one} zzz" for one in said], [[f"{one} zzz" for one in photo] for photo in references])
-    assert [reward.of(i, one) for i, one in enumerate(said)] == pytest.approx(ended.cider.tolist())
-    assert reward.of(2, "a ball lies on the grass") > reward.of(2, "a ball lies on the")
+    assert rewards(*said) == pytest.approx(ended.cider.tolist())
+    assert rewards("a ball lies on the grass") > rewards("a ball lies on the")
+
+
+def test_the_reward_of_any_entries_is_that_of_their_text() -> None:
+    odd = ("cannot", "t-shirt", "'s", "no.", "3", "j.", "the", "<b", "x>", "y'", "all", "'t", "is", "ph.d", "--", "dog")
+    photos = [["no. 3 is the dog 's", "y' all cannot", "j. the"], ["<b dog x>", "'t is the t-shirt"], [""]]
+    for rule in ("words", "whitespace"):
+        vocabulary = Vocabulary(odd, "standard", "token", rule)
+        people = CiderReferences([[(*tokenize(caption, rule), "") for caption in photo] for photo in photos])
+        captions = [
+            [*np.random.default_rng(i).integers(vocabulary.first_word, len(vocabulary), i % 9).tolist(), EOS, PAD]
+            for i in range(200)
+        ]
+        own = [i % 3 for i in range(200)]
+        texts = [vocabulary.decode(caption) for caption in captions]
+        ids = [people.token_ids((*tokenize(text, rule), "")) for text in texts]
+        found = Reward(photos, vocabulary).of(own, captions)
+        assert (found > 0).sum() > 50
+        np.testing.assert_allclose(found, people.score(own, ids)[:, 0], rtol=1e-6)
 
 
 def test_a_captions_baseline_is_the_mean_of_the_others_of_its_photo() -> None:
@@ -74,6 +101,51 @@ def test_what_is_drawn_is_words_then_the_end_then_padding() -> None:
         assert all(entry >= WORDS.first_word for entry in row[:length])
         assert all(entry == PAD for entry in row[length + 1 :])
     assert len({tuple(row) for row in drawn.tolist()}) > 100
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_captions_are_those_that_torch_draws_with_no_caption_left_out(fixed: bool) -> None:
+    decoder, photos, count, most = small(), torch.rand(30, 4, 5), 4, 8
+    forbidden = torch.tensor(WORDS.never_emitted)
+    torch.manual_seed(2)
+    with torch.no_grad():
+        state, words = decoder.start(photos).repeat(count), torch.full((30 * count,), BOS)
+        columns: list[torch.Tensor] = []
+        ended = torch.zeros(30 * count, dtype=torch.bool)
+        while len(columns) < most and not ended.all():
+            logits, state = decoder.step(state, words)
+            words = logits.index_fill(1, forbidden, -torch.inf).softmax(1).multinomial(1).squeeze(1)
+            words = words.where(~ended, PAD)
+            columns.append(words)
+            ended |= words == EOS
+    following = torch.rand(3)
+    torch.manual_seed(2)
+    assert torch.equal(sample_captions(decoder, photos, WORDS, count, most, fixed), torch.stack(columns, 1))
+    if not fixed:
+        assert torch.equal(torch.rand(3), following), "as many random numbers"
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+def test_sampling_on_a_gpu_waits_only_at_its_end() -> None:
+    decoder, photos = small().cuda(), torch.rand(30, 4, 5).cuda()
+    sample_captions(decoder, photos, WORDS, 4, 8)
+    with warnings.catch_warnings(record=True) as waits:
+        warnings.simplefilter("always")
+        torch.cuda.set_sync_debug_mode("warn")
+        try:
+            sample_captions(decoder, photos, WORDS, 4, 8)
+        finally:
+            torch.cuda.set_sync_debug_mode("default")
+    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) <= 2
+
+
+@pytest.mark.parametrize("fixed", [False, True])
+def test_logits_that_are_not_finite_are_told(fixed: bool) -> None:
+    decoder = small()
+    with torch.no_grad():
+        decoder.get_parameter("vocabulary.bias")[WORDS.first_word] = torch.nan
+    with pytest.raises(FloatingPointError, match="not finite"):
+        sample_captions(decoder, torch.rand(2, 4, 5), WORDS, 4, 8, fixed)
 
 
 def test_captions_are_drawn_as_often_as_they_are_probable() -> None:
@@ -100,7 +172,7 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
     (exact,) = torch.autograd.grad((probabilities * worth).sum(), [decoder.get_parameter("vocabulary.weight")])
     weighed = (probabilities * worth).detach() * len(entries)  # the loss is a mean over targets
     targets = entries.unsqueeze(1)
-    loss = policy_loss(log_probabilities(decoder, photo, targets, WORDS), targets, weighed)
+    loss = policy_loss(decoder, photo, targets, weighed, WORDS)[1]
     (ours,) = torch.autograd.grad(loss, [decoder.get_parameter("vocabulary.weight")])
     torch.testing.assert_close(-ours, exact)
 
