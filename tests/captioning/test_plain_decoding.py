@@ -138,3 +138,14 @@ def test_captions_are_those_of_the_plain_way(kind: str, config: DecodingConfig) 
         assert [hypothesis.tokens for hypothesis in hypotheses] == [words_of(said) for said, _ in expected]
         totals = [total for _, total in expected]
         assert [hypothesis.log_probability for hypothesis in hypotheses] == pytest.approx(totals, abs=1e-4)
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
+@pytest.mark.parametrize("kind", ["merge", "attention", "ensemble"])
+def test_a_gpu_gives_the_same_captions(kind: str, config: DecodingConfig) -> None:
+    decoder, positions = decoder_of(kind)
+    features = 5 * torch.randn(20, positions, 5, generator=torch.Generator().manual_seed(4))
+    expected = decode(decoder, features, WORDS, config)
+    found = decode(decoder.cuda(), features.cuda(), WORDS, config)
+    assert [[h.tokens for h in one] for one in found] == [[h.tokens for h in one] for one in expected]
