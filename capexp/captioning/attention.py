@@ -1,7 +1,7 @@
 """The attention decoder: for each word it attends to the positions of a photo's grid of features.
 
 Shapes: N photos, B captions, M words, T steps, V vocabulary, P grid positions, F feature, E embedding, H hidden,
-A attention, K captions of one photo.
+A attention, K captions of one photo, D distinct histories of captions.
 """
 
 import math
@@ -11,12 +11,18 @@ from dataclasses import dataclass, replace
 import torch
 from torch import Tensor, nn
 
-from capexp.captioning.decoder import DecoderState, RecurrentDecoder, normalize
+from capexp.captioning.decoder import DecoderState, RecurrentDecoder, distinct, normalize
 from capexp.captioning.dropout import Dropout
 from capexp.captioning.recurrent_linear import RecurrentLinear
 from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.vocabulary import BOS, PAD
 from capexp.settings import ModelConfig
+
+_MANY = 16
+"""Captions per photo from which on a step averages the gates of the grid's positions, see :meth:`Grid.with_gates`.
+
+Then a caption's 49 products with a weight are saved if it has four steps or more.
+"""
 
 
 @dataclass(frozen=True)
@@ -31,6 +37,7 @@ class Grid:
     photos: Tensor  # (B,): the photo of each caption
     slots: Tensor  # (B,): a slot of its own for each caption, among the K slots of its photo
     capacity: int  # K, the slots per photo: the largest number of captions that one photo has
+    gates: Tensor | None = None  # (N, P, 4H): averaged in place of the values, see :meth:`with_gates`
 
     @classmethod
     def of(cls, keys: Tensor, values: Tensor) -> "Grid":
@@ -58,6 +65,14 @@ class Grid:
             self, photos=self.photos.repeat_interleave(times), slots=slots.flatten(), capacity=self.capacity * times
         )
 
+    def with_gates(self, weight: Tensor) -> "Grid":
+        """Return grids whose attended features are gates ``(B', 4H)``: their product with a weight ``(4H, H)``.
+
+        The order of average and product is changed: the product is computed once for all positions of a photo, instead
+        of at each step for each of its captions.
+        """
+        return self if self.gates is not None else replace(self, gates=nn.functional.linear(self.values, weight))
+
     def attend(self, queries: Tensor) -> tuple[Tensor, Tensor]:
         """Return the attended features ``(B', H)`` and the attention weights ``(B', P)`` for queries ``(B', A)``.
 
@@ -69,32 +84,44 @@ class Grid:
         by_slot = queries.new_zeros(photos * self.capacity, size).index_copy(0, slots, queries)
         scores = by_slot.view(photos, self.capacity, size) @ self.keys.transpose(1, 2) / math.sqrt(size)  # (N, K, P)
         weights = scores.softmax(-1)
-        attended = weights.to(self.values.dtype) @ self.values  # (N, K, H)
+        values = self.values if self.gates is None else self.gates
+        attended = weights.to(values.dtype) @ values  # (N, K, H)
         return attended.flatten(0, 1).index_select(0, slots), weights.view(-1, positions)[slots]
 
 
 @dataclass(frozen=True)
 class AttentionState(DecoderState):
-    """The hidden and cell states of both LSTMs, and the last attention weights."""
+    """The hidden and cell states of both LSTMs, and the last attention weights.
+
+    Captions that continue the same caption share one row of these: a step multiplies each row by the recurrent weights
+    once, however many captions go on from it.
+    """
 
     grid: Grid
     gates: Tensor  # (N, 4H): the photo's contribution to the attention LSTM's gates
-    hidden: tuple[Tensor, Tensor]  # (B, H) each: the attention LSTM's and the language LSTM's
-    cells: tuple[Tensor, Tensor]  # (B, H) each: the same
-    weights: Tensor  # (B, P): the attention weights with which the last output was computed; they sum to 1
+    hidden: tuple[Tensor, Tensor]  # (D, H) each: the attention LSTM's and the language LSTM's
+    cells: tuple[Tensor, Tensor]  # (D, H) each: the same
+    weights: Tensor  # (D, P): the attention weights with which the last output was computed; they sum to 1
+    rows: Tensor | None = None  # (B,): the row of each caption; None if row i is caption i's
 
     def select(self, rows: Tensor) -> "AttentionState":
         """Return the state of the captions ``rows``."""
-        (h1, h2), (c1, c2) = self.hidden, self.cells
-        return AttentionState(
-            self.grid.select(rows), self.gates, (h1[rows], h2[rows]), (c1[rows], c2[rows]), self.weights[rows]
-        )
+        kept, places = distinct(rows if self.rows is None else self.rows[rows])
+        return replace(self._of_rows(kept), grid=self.grid.select(rows), rows=places)
 
     def repeat(self, times: int) -> "AttentionState":
         """Return the state with each caption repeated ``times`` times in a row."""
-        tensors = (*self.hidden, *self.cells, self.weights)
-        h1, h2, c1, c2, weights = (value.repeat_interleave(times, 0) for value in tensors)
-        return AttentionState(self.grid.repeat(times), self.gates, (h1, h2), (c1, c2), weights)
+        grid = self.grid.repeat(times)
+        rows = torch.arange(len(self.hidden[0]), device=grid.photos.device) if self.rows is None else self.rows
+        return replace(self, grid=grid, rows=rows.repeat_interleave(times))
+
+    def with_own_rows(self) -> "AttentionState":
+        """Return the same state with a row for each caption."""
+        return self if self.rows is None else replace(self._of_rows(self.rows), rows=None)
+
+    def _of_rows(self, rows: Tensor) -> "AttentionState":
+        (h1, h2), (c1, c2) = self.hidden, self.cells
+        return replace(self, hidden=(h1[rows], h2[rows]), cells=(c1[rows], c2[rows]), weights=self.weights[rows])
 
 
 class AttentionDecoder(RecurrentDecoder):
@@ -157,6 +184,7 @@ class AttentionDecoder(RecurrentDecoder):
     def read(self, state: DecoderState, words: Tensor, counts: Sequence[int]) -> tuple[Tensor, AttentionState]:
         """Read packed words ``(M,)``; return the outputs ``(M, H)`` before the vocabulary layer, and the state."""
         assert isinstance(state, AttentionState)
+        state = state.with_own_rows()
         # The part of the attention LSTM's gates that is known for all steps at once.
         captions = state.grid.photos
         precomputed = state.gates.index_select(0, torch.cat([captions[:count] for count in counts]))
@@ -181,6 +209,31 @@ class AttentionDecoder(RecurrentDecoder):
         state = replace(state, hidden=(h1, h2), cells=(c1, c2), weights=weights)
         return self.output_dropout(torch.cat(outputs)), state
 
+    def step(self, state: DecoderState, words: Tensor) -> tuple[Tensor, AttentionState]:
+        """Read one more word of each caption, as :meth:`Decoder.step`.
+
+        The same as :meth:`read`, but what depends only on a word, or only on a row of the state, is computed once for
+        all captions with that word or row.
+        """
+        assert isinstance(state, AttentionState)
+        (h1, h2), (c1, c2), rows, grid = state.hidden, state.cells, state.rows, state.grid
+        from_attended, from_h1, from_h2 = torch.split(self.language_gates.weight, self.units, 1)
+        if len(words) >= _MANY * len(grid.keys):
+            grid = grid.with_gates(from_attended)
+        entries, places = distinct(words)
+        gates = _of(self.word_gates(self.dropout(self.embedding(entries))), places)  # (B, 4H)
+        gates = gates + state.gates.index_select(0, grid.photos)
+        gates = gates + _of(self.attention_gates(torch.cat([h1, h2], 1)), rows)
+        language_gates = _of(nn.functional.linear(h2, from_h2, self.language_gates.bias), rows)  # (B, 4H)
+        h1, c1 = _lstm_step(gates, _of(c1, rows))
+        attended, weights = grid.attend(self.queries(h1))
+        if grid.gates is None:
+            attended = nn.functional.linear(attended, from_attended)
+        language_gates = language_gates + attended + nn.functional.linear(h1, from_h1)
+        h2, c2 = _lstm_step(language_gates, _of(c2, rows))
+        state = AttentionState(grid, state.gates, (h1, h2), (c1, c2), weights)
+        return self.vocabulary(self.output_dropout(h2)), state
+
     @torch.inference_mode()
     def attention_maps(self, features: Tensor, words: Tensor) -> Tensor:
         """Return the attention weights ``(N, T, P)`` for each word of a caption, as :meth:`Decoder.attention_maps`."""
@@ -198,3 +251,8 @@ def _lstm_step(gates: Tensor, cell: Tensor) -> tuple[Tensor, Tensor]:
     input_gate, forget_gate, candidate, output_gate = gates.chunk(4, 1)
     cell = forget_gate.sigmoid() * cell + input_gate.sigmoid() * candidate.tanh()
     return output_gate.sigmoid() * cell.tanh(), cell
+
+
+def _of(values: Tensor, rows: Tensor | None) -> Tensor:
+    """Return ``values[rows]``, or the values as they are without rows."""
+    return values if rows is None else values.index_select(0, rows)

@@ -38,7 +38,7 @@ from capexp.settings import DecodingConfig, Experiment, FeaturesConfig, ModelCon
 log = logging.getLogger(__name__)
 
 _ENCODER_BATCH = 32  # photos
-_DECODER_BATCH = 256  # photos
+_DECODER_BATCH = 256  # photos; eight times as many on a GPU
 
 
 @dataclass(frozen=True)
@@ -217,8 +217,9 @@ class Captioner:
         ``decoding`` overrides the captioner's own decoding settings.
         """
         captions = []
-        for start in range(0, len(features), _DECODER_BATCH):
-            part = torch.from_numpy(features[start : start + _DECODER_BATCH]).float().to(self.device)
+        batch = _DECODER_BATCH if self.device.type == "cpu" else 8 * _DECODER_BATCH
+        for start in range(0, len(features), batch):
+            part = torch.from_numpy(features[start : start + batch]).to(self.device).float()
             for hypotheses in decode(self.decoder, part, self.vocabulary, decoding or self.decoding):
                 best, *others = [Caption(self.vocabulary.decode(h.tokens), h.log_probability) for h in hypotheses]
                 captions.append(replace(best, alternatives=tuple(others)))
@@ -330,8 +331,10 @@ class Captioner:
         bundle = read_bundle(folder)
         settings = bundle.settings
         decoder = outline_decoder(settings.models, settings.encoder.shape, len(bundle.vocabulary))
+        # Copies begin at a cache line, as fresh weights do; products with weights that do not are rounded otherwise.
+        aligned = {name: value.clone() for name, value in bundle.decoder.items()}
         try:
-            decoder.load_state_dict(bundle.decoder, assign=True)
+            decoder.load_state_dict(aligned, assign=True)
         except RuntimeError as error:
             raise InputError(
                 f"{bundle.decoder_path}: does not fit captioner.json ({str(error).splitlines()[-1]})"

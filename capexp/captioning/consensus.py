@@ -1,56 +1,97 @@
 """The agreement of several captions of one photo: how similar each is to the others.
 
-Shapes: C candidates, R other captions, G distinct n-grams of all of them.
+Shapes: B photos, C candidates of each, R other captions of each, S captions in all, W words in all, G distinct n-grams
+of each caption in all, M n-grams in all, U columns.
 """
 
-from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
+from itertools import chain
+from typing import Any
 
 import numpy as np
 from numpy.typing import NDArray
 
 from capexp.data.vocabulary import EOS
-from capexp.metrics.cider import ORDERS, ngrams
+from capexp.metrics.cider import ORDERS
 
 Tokens = tuple[int, ...]
+Integers = NDArray[np.int64]
 
 _SIGMA = 6.0  # the standard deviation, in words, of the Gaussian penalty on differences in length
 
 
-def agreement(candidates: Sequence[Tokens], others: Sequence[Tokens]) -> NDArray[np.float64]:
-    """Return the mean similarity ``(C,)`` of each candidate to the other captions, from 0 to 1.
+def agreement(candidates: Sequence[Sequence[Tokens]], others: Sequence[Sequence[Tokens]]) -> list[NDArray[np.float64]]:
+    """Return for each photo the mean similarity ``(C,)`` of each candidate to the other captions, from 0 to 1.
 
     The similarity is CIDEr-D (Vedantam et al., CVPR 2015) without TF-IDF weights, so that rare and frequent n-grams
     count alike: for each order, the cosine of the n-gram counts, with the candidate's counts clipped at the other
     caption's, and reduced if the lengths differ. EOS counts as a word. The mean is taken only over the orders for which
     the longer of the two captions has n-grams, so that a caption of one or two words has similarity 1 to itself.
     """
-    lengths = [
-        np.array([len(tokens) + 1 for tokens in captions], dtype=np.float64) for captions in (candidates, others)
+    photos = len(candidates)
+    groups = [*candidates, *others]
+    sizes = np.array([len(group) for group in groups])
+    most_own, most_theirs = sizes[:photos].max(), sizes[photos:].max()  # C, R
+    of_group, slots = np.repeat(np.arange(2 * photos), sizes), _count_up(sizes)  # (S,): a caption's group, place in it
+    captions = [(*tokens, EOS) for group in groups for tokens in group]
+    lengths = np.array([len(caption) for caption in captions])
+
+    def by_photo(values: NDArray[Any], fill: int) -> tuple[NDArray[np.float64], NDArray[np.float64]]:
+        """Arrange a value of each caption ``(S,)`` in tables ``(B, C, 1)`` and ``(B, 1, R)``."""
+        table = np.full((2 * photos, sizes.max()), fill, np.float64)
+        table[of_group, slots] = values
+        return table[:photos, :most_own, None], table[photos:, None, :most_theirs]
+
+    own_lengths, their_lengths = by_photo(lengths, fill=1)
+    similarity = np.zeros((photos, most_own, most_theirs))
+    for caption, ngram, count in _ngrams(captions, lengths, of_group % photos):
+        own_norms, their_norms = by_photo(np.sqrt(np.bincount(caption, count**2, len(captions))), fill=0)
+        norms = own_norms * their_norms
+        # The sum of min(a, b) b over the n-grams with counts a and b, as a product of matrices: the k-th occurrence of
+        # an n-gram in a caption has a column of its own. Two captions share the columns up to k = min(a, b).
+        column = np.repeat(ngram, count) * count.max(initial=0) + _count_up(count)  # (M,)
+        caption, count = np.repeat(caption, count), np.repeat(count, count)  # (M,)
+        group, slot, is_own = of_group[caption], slots[caption], of_group[caption] < photos  # (M,)
+        columns, first = np.unique(column[is_own], return_index=True)  # (U,): those of candidates, in order of photos
+        per_photo = np.bincount(group[is_own][first], minlength=photos)  # (B,)
+        at = np.searchsorted(columns, column)  # (M,)
+        is_shared = np.searchsorted(columns, column, side="right") > at
+        own_table = np.zeros((photos, most_own, per_photo.max()))
+        their_table = np.zeros((photos, most_theirs, per_photo.max()))
+        place = _count_up(per_photo)  # (U,): a column's place among those of its photo
+        own_table[group[is_own], slot[is_own], place[at[is_own]]] = 1
+        shared = is_shared & ~is_own
+        their_table[group[shared] - photos, slot[shared], place[at[shared]]] = count[shared]
+        similarity += np.divide(
+            own_table @ their_table.transpose(0, 2, 1), norms, out=np.zeros_like(norms), where=norms > 0
+        )
+    similarity /= np.minimum(np.maximum(own_lengths, their_lengths), ORDERS)
+    similarity *= np.exp(-((own_lengths - their_lengths) ** 2) / (2 * _SIGMA**2))
+    return [
+        one[: len(own), : len(theirs)].mean(1) for one, own, theirs in zip(similarity, candidates, others, strict=True)
     ]
-    counts = [[ngrams((*tokens, EOS)) for tokens in captions] for captions in (candidates, others)]
-    similarity = np.zeros((len(candidates), len(others)))
+
+
+def _ngrams(
+    captions: Sequence[Tokens], lengths: Integers, photos: Integers
+) -> Iterator[tuple[Integers, Integers, Integers]]:
+    """Count the n-grams of captions, given their lengths and photos ``(S,)``, for each order from 1 to 4.
+
+    Yield the caption, n-gram and count ``(G,)`` of the distinct n-grams of each caption. N-grams are numbered in the
+    order of photos; those of two photos have different numbers.
+    """
+    words = np.fromiter(chain.from_iterable(captions), np.int64, lengths.sum())  # (W,)
+    caption = np.repeat(np.arange(len(captions)), lengths)  # (W,)
+    words_left = np.repeat(lengths, lengths) - _count_up(lengths)  # (W,): from this word to the caption's last
+    ngram = photos[caption]  # (W,): the n-gram that begins at each word; at first the empty one
     for order in range(1, ORDERS + 1):
-        own, theirs = _tables(counts, order)  # (C, G), (R, G)
-        norms = np.linalg.norm(own, axis=1)[:, None] * np.linalg.norm(theirs, axis=1)  # (C, R)
-        clipped = np.stack([(np.minimum(counts, theirs) * theirs).sum(1) for counts in own])  # (C, R)
-        similarity += np.divide(clipped, norms, out=np.zeros_like(norms), where=norms > 0)
-    similarity /= np.minimum(np.maximum(lengths[0][:, None], lengths[1]), ORDERS)
-    length_difference = lengths[0][:, None] - lengths[1]
-    mean: NDArray[np.float64] = (similarity * np.exp(-(length_difference**2) / (2 * _SIGMA**2))).mean(1)
-    return mean
+        start = np.flatnonzero(words_left >= order)
+        ngram[start] = np.unique(ngram[start] * (words.max() + 1) + words[start + order - 1], return_inverse=True)[1]
+        pairs, counts = np.unique(caption[start] * len(words) + ngram[start], return_counts=True)
+        yield pairs // len(words), pairs % len(words), counts
 
 
-def _tables(counts: Sequence[Sequence[Counter[Tokens]]], order: int) -> list[NDArray[np.float64]]:
-    """Return the counts of candidates and others, ``(C, G)`` and ``(R, G)``, of the n-grams of one order."""
-    distinct = dict.fromkeys(ngram for group in counts for caption in group for ngram in caption if len(ngram) == order)
-    columns = {ngram: i for i, ngram in enumerate(distinct)}
-    tables = []
-    for group in counts:
-        table = np.zeros((len(group), len(columns)))
-        for row, caption in zip(table, group, strict=True):
-            for ngram, count in caption.items():
-                if len(ngram) == order:
-                    row[columns[ngram]] = count
-        tables.append(table)
-    return tables
+def _count_up(counts: Integers) -> Integers:
+    """Return 0, 1, ..., count - 1 for each of some counts, one after another."""
+    numbers: Integers = np.arange(counts.sum()) - np.repeat(counts.cumsum() - counts, counts)
+    return numbers

@@ -14,6 +14,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Self
 
+import torch
 from torch import Tensor, nn
 
 from capexp.captioning.vocabulary_layer import VocabularyLayer
@@ -141,3 +142,14 @@ def normalize(features: Tensor, kind: str) -> Tensor:
     if kind == "standard":
         return nn.functional.layer_norm(features, features.shape[-1:])
     return features
+
+
+def distinct(values: Tensor) -> tuple[Tensor, Tensor | None]:
+    """Return the distinct ones among some integers ``(B,)``, and the place of each integer among these.
+
+    On a GPU, where counting them would mean waiting, it returns all integers, and None for their places.
+    """
+    if values.is_cuda:
+        return values, None
+    kept, places = torch.unique(values, return_inverse=True)
+    return (values, None) if len(kept) == len(values) else (kept, places)

@@ -1,6 +1,7 @@
 """Decoding: from a decoder's next-word logits to captions, over a batch of photos at once.
 
-Shapes: B photos, K hypotheses of each, N = B * K, M unfinished hypotheses, V vocabulary, T words so far.
+Shapes: B photos, K hypotheses of each, N = B * K, M unfinished hypotheses, D distinct ones among them, V vocabulary,
+T words so far.
 """
 
 import zlib
@@ -10,17 +11,17 @@ import numpy as np
 import torch
 from torch import Tensor
 
-from capexp.captioning.consensus import agreement
+from capexp.captioning.consensus import Tokens, agreement
 from capexp.captioning.decoder import Decoder
 from capexp.data.batches import on_device
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.errors import InputError
 from capexp.settings import DecodingConfig
 
-_SAMPLED_LOGITS = 2**21
-"""The limit of logits per step (8 MiB in float32) when consensus samples.
+_LOGITS = 2**21
+"""The limit of logits per step (8 MiB in float32) in consensus; 64 times as many on a GPU.
 
-It decides how many photos are sampled at a time. Sampling allocates about ten tensors of this size.
+It decides how many photos are decoded at a time. Sampling allocates about ten tensors of this size.
 """
 
 
@@ -122,40 +123,61 @@ def _sample(
     """Sample ``count`` captions of each photo (top-p: Holtzman et al., ICLR 2020).
 
     Each photo has a random generator of its own, so that its captions do not depend on the batch. The decoder runs only
-    on captions that are not finished.
+    on captions that are not finished, and once for those captions of a photo that are the same so far.
     """
     photos, device = len(features), features.device
     uniform = torch.tensor(_uniform(features, config, count), dtype=torch.float32, device=device)  # (N, T)
     state = decoder.start(features)
-    if count > 1:
-        state = state.repeat(count)
     forbidden = torch.tensor(vocabulary.never_emitted, device=device)
-    active = torch.arange(photos * count, device=device)  # (M,): the rows among N that the state holds
-    sequences = torch.empty(photos * count, 0, dtype=torch.long, device=device)  # (N, T)
-    words = torch.full_like(active, BOS)
+    active = torch.arange(photos * count, device=device)  # (M,): the rows among N of the unfinished captions
+    rows = active // count  # (M,): the row of each in the state
+    examples = active[::count]  # (D,): for each row of the state, one of its captions
+    words = torch.full((photos,), BOS, device=device)  # (D,)
+    sequences = torch.full((photos * count, config.maximum_length), EOS, device=device)  # (N, T)
     total = torch.zeros(photos * count, device=device)
     for step in range(config.maximum_length):
-        logits, state = decoder.step(state, words)  # (M, V)
-        log_probabilities = _log_probabilities(logits, forbidden, sequences[active], config)
-        # Keep the most probable words whose cumulative probability reaches top_p; the first of them always.
-        probabilities, entries = (log_probabilities / config.temperature).softmax(1).sort(1, descending=True)
-        cumulative = probabilities.cumsum(1)
-        kept = probabilities.where(cumulative - probabilities < config.top_p, 0.0)
-        # Sample by inverting the cumulative distribution.
-        cumulative = kept.cumsum(1)
-        position = (cumulative < uniform[active, step : step + 1] * cumulative[:, -1:]).sum(1, keepdim=True)
-        words = entries.gather(1, position.clamp(max=len(vocabulary) - 1))  # (M, 1)
-        total[active] += log_probabilities.gather(1, words).squeeze(1)
-        words = words.squeeze(1)
-        column = torch.full((len(sequences), 1), EOS, device=device).index_copy(0, active, words.unsqueeze(1))
-        sequences = torch.cat([sequences, column], 1)
+        logits, state = decoder.step(state, words)  # (D, V)
+        log_probabilities = _log_probabilities(logits, forbidden, sequences[examples, :step], config)
+        probabilities = (log_probabilities / config.temperature).softmax(1)
+        drawn = _draw(probabilities, rows, uniform[active, step], config.top_p)  # (M,)
+        total[active] += log_probabilities[rows, drawn]
+        sequences[active, step] = drawn
         # Go on with the captions that are not finished.
-        unfinished = (words != EOS).nonzero().squeeze(1)
-        if len(unfinished) == 0:
+        unfinished = drawn != EOS
+        active, rows, drawn = active[unfinished], rows[unfinished], drawn[unfinished]
+        if len(active) == 0:
             break
-        if len(unfinished) < len(words):
-            state, words, active = state.select(unfinished), words[unfinished], active[unfinished]
+        pairs, places = torch.unique(rows * len(vocabulary) + drawn, return_inverse=True)
+        state, words = state.select(pairs // len(vocabulary)), pairs % len(vocabulary)
+        examples, rows = torch.empty_like(pairs).scatter_(0, places, active), places
     return _hypotheses(sequences.view(photos, count, -1), total.view(photos, count))
+
+
+def _draw(probabilities: Tensor, rows: Tensor, uniform: Tensor, top_p: float) -> Tensor:
+    """Draw a word from each of the given rows ``(M,)`` of probabilities ``(D, V)``.
+
+    A row's words are put in order, the most probable first. Kept are the first words, up to the one with which their
+    cumulative probability reaches ``top_p``. Their cumulative distribution is inverted at ``uniform`` ``(M,)``.
+    """
+    ordered, entries = _most_probable_first(probabilities)  # (D, V)
+    cumulative = ordered.cumsum(1)
+    kept = (cumulative - ordered < top_p).sum(1, keepdim=True)  # (D, 1)
+    total = cumulative.gather(1, kept.clamp(min=1) - 1)  # (D, 1): the probability of all kept words
+    places = torch.searchsorted(cumulative[rows], uniform.unsqueeze(1) * total[rows]).squeeze(1)
+    return entries[rows, places.clamp(max=probabilities.shape[1] - 1)]
+
+
+def _most_probable_first(probabilities: Tensor) -> tuple[Tensor, Tensor]:
+    """Return each row's probabilities ``(D, V)`` in descending order, and their entries; equal ones stay in order."""
+    if probabilities.is_cuda:
+        ordered, entries = probabilities.sort(dim=1, descending=True, stable=True)
+        return ordered, entries
+    # NumPy sorts integers in a fifth of the time in which torch sorts floats. The upper half of each is minus the bits
+    # of a probability, which order as the probability does because it is not negative; the lower half is the entry.
+    keys = probabilities.view(torch.int32).long().neg_().bitwise_left_shift_(32)
+    keys += torch.arange(probabilities.shape[1])
+    keys.numpy().sort(1)
+    return (keys >> 32).neg_().int().view(torch.float32), keys.bitwise_and_(2**32 - 1)
 
 
 def _consensus(
@@ -167,16 +189,31 @@ def _consensus(
     reference captions of similar photos. This function compares with the beam's hypotheses and with captions sampled
     from the decoder instead.
     """
-    ranked = []
-    photos = max(_SAMPLED_LOGITS // len(vocabulary) // max(config.samples, 1), 1)
-    for part in torch.split(features, photos):
-        beams = _beam(decoder, part, vocabulary, config, config.beam_width)
-        samples = _sample(decoder, part, vocabulary, config, config.samples) if config.samples else [()] * len(part)
-        for beam, sampled in zip(beams, samples, strict=True):
-            candidates = [hypothesis.tokens for hypothesis in beam]
-            similarity = agreement(candidates, candidates + [hypothesis.tokens for hypothesis in sampled])
-            ranked.append(tuple(beam[i] for i in np.argsort(-similarity, kind="stable")))
-    return ranked
+
+    def parts(captions: int) -> tuple[Tensor, ...]:
+        """Divide the photos so that ``captions`` of each do not have too many logits."""
+        limit = 64 * _LOGITS if features.is_cuda else _LOGITS
+        return torch.split(features, max(limit // len(vocabulary) // captions, 1))
+
+    def tokens_of(captions: list[tuple[Hypothesis, ...]]) -> list[list[Tokens]]:
+        return [[hypothesis.tokens for hypothesis in photo] for photo in captions]
+
+    beams = [
+        beam
+        for part in parts(config.beam_width)
+        for beam in _beam(decoder, part, vocabulary, config, config.beam_width)
+    ]
+    candidates = tokens_of(beams)
+    others = candidates
+    if config.samples:
+        samples = [
+            sampled
+            for part in parts(config.samples)
+            for sampled in _sample(decoder, part, vocabulary, config, config.samples)
+        ]
+        others = [beam + sampled for beam, sampled in zip(candidates, tokens_of(samples), strict=True)]
+    ranks = [np.argsort(-similarity, kind="stable") for similarity in agreement(candidates, others)]
+    return [tuple(beam[i] for i in rank) for beam, rank in zip(beams, ranks, strict=True)]
 
 
 @torch.no_grad()
@@ -249,7 +286,7 @@ def _log_probabilities(logits: Tensor, forbidden: Tensor, sequences: Tensor, con
     Forbidden entries have probability zero. If ``repeat_trigrams`` is false, a word that would repeat a trigram also
     has probability zero.
     """
-    values = logits.float().index_fill(1, forbidden, -torch.inf).log_softmax(1)
+    values = logits.float().index_fill_(1, forbidden, -torch.inf).log_softmax(1)
     if config.repeat_trigrams or sequences.shape[1] < 3:
         return values
     # Where the last two words occur earlier in the caption, forbid the word that followed them there.

@@ -23,6 +23,18 @@ logit need not be subtracted first."""
 class VocabularyLayer(nn.Linear):
     """A linear layer over the vocabulary. Calling it gives logits."""
 
+    def forward(self, outputs: Tensor) -> Tensor:
+        """Return the logits ``(M, V)`` of outputs ``(M, H)``.
+
+        On a CPU, without a gradient, each row of the logits begins a cache line, which makes the product faster.
+        """
+        is_plain = outputs.dtype == self.weight.dtype and not torch.is_autocast_enabled(outputs.device.type)
+        if torch.is_grad_enabled() or not is_plain or not _is_by_word(outputs.device):
+            return super().forward(outputs)
+        words = self.out_features
+        lines = outputs.new_empty(len(outputs), -(-words // _LINE) * _LINE)
+        return torch.addmm(self.bias, outputs, self.weight.t(), out=lines[:, :words])
+
     def cross_entropy(
         self,
         outputs: Tensor,

@@ -1,7 +1,11 @@
 """Captions per second at beam 3: a thousand photos at once against one photo at a time, with both decoders.
 
+Then captions per second and seconds for a thousand photos of an attention decoder of 512 units by greedy search,
+beam 5 and consensus (beam 10, 40 samples).
+
     python bench_decoding.py                made-up features and decoders, captions as long as people's
     python bench_decoding.py --model MODEL  a captioner's own decoder and vocabulary
+    python bench_decoding.py --no-race --no-peaks --method-photos 1000    the three methods alone
 
 The floor is the time of the vocabulary layer's matrix products alone. Peaks of memory are measured in a process that
 does nothing else.
@@ -11,7 +15,7 @@ import sys
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -32,6 +36,7 @@ from capexp.tracking.models import find_bundle
 WORDS = 2536  # the size of Flickr8k's vocabulary with minimum count 5
 MEAN, DEVIATION = 10.8, 3.8  # the number of words of a Flickr8k caption
 PHOTOS, WIDTHS = (256, 512, 1024), (1, 3, 10)
+LARGE = {"embedding_size": 512, "lstm_units": 512, "attention_size": 256}  # as in flickr8k-attention.toml
 
 Kind = Literal["merge", "attention"]
 
@@ -77,12 +82,12 @@ class EndsLikePeople(RecurrentDecoder):
         return logits, Timed(after, state.words, state.said + 1)
 
 
-def made_up(kind: Kind) -> Captioner:
-    """Return an untrained captioner of the tutorial's sizes."""
+def made_up(kind: Kind, **sizes: Any) -> Captioner:
+    """Return an untrained captioner of the tutorial's sizes, or of the given ones."""
     words = Vocabulary(tuple(f"w{number}" for number in range(WORDS)), "standard", "token")
     pool: Literal["mean", "max2"] = "mean" if kind == "merge" else "max2"
     identity = EncoderIdentity("conv5_3", pool, (0.0, 0.0, 0.0), (1.0, 1.0, 1.0), "0" * 64, "made up")
-    captioner = Captioner.fresh(ModelConfig(decoder=kind), words, identity, DecodingConfig(), seed=1)
+    captioner = Captioner.fresh(ModelConfig(decoder=kind, **sizes), words, identity, DecodingConfig(), seed=1)
     captioner.decoder = EndsLikePeople(captioner.decoder)
     return captioner
 
@@ -134,6 +139,23 @@ def contestants(captioner: Captioner, photos: int, one_by_one: int, width: int) 
     }
 
 
+def methods(captioner: Captioner, photos: dict[str, int]) -> dict[str, Callable[[], float]]:
+    """Return a contestant for each method of decoding, which captions as many photos as given for it."""
+    settings: dict[str, dict[str, Any]] = {
+        "greedy": {"method": "greedy"},
+        "beam 5": {"method": "beam", "beam_width": 5},
+        "consensus": {"method": "consensus", "beam_width": 10, "samples": 40, "length_penalty": 0.7},
+    }
+
+    def contestant(config: DecodingConfig, features: NDArray[np.float16]) -> Callable[[], float]:
+        return lambda: len(captioner.caption_features(features, config))
+
+    return {
+        name: contestant(captioner.decoding.model_copy(update=update), features_of(captioner, photos[name]))
+        for name, update in settings.items()
+    }
+
+
 def units(captioner: Captioner) -> int:
     """Return the width of the output before the vocabulary layer."""
     return captioner.models[0].lstm_units
@@ -154,6 +176,10 @@ def main() -> None:
     parser.add_argument("--photos", type=int, default=1000)
     parser.add_argument("--one-by-one", type=int, default=50, help="photos per round, one at a time")
     parser.add_argument("--beam-width", type=int, default=3)
+    parser.add_argument(
+        "--consensus-photos", type=int, help="photos per round by consensus [on a CPU 50, else --photos]"
+    )
+    parser.add_argument("--no-race", action="store_true", help="leave out the comparison with one photo at a time")
     parser.add_argument("--no-peaks", action="store_true", help="leave out the peaks of memory")
     arguments = parser.parse_args()
     torch.set_num_threads(arguments.threads)
@@ -169,6 +195,8 @@ def main() -> None:
     record = bench.Record("decoding", "captions", device, settings)
     for kind, captioner in captioners.items():
         captioner.decoder.to(device)
+        if arguments.no_race:
+            continue
         runners = contestants(captioner, arguments.photos, arguments.one_by_one, width)
         record.race(
             {f"{kind} {name}": work for name, work in runners.items()},
@@ -176,6 +204,17 @@ def main() -> None:
             arguments.rounds,
         )
         settings[f"{kind} same captions"] = same_captions(captioner, arguments.one_by_one, width)
+    if arguments.model is None or "attention" in captioners:
+        captioner = captioners["attention"] if arguments.model is not None else made_up("attention", **LARGE)
+        captioner.decoder.to(device)
+        default = (200, 200, 50) if device.type == "cpu" else (arguments.photos,) * 3
+        given = default if arguments.method_photos is None else (arguments.method_photos,) * 3
+        photos = dict(zip(("greedy", "beam 5", "consensus"), given, strict=True))
+        settings["photos by method"] = photos
+        contestants_by_method = methods(captioner, photos)
+        record.race(contestants_by_method, [(name, "greedy") for name in ("beam 5", "consensus")], arguments.rounds)
+        seconds = {name: 1000 / record.rates[name] for name in contestants_by_method}
+        record.growth["attention seconds per 1,000 photos"] = seconds
     if arguments.model is None and not arguments.no_peaks:
         for kind in captioners:
             peaks = {str(photos): bench.peak(decode_made_up, kind, photos, width) for photos in PHOTOS}

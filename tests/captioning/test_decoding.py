@@ -275,7 +275,7 @@ def test_consensus_chooses_among_the_beams_hypotheses_the_one_most_like_all(kind
     assert chosen != of_other_seed, "captions were drawn"
     for one in decode(decoder, photos(30, kind=kind), words, config.model_copy(update={"samples": 0})):
         candidates = [hypothesis.tokens for hypothesis in one]
-        liked = agreement(candidates, candidates)
+        (liked,) = agreement([candidates], [candidates])
         assert list(liked) == sorted(liked, reverse=True)
     alone = config.model_copy(update={"beam_width": 1})
     greedy = DecodingConfig(maximum_length=8)
