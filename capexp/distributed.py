@@ -5,6 +5,7 @@ make the same optimizer step. Only rank 0 tracks, saves and prints.
 """
 
 import atexit
+import gc
 import multiprocessing
 import os
 import re
@@ -35,10 +36,12 @@ _GRACE = 10.0  # seconds that other ranks wait for rank 0 to end first; torchrun
 
 @dataclass(frozen=True)
 class World:
-    """The rank of this process and the number of ranks; with one rank, no method communicates."""
+    """The rank of this process and the number of ranks; without torchrun, no method communicates."""
 
     rank: int = 0
     size: int = 1
+    has_torchrun: bool = False
+    """Whether torchrun has started this process; it may have started only this one."""
 
     @classmethod
     def from_environment(cls) -> "World":
@@ -47,7 +50,7 @@ class World:
         It does not connect the ranks; :meth:`start` does.
         """
         if {"RANK", "WORLD_SIZE", "LOCAL_RANK"} <= os.environ.keys():
-            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]))
+            return cls(int(os.environ["RANK"]), int(os.environ["WORLD_SIZE"]), has_torchrun=True)
         return cls()
 
     @property
@@ -57,14 +60,15 @@ class World:
 
     def start(self) -> None:
         """Connect the ranks, and wait until all are connected."""
-        if self.size == 1:
+        if self._is_alone:
             return
         import torch
         import torch.distributed
         import torch.distributed.nn.functional  # before init: else its default arguments keep the process group alive
 
         backend = "gloo"
-        if torch.cuda.is_available():
+        # NCCL needs a GPU for each rank.
+        if torch.cuda.device_count() >= int(os.environ.get("LOCAL_WORLD_SIZE", self.size)):
             torch.cuda.set_device(int(os.environ["LOCAL_RANK"]))
             backend = "cpu:gloo,cuda:nccl"
         with self._collective():
@@ -77,11 +81,12 @@ class World:
         A communication thread that is alive at interpreter exit may abort the process (SIGABRT) when it frees its last
         tensor. torchrun would then report a failure of a run that has succeeded.
         """
-        if self.size == 1:
+        if self._is_alone:
             return
         import torch.distributed
 
         if torch.distributed.is_initialized():
+            gc.collect()  # NCCL does not end before all CUDA graphs that contain its operations are deleted
             torch.distributed.destroy_process_group()
 
     def shard(self, items: T) -> T:
@@ -95,7 +100,7 @@ class World:
 
     def sum(self, *values: float) -> list[float]:
         """Return each value's sum over all ranks (all-reduce)."""
-        if self.size == 1:
+        if self._is_alone:
             return list(values)
         import torch
 
@@ -104,8 +109,11 @@ class World:
         return [float(value) for value in sums]
 
     def sum_gradients(self, module: "nn.Module", loss: "Tensor") -> "Tensor":
-        """Replace each gradient of the module by its sum over all ranks; return the loss, summed over all ranks."""
-        if self.size == 1:
+        """Replace each gradient of the module by its sum over all ranks; return the loss, summed over all ranks.
+
+        It does not wait for a GPU, and can be captured in a CUDA graph.
+        """
+        if self._is_alone:
             return loss
         import torch
 
@@ -120,7 +128,7 @@ class World:
 
     def broadcast(self, make: Callable[[], T]) -> T:
         """Run ``make`` on rank 0 and broadcast its result: tensors and plain values only."""
-        if self.size == 1:
+        if self._is_alone:
             return make()
         import torch
         import torch.distributed
@@ -130,6 +138,11 @@ class World:
             # weights_only: do not execute pickled code.
             torch.distributed.broadcast_object_list(results, 0, device=torch.device("cpu"), weights_only=True)
         return results[0]  # type: ignore[return-value]
+
+    @property
+    def _is_alone(self) -> bool:
+        """Whether there is no process group to communicate with."""
+        return self.size == 1 and not self.has_torchrun
 
     def _all_reduce(self, values: "Tensor") -> None:
         import torch.distributed

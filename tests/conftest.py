@@ -25,6 +25,15 @@ _CHROMIUM_FLAGS = (
 )
 
 
+def pytest_runtest_setup(item: pytest.Item) -> None:
+    """Skip the tests marked ``gpu`` on a machine without a GPU."""
+    if item.get_closest_marker("gpu") is not None:
+        import torch
+
+        if not torch.cuda.is_available():
+            pytest.skip("no GPU here")
+
+
 def _real(variable: str, default: str, what: str) -> Path:
     """What a variable of the environment names, or what lies beside the project."""
     path = Path(os.environ.get(variable, _ROOT.parent / "shared" / default))

@@ -1,7 +1,7 @@
 """Teacher-forced batches: captions in random order, with the features of their photos.
 
-Packed batches have no padding and can be sharded across ranks. Padded batches all have the same number of captions and
-are gathered on a device that holds all captions and features. A view is a photo or its mirror image
+Packed batches have no padding. Padded batches all have the same number of captions and are gathered on a device that
+holds all captions and features. Both can be sharded across ranks. A view is a photo or its mirror image
 (:mod:`capexp.data.features`).
 
 Shapes: B captions, N photos, K captions of a photo, M targets, T steps, S batches of an epoch, P grid positions,
@@ -199,8 +199,10 @@ class CaptionBatches:
         _, captions, lengths = self.padded_indices(0, 0)
         return float((captions[0].size * lengths.max((1, 2))).sum() / self.targets)
 
-    def padded_indices(self, seed: int, number: int) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the batches of :meth:`epoch` as indices, padded.
+    def padded_indices(
+        self, seed: int, number: int, ranks: int = 1
+    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
+        """Return the batches of :meth:`epoch` as indices, padded; N is a multiple of ``ranks``.
 
         Return the views ``(S, N)``, the captions ``(S, N, K)`` and the captions' lengths ``(S, N, K)``, where K is the
         largest number of captions in a unit. The index after the last caption means "no caption".
@@ -208,6 +210,8 @@ class CaptionBatches:
         order = self._order(seed, number)
         units = np.pad(order, (0, -len(order) % self._batch_units)).reshape(-1, self._batch_units)  # (S, N)
         is_unit = np.arange(units.size).reshape(units.shape) < len(order)
+        columns = ((0, 0), (0, -self._batch_units % ranks))
+        units, is_unit = np.pad(units, columns), np.pad(is_unit, columns)
         counts = np.diff(self._bounds)
         nth = np.arange(counts.max())  # (K,)
         is_caption = is_unit[..., None] & (nth < counts[units][..., None])
@@ -248,12 +252,13 @@ class CaptionBatches:
 
 @dataclass(frozen=True)
 class PaddedEpoch:
-    """The padded batches of an epoch, as indices on a device."""
+    """A rank's shards of the padded batches of an epoch, as indices on a device."""
 
     views: Tensor  # (S, N): rows in the features
     captions: Tensor  # (S, N * K)
-    lengths: list[int]  # (S,): the number of inputs of each batch's longest caption
-    targets: list[int]  # (S,): the number of targets of each batch
+    shares: Tensor  # (S,): this rank's targets divided by the targets of all ranks
+    targets: list[int]  # (S,): the number of this rank's targets; 0 if the shard does not count
+    lengths: list[int]  # (S,): the number of inputs of the longest caption of all ranks
 
 
 class PaddedBatch(NamedTuple):
@@ -269,7 +274,8 @@ class PaddedBatch(NamedTuple):
 class PaddedBatches:
     """All captions and features of a split on a device; batches are gathered there and the host does not wait.
 
-    All batches have the same shape (N, K): padding fills up the captions of a photo, and the photos of the last batch.
+    All batches have the same shape (N, K), on each rank: padding fills up the captions of a photo, and the photos of a
+    shard or of the last batch.
     """
 
     batches: CaptionBatches
@@ -283,15 +289,23 @@ class PaddedBatches:
         """The number of inputs of the longest caption of the split."""
         return self.batches.longest - 1
 
-    def epoch(self, seed: int, number: int) -> PaddedEpoch:
-        """Return the same batches of an epoch as :meth:`CaptionBatches.epoch`, padded."""
-        views, captions, lengths = self.batches.padded_indices(seed, number)
-        flat = captions.reshape(len(captions), -1)
-        views_on_device, captions_on_device = (
-            on_device(torch.from_numpy(value), self.features.device) for value in (views, flat)
+    def epoch(self, seed: int, number: int, world: World = ALONE) -> PaddedEpoch:
+        """Return the same batches of an epoch as :meth:`CaptionBatches.epoch`, padded; each rank gets its shards.
+
+        An empty shard is replaced by the first unit of its batch too, with share 0.
+        """
+        views, captions, lengths = self.batches.padded_indices(seed, number, world.size)
+        own_views, own_captions = (value[:, world.rank :: world.size].copy() for value in (views, captions))
+        targets = lengths[:, world.rank :: world.size].sum((1, 2))  # (S,)
+        is_empty = targets == 0
+        own_views[is_empty, 0], own_captions[is_empty, 0] = views[is_empty, 0], captions[is_empty, 0]
+        shares = (targets / lengths.sum((1, 2))).astype(np.float32)
+        views_on_device, captions_on_device, shares_on_device = (
+            on_device(torch.from_numpy(value), self.features.device)
+            for value in (own_views, own_captions.reshape(len(captions), -1), shares)
         )
-        longest, targets = lengths.max((1, 2)).tolist(), lengths.sum((1, 2)).tolist()
-        return PaddedEpoch(views_on_device, captions_on_device, longest, targets)
+        longest = lengths.max((1, 2)).tolist()
+        return PaddedEpoch(views_on_device, captions_on_device, shares_on_device, targets.tolist(), longest)
 
     def gather(self, views: Tensor, captions: Tensor, length: int) -> PaddedBatch:
         """Return a batch of views ``(N,)`` and captions ``(B,)``, padded to ``length`` steps."""

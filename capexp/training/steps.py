@@ -121,6 +121,9 @@ class CapturedSteps(Steps):
     count it.
     There is one graph per length. The first step of each length runs without a graph.
 
+    Each rank takes its shard of every batch, and the all-reduce is part of the graph. NCCL requires that all ranks
+    capture and replay it together. So the length is that of the longest caption of all ranks.
+
     On other devices the same steps run without graphs.
     """
 
@@ -130,10 +133,11 @@ class CapturedSteps(Steps):
         self._uses_graphs = device.type == "cuda"
         super().__init__(training, decoder, self._rate, capturable=self._uses_graphs)
         self._batches = batches.padded(device)
-        self._epoch = self._batches.epoch(0, 0)  # overwritten in place, because graphs read from fixed addresses
+        # Overwritten in place, because graphs read from fixed addresses:
+        self._epoch = self._batches.epoch(0, 0, training.world)
         self._rates = torch.empty(len(batches), device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
-        self._loss = torch.zeros((), device=device)
+        self._loss, self._mean = torch.zeros((), device=device), torch.zeros((), device=device)
         self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
         if self._uses_graphs:
             self._pool = torch.cuda.graph_pool_handle()
@@ -141,19 +145,20 @@ class CapturedSteps(Steps):
 
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
         """Yield the steps, as :meth:`Steps.of_epoch`."""
-        seed, device = self.training.seed, self.training.device
-        epoch = self._batches.epoch(seed, number)
+        seed, device, world = self.training.seed, self.training.device, self.training.world
+        epoch = self._batches.epoch(seed, number, world)
         self._epoch.views.copy_(epoch.views)
         self._epoch.captions.copy_(epoch.captions)
+        self._epoch.shares.copy_(epoch.shares)
         rates = [self.rate(number, step) for step in range(1, len(epoch.targets) + 1)]
         self._rates.copy_(on_device(torch.tensor(rates), device))
         self._next.fill_(done)
-        seeds = np.random.SeedSequence([seed, number]).generate_state(len(rates), np.uint64).tolist()
+        seeds = np.random.SeedSequence([seed, number, world.rank]).generate_state(len(rates), np.uint64).tolist()
         generator = torch.cuda.default_generators[device.index or 0] if self._uses_graphs else torch.default_generator
         for step in range(done, len(rates)):
             generator.manual_seed(seeds[step])
             self._take(_rounded(epoch.lengths[step], self._batches.longest))
-            yield Step(self._loss, epoch.targets[step], self._loss)
+            yield Step(self._loss, epoch.targets[step], self._mean)
 
     def _take(self, length: int) -> None:
         """Take the next step, with a CUDA graph if there is one for this length.
@@ -193,8 +198,8 @@ class CapturedSteps(Steps):
 
     def _work(self, length: int) -> None:
         """Compute the next step of the epoch, of captions with at most ``length`` inputs."""
-        epoch = self._epoch.views, self._epoch.captions, self._rates
-        views, captions, rate = (rows.index_select(0, self._next).squeeze(0) for rows in epoch)
+        epoch = self._epoch.views, self._epoch.captions, self._epoch.shares, self._rates
+        views, captions, share, rate = (rows.index_select(0, self._next).squeeze(0) for rows in epoch)
         self._rate.copy_(rate)
         features, words, targets, real = self._batches.gather(views, captions, length)
         with self.training.autocast():
@@ -204,10 +209,12 @@ class CapturedSteps(Steps):
                 outputs, targets, self.training.config.label_smoothing, real
             )
         self.optimizer.zero_grad()
-        torch.autograd.backward(smoothed)
+        torch.autograd.backward(smoothed * share)
+        mean = self.training.world.sum_gradients(self.decoder, loss * share)
         clip(self.decoder, self.training.config.clip_norm)
         self.optimizer.step()
         self._loss.copy_(loss)
+        self._mean.copy_(mean)
         self._next.add_(1)
 
 
@@ -221,15 +228,16 @@ def _rounded(length: int, longest: int) -> int:
 
 
 def choose_steps(training: Training, decoder: RecurrentDecoder) -> Steps:
-    """Return the fastest steps: captured ones on a GPU that holds the features, with a single rank; else packed ones.
+    """Return the fastest steps: captured ones if the GPU of every rank holds the features; else packed ones.
 
     Steps are also packed if padded batches would have five or more words, padding included, per real word. That happens
     if the lengths of captions, or the numbers of captions per photo, differ a lot.
     """
-    batches, device = training.train, training.device
-    is_preloaded = device.type == "cuda" and batches.preload(device)
-    if is_preloaded and training.world.size == 1 and batches.padding() < _PADDING_LIMIT:
-        return CapturedSteps(training, decoder)
+    batches, device, world = training.train, training.device, training.world
+    if device.type == "cuda":
+        (preloaded,) = world.sum(batches.preload(device))  # all ranks must take the same kind of steps
+        if preloaded == world.size and batches.padding() < _PADDING_LIMIT:
+            return CapturedSteps(training, decoder)
     return PackedSteps(training, decoder)
 
 

@@ -4,6 +4,7 @@
     python experiments/benchmarks/bench_training.py --growth             also how the cost grows; some minutes more
     python experiments/benchmarks/bench_training.py --entries 2540       with the vocabulary of flickr8k-merge-conv
     python experiments/benchmarks/bench_training.py --profile            where the time of a step goes, by operation
+    python experiments/benchmarks/bench_training.py --vocabulary-layer   that layer beside torch's fused function
     python experiments/benchmarks/bench_training.py --device cuda
 
 All train the same model (4096 features, 256 units, 7,579 entries by default) on made-up captions as long as Flickr8k's.
@@ -25,7 +26,7 @@ from concurrent.futures import ProcessPoolExecutor
 from functools import cache
 from itertools import islice, product
 from pathlib import Path
-from typing import Literal
+from typing import Any, Literal
 
 sys.path.insert(0, str(Path(__file__).parents[2]))
 
@@ -35,6 +36,7 @@ import torch
 from torch import Tensor, nn
 
 from capexp.captioning.captioner import Captioner
+from capexp.captioning.vocabulary_layer import VocabularyLayer
 from capexp.data.batches import Batch, CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
@@ -236,6 +238,46 @@ def multiplications(entries: int, targets_a_caption: float) -> float:
     return 6 * a_target + 4 * FEATURES * UNITS / targets_a_caption
 
 
+def cross_entropies(smoothing: float, precision: Precision, device: torch.device) -> dict[str, Callable[[], float]]:
+    """Return contestants that compute the cross-entropy of a batch after the vocabulary layer, and all its gradients.
+
+    Torch's function returns one loss, the one to minimise. Ours returns the plain one too, which is reported.
+    """
+    torch.manual_seed(1)
+    layer, count = VocabularyLayer(UNITS, ENTRIES).to(device), round(BATCH * (MEAN_LENGTH + 1))
+    times = 1 if device.type == "cpu" else 50
+    inputs = torch.randn(count, UNITS, device=device).relu().requires_grad_()
+    targets = torch.randint(ENTRIES, (count,), device=device)
+
+    def ours() -> float:
+        for _ in range(times):
+            with torch.autocast(device.type, torch.bfloat16, enabled=precision == "bfloat16"):
+                _, loss = layer.cross_entropy(inputs, targets, smoothing)
+            _differentiate(loss, layer, inputs)
+        return times * count
+
+    def torchs(options: Any) -> float:
+        for _ in range(times):
+            read, weight, bias = (one.to(DTYPES[precision]) for one in (inputs, layer.weight, layer.bias))
+            loss = nn.functional.linear_cross_entropy(
+                read, weight, targets, linear_bias=bias, label_smoothing=smoothing, options=options
+            )
+            _differentiate(loss, layer, inputs)
+        return times * count
+
+    name = f"{precision}, smoothing {smoothing:g}"
+    contestants = {f"ours, {name}": ours, f"torch, all logits, {name}": lambda: torchs(None)}
+    if not smoothing:  # with label smoothing torch warns and computes all logits at once
+        contestants[f"torch, in chunks, {name}"] = lambda: torchs(nn.LinearCrossEntropyOptions())
+    return contestants
+
+
+def _differentiate(loss: Tensor, layer: nn.Module, inputs: Tensor) -> None:
+    layer.zero_grad()
+    inputs.grad = None
+    torch.autograd.backward(loss)
+
+
 class First(CaptionBatches):
     """Batches of which an epoch has only the first 50."""
 
@@ -270,11 +312,22 @@ def main() -> None:
     parser.add_argument("--entries", type=int, default=ENTRIES, help="number of entries of the vocabulary")
     parser.add_argument("--growth", action="store_true", help="measure how the cost grows too")
     parser.add_argument("--profile", action="store_true", help="only print the time of each operation in our steps")
+    parser.add_argument(
+        "--vocabulary-layer", action="store_true", help="only measure the vocabulary layer, beside torch's own function"
+    )
     arguments = parser.parse_args()
     if arguments.growth and arguments.entries != ENTRIES:
         parser.error("--growth has vocabularies of its own; leave --entries out")
     torch.set_num_threads(arguments.threads)
     device, entries = choose_device(arguments.device), arguments.entries
+    if arguments.vocabulary_layer:
+        record = bench.Record("vocabulary-layer", "targets", device, {"entries": ENTRIES, "units": UNITS})
+        for smoothing, precision in product((0.0, 0.1), DTYPES):
+            racing = cross_entropies(smoothing, precision, device)
+            first, *others = racing
+            record.race(racing, [(first, other) for other in others], arguments.rounds)
+        record.finish(arguments.output)
+        return
     task = Task(arguments.photos, device, entries)
     if arguments.profile:
         for precision in DTYPES:

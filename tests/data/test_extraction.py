@@ -261,7 +261,7 @@ def test_memory_does_not_grow_with_the_photos(tmp_path: Path, random_vgg16: Path
     assert second - first < 60 * 2**20
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 @pytest.mark.parametrize("processes", [0, 2])
 def test_gpu_gives_what_the_cpu_gives(tmp_path: Path, random_vgg16: Path, processes: int) -> None:
     config = FeaturesConfig(layer="conv5_3", weights=str(random_vgg16))

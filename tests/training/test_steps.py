@@ -22,8 +22,7 @@ from capexp.training.loop import Training
 from capexp.training.steps import CapturedSteps, PackedSteps, _rounded, choose_steps
 from capexp.training.teacher_forcing import CrossEntropy
 
-on_gpu = pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
-devices = pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=on_gpu)], ids=str)
+devices = pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
 kinds = pytest.mark.parametrize(
     ("decoder", "order"),
     [("merge", "captions"), ("merge", "photos"), ("attention", "captions"), ("attention", "photos")],
@@ -90,13 +89,21 @@ def test_captured_steps_come_to_what_packed_ones_do(device: torch.device, decode
 
 
 @devices
+@pytest.mark.parametrize("world", [ALONE, World(0, 3), World(2, 3), World(19, 20)], ids="{0.rank} of {0.size}".format)
 @kinds
-def test_captured_steps_read_the_very_captions_and_photos(device: torch.device, decoder: str, order: Order) -> None:
+def test_captured_steps_read_the_very_captions_and_photos(
+    device: torch.device, decoder: str, order: Order, world: World
+) -> None:
     task = Task(decoder, order)
     padded = task.batches.padded(device)
-    epoch = padded.epoch(1, 2)
-    assert epoch.targets == [len(batch.targets) for batch in task.batches.epoch(1, 2)]
-    for number, batch in enumerate(task.batches.epoch(1, 2)):
+    epoch, whole = padded.epoch(1, 2, world), padded.epoch(1, 2)
+    batches = list(task.batches.epoch(1, 2, world))
+    assert epoch.targets == [len(batch.targets) if batch.share else 0 for batch in batches]
+    assert epoch.shares.tolist() == pytest.approx([batch.share for batch in batches])
+    assert (0 in epoch.targets) == (world.size == 20), "a batch of fewer units than ranks"
+    assert epoch.lengths == whole.lengths, "the same on all ranks"
+    assert epoch.views.shape[1] == -(-whole.views.shape[1] // world.size)
+    for number, batch in enumerate(batches):
         views, captions, length = epoch.views[number], epoch.captions[number], epoch.lengths[number] + 2
         features, *each = padded.gather(views, captions, length)
         words, targets, real = (one.cpu() for one in each)
@@ -133,19 +140,11 @@ def test_captured_steps_are_the_same_when_taken_again(device: torch.device) -> N
     assert once != pytest.approx([step.loss.item() for step in others.of_epoch(1)], rel=1e-4)
 
 
-def test_several_processes_preload_features_too_but_take_packed_steps(monkeypatch: pytest.MonkeyPatch) -> None:
-    asked: list[torch.device] = []
-    task, gpu = Task("merge", "captions"), torch.device("cuda")
-
-    def preload(batches: CaptionBatches, device: torch.device) -> bool:
-        asked.append(device)
-        return True
-
-    monkeypatch.setattr(CaptionBatches, "preload", preload)
-    two, alone = task.training(gpu, world=World(0, 2)), task.training(CPU)
-    assert isinstance(choose_steps(two, two.decoder), PackedSteps)
-    assert asked == [gpu]
-    assert isinstance(choose_steps(alone, alone.decoder), PackedSteps)
+def test_steps_are_packed_on_a_cpu_and_on_a_gpu_without_room_for_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr("capexp.data.batches._free_memory", lambda device: 1000)
+    for device in (CPU, torch.device("cuda")):
+        training = replace(Task("merge", "captions").training(CPU), device=device)
+        assert isinstance(choose_steps(training, training.decoder), PackedSteps)
 
 
 @pytest.mark.parametrize(
@@ -184,7 +183,7 @@ def test_there_are_few_lengths_and_none_is_beyond_the_longest() -> None:
         assert len(set(rounded)) <= 4 * longest.bit_length()
 
 
-@on_gpu
+@pytest.mark.gpu
 @kinds
 def test_an_epoch_on_a_gpu_waits_for_it_at_its_looks_at_the_loss_only(decoder: str, order: Order) -> None:
     task, device = Task(decoder, order), torch.device("cuda")
@@ -202,7 +201,7 @@ def test_an_epoch_on_a_gpu_waits_for_it_at_its_looks_at_the_loss_only(decoder: s
     assert len(told) <= 2, told
 
 
-@on_gpu
+@pytest.mark.gpu
 @pytest.mark.parametrize("smoothing", [0.0, 0.1])
 @pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16])
 def test_a_gpus_cross_entropy_is_the_cpus(smoothing: float, dtype: torch.dtype) -> None:
