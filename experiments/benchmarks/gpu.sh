@@ -61,7 +61,7 @@ else
   layer=(--rounds 1)
   decoding=(--rounds 1 --photos 4 --one-by-one 2 --no-peaks)
   critical=(--rounds 1)
-  run=(--photos 12 --epochs 1)
+  run=(--photos 24 --epochs 1)
   search=(--photos 12 --trials 2 --epochs 1 --no-runs)
   workers=(1 2)
   extraction=(--count 2 --rounds 1)
