@@ -74,9 +74,7 @@ part tests 110 python -m pytest -q -m gpu -p no:cacheprovider "${tests[@]}"
 bench training 60 bench_training "${training[@]}"
 bench vocabulary-layer 20 bench_training --vocabulary-layer "${layer[@]}"
 bench decoding 40 bench_decoding "${decoding[@]}"
-if [ -f "$benchmarks/bench_self_critical.py" ]; then
-  bench self-critical 40 bench_self_critical ${critical[@]+"${critical[@]}"}
-fi
+bench self-critical 40 bench_self_critical ${critical[@]+"${critical[@]}"}
 bench search 150 bench_search "${search[@]}" --workers "${workers[@]}"
 bench run 110 bench_run "${run[@]}"
 bench extraction 60 bench_extraction "${extraction[@]}"
