@@ -248,7 +248,7 @@ def test_machines_share_a_study_through_postgresql_and_an_mlflow_server(
 @pytest.mark.slow
 def test_a_storage_that_goes_away_is_told_in_one_line(postgresql: Callable[[str], str], tmp_path: Path) -> None:
     storage = postgresql("away")
-    folder = Folder(tmp_path, has_store=True)
+    folder = Folder(tmp_path)
     refused = end(start(folder, "--storage", storage.replace("/away", "/nowhere")), status=2)
     assert refused.count("\n") == 1
     assert 'database "nowhere" does not exist' in refused
