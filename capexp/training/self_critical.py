@@ -28,6 +28,7 @@ from capexp.metrics.cider import CiderReferences
 from capexp.metrics.scores import is_split_alone, score, tokenize
 from capexp.training.checkpoints import EpochProgress, TrainingState
 from capexp.training.loop import DevStats, Epoch, Objective, Save, Training, TrainStats
+from capexp.training.optimizer import AdamW
 from capexp.training.steps import clip, learning_rate, seed_step
 
 _END = ""  # a token for the end of a caption, which is rewarded too: otherwise captions learn to end with "in a"
@@ -82,9 +83,10 @@ class SelfCritical(Objective):
         decoder.load_state_dict(training.world.broadcast(decoder.state_dict))
         self._before = before
         self._settings = training.config.self_critical
-        self._optimizer = torch.optim.Adam(
+        self._optimizer = AdamW(
             [value for value in decoder.parameters() if value.requires_grad],
             lr=self._settings.learning_rate,
+            weight_decay=0,
             fused=True,
         )
         self._reward = Reward(training.train.split.references, training.captioner.vocabulary)
