@@ -29,6 +29,7 @@ from capexp.metrics.scores import score, tokenize
 from capexp.settings import DecodingConfig, ModelConfig, Schedule, SelfCriticalConfig, SplitName, TrainingConfig
 from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.loop import Epoch, Training, fit
+from capexp.training.optimizer import AdamW
 from capexp.training.self_critical import Reward, SelfCritical, advantages, dev_cider, policy_loss
 
 BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
@@ -268,13 +269,13 @@ def test_the_learning_rate_falls_to_zero_over_this_phase_alone_stopped_or_not(tm
     steps = len(data("train", 64, 1)[1]) // 8
     rates: list[float] = []
 
-    def step(self: torch.optim.Adam, closure: None = None) -> None:
+    def step(self: AdamW, closure: None = None) -> None:
         rates.append(self.param_groups[0]["lr"])
         plain(self, closure)
 
-    plain = torch.optim.Adam.step
+    plain = AdamW.step
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(torch.optim.Adam, "step", step)
+        patch.setattr(AdamW, "step", step)
         epochs = list(Task(tmp_path / "whole").started(2, schedule="cosine"))
     assert rates == pytest.approx([0.03 * (1 + math.cos(math.pi * i / (2 * steps))) / 2 for i in range(2 * steps)])
     assert [one.learning_rate for one in epochs] == pytest.approx([0.03, 0.015])
