@@ -215,9 +215,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_claims_of_memory_and_time_are_refused(path: Path, name: str) -> None:
-    start = time.perf_counter()
+    start = time.process_time()
     refusal(path, BOMBS[name])
-    assert time.perf_counter() - start < 5
+    assert time.process_time() - start < 20  # a second or two, on a machine that is not slow or busy
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
