@@ -140,7 +140,7 @@ def test_captions_are_those_of_the_plain_way(kind: str, config: DecodingConfig) 
         assert [hypothesis.log_probability for hypothesis in hypotheses] == pytest.approx(totals, abs=1e-4)
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
 @pytest.mark.parametrize("kind", ["merge", "attention", "ensemble"])
 def test_a_gpu_gives_the_same_captions(kind: str, config: DecodingConfig) -> None:

@@ -126,7 +126,7 @@ def test_captions_are_those_that_torch_draws_with_no_caption_left_out(fixed: boo
         assert torch.equal(torch.rand(3), following), "as many random numbers"
 
 
-@pytest.mark.skipif(not torch.cuda.is_available(), reason="no GPU here")
+@pytest.mark.gpu
 def test_sampling_on_a_gpu_waits_only_at_its_end() -> None:
     decoder, photos = small().cuda(), torch.rand(30, 4, 5).cuda()
     sample_captions(decoder, photos, WORDS, 4, 8)
