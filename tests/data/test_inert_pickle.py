@@ -215,9 +215,9 @@ BOMBS = {
 
 @pytest.mark.parametrize("name", BOMBS)
 def test_claims_of_memory_and_time_are_refused(path: Path, name: str) -> None:
-    start = time.process_time()
+    start = time.thread_time()
     refusal(path, BOMBS[name])
-    assert time.process_time() - start < 20  # a second or two, on a machine that is not slow or busy
+    assert time.thread_time() - start < 20  # of this thread alone: a second or two where it is not slow
 
 
 @pytest.mark.parametrize("protocol", PROTOCOLS)
