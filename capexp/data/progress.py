@@ -7,7 +7,6 @@ if TYPE_CHECKING:
     from tqdm import tqdm
 
 _LINE_SECONDS = 30.0  # between two lines in a file or a pipe
-_NEVER = 1e9  # seconds until tqdm's own thread redraws a bar that stands still
 
 
 def progress_bar(**options: Any) -> "tqdm[Any]":
@@ -16,6 +15,8 @@ def progress_bar(**options: Any) -> "tqdm[Any]":
 
     class Lines(tqdm):  # type: ignore[type-arg]
         """A bar that writes lines instead of redrawing itself."""
+
+        monitor_interval = 0  # else tqdm starts a thread for this class, which never ends, to redraw bars that stand still
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             """Write the bar as a line."""
@@ -30,4 +31,4 @@ def progress_bar(**options: Any) -> "tqdm[Any]":
 
     if sys.stderr.isatty():
         return tqdm(**options)
-    return Lines(mininterval=_LINE_SECONDS, maxinterval=_NEVER, ascii=True, **options)
+    return Lines(mininterval=_LINE_SECONDS, ascii=True, **options)
