@@ -16,7 +16,9 @@ def progress_bar(**options: Any) -> "tqdm[Any]":
     class Lines(tqdm):  # type: ignore[type-arg]
         """A bar that writes lines instead of redrawing itself."""
 
-        monitor_interval = 0  # else tqdm starts a thread for this class, which never ends, to redraw bars that stand still
+        monitor_interval = (
+            0  # else tqdm starts a thread for this class, which never ends, to redraw bars that stand still
+        )
 
         def display(self, msg: str | None = None, pos: int | None = None) -> None:
             """Write the bar as a line."""
