@@ -49,8 +49,8 @@ PYTEST = OMP_NUM_THREADS=1 python -m pytest --dist worksteal
 test: .venv/installed-test
 	$(PYTEST) --numprocesses logical --maxprocesses 4 -m "not slow"
 
-test-all: .venv/installed-test
-	$(PYTEST) --numprocesses 3 -m ""
+test-all: test
+	$(PYTEST) --numprocesses 3 -m slow
 
 check: .venv/installed-test
 	ruff format --check .

@@ -2,7 +2,6 @@
 
 import json
 import sqlite3
-import subprocess
 import sys
 from collections.abc import Callable, Iterator
 from contextlib import closing
@@ -11,7 +10,7 @@ from typing import Any
 
 import pytest
 from mlflow.tracking import MlflowClient
-from user_folder import Folder, wait_for
+from user_folder import Folder, Process, wait_for
 
 SETTINGS = {"model.embedding_size": 16, "model.lstm_units": 16, "training.patience": 99, "training.epochs": 10}
 SMALL = [word for name, value in SETTINGS.items() for word in (f"--{name}", str(value))]
@@ -30,19 +29,16 @@ def entries(folder: Folder, run_id: str) -> list[dict[str, Any]]:
     return [entry for entry in map(json.loads, lines) if "kind" in entry]
 
 
-Start = Callable[..., subprocess.Popen[str]]
+Start = Callable[..., Process]
 
 
 @pytest.fixture
 def start() -> Iterator[Start]:
     """Starts a process in a folder, with variables of its environment given by name; kills it when the test is over."""
-    processes: list[subprocess.Popen[str]] = []
+    processes: list[Process] = []
 
-    def begin(folder: Folder, *words: str, **variables: str) -> subprocess.Popen[str]:
-        process = subprocess.Popen(
-            words, cwd=folder.path, env=folder.environment | variables, text=True, stdout=subprocess.PIPE,
-            stderr=subprocess.PIPE, start_new_session=True,
-        )  # fmt: skip
+    def begin(folder: Folder, *words: str, **variables: str) -> Process:
+        process = folder.start(*words, **variables)
         processes.append(process)
         return process
 

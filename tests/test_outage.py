@@ -3,7 +3,6 @@
 import json
 import signal
 import statistics
-import subprocess
 import sys
 from collections.abc import Iterator
 from contextlib import suppress
@@ -14,7 +13,7 @@ import pytest
 from kinds import KINDS, PARENT, Kind, flags
 from mlflow.entities import Run
 from tracking_server import Proxy, Server, serving
-from user_folder import Folder, wait_for
+from user_folder import Folder, Process, wait_for
 
 pytestmark = pytest.mark.slow
 
@@ -40,15 +39,15 @@ def away(tmp_path: Path) -> Iterator[Away]:
                 assert PASSWORD.encode() not in path.read_bytes(), path
 
 
-def start(folder: Folder, command: tuple[str, ...]) -> subprocess.Popen[str]:
+def start(folder: Folder, command: tuple[str, ...]) -> Process:
     return folder.start(sys.executable, "-m", f"capexp.{command[0]}", *command[1:])
 
 
-def begin(folder: Folder, kind: Kind, epochs: int) -> subprocess.Popen[str]:
+def begin(folder: Folder, kind: Kind, epochs: int) -> Process:
     return start(folder, kind.begin(training__epochs=epochs, training__patience=500))
 
 
-def end(process: subprocess.Popen[str], status: int = 0) -> tuple[str, str]:
+def end(process: Process, status: int = 0) -> tuple[str, str]:
     out, err = process.communicate(timeout=400)
     print(out, err)
     assert process.returncode == status, f"{out}\n{err}"

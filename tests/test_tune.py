@@ -17,7 +17,7 @@ import optuna
 import psutil
 import pytest
 from mlflow.entities import Run
-from user_folder import Folder, wait_for
+from user_folder import Folder, Process, wait_for
 
 SPACE = {"model.lstm_units": {"low": 8, "high": 48}, "model.dropout": {"low": 0.1, "high": 0.5}}
 SETTINGS = (
@@ -26,23 +26,23 @@ SETTINGS = (
 )
 
 
-def start(folder: Folder, *arguments: str) -> subprocess.Popen[str]:
+def start(folder: Folder, *arguments: str) -> Process:
     return folder.start(sys.executable, "-m", "capexp.tune", *SETTINGS, *arguments)
 
 
-def end(process: subprocess.Popen[str], status: int = 0) -> str:
+def end(process: Process, status: int = 0) -> str:
     out, err = process.communicate(timeout=600)
     print(out, err)
     assert process.returncode == status, f"{out}\n{err}"
     return out + err
 
 
-def workers(process: subprocess.Popen[str]) -> list[psutil.Process]:
+def workers(process: Process) -> list[psutil.Process]:
     alive = [c for c in psutil.Process(process.pid).children() if c.status() != psutil.STATUS_ZOMBIE]
     return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
 
 
-def kill_all(process: subprocess.Popen[str]) -> None:
+def kill_all(process: Process) -> None:
     """kill -9 of the command and all its workers, at once."""
     os.killpg(process.pid, signal.SIGKILL)
     process.communicate()

@@ -13,12 +13,15 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
+from fork_server import Fork, can_fork
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
 from capexp.tracking.store import database_path, database_uri
 
 ROOT = Path(__file__).parents[1]
+Process = subprocess.Popen[str] | Fork
+"""A command that has been started."""
 
 
 class Folder:
@@ -39,9 +42,13 @@ class Folder:
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three processes more of a server, for nothing here
         }
 
-    def start(self, *arguments: str) -> subprocess.Popen[str]:
+    def start(self, *arguments: str, **variables: str) -> Process:
+        """Start a command in a session of its own; ``variables`` are added to its environment."""
+        environment = self.environment | variables
+        if can_fork(arguments, environment):
+            return Fork(arguments[2:], self.path, environment)
         return subprocess.Popen(
-            arguments, cwd=self.path, env=self.environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
+            arguments, cwd=self.path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,
             start_new_session=True,
         )  # fmt: skip
 

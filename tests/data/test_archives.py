@@ -290,8 +290,8 @@ def test_a_web_page_in_between_costs_nothing_of_what_is_there(mirror: Mirror, tm
 )
 def test_an_address_where_nobody_answers_is_told_at_once(tmp_path: Path, url: str, part: str) -> None:
     start = time.monotonic()
-    assert part in refusal(lambda: fetch(url, tmp_path / "x.zip", pauses=(60,)))
-    assert time.monotonic() - start < 30
+    assert part in refusal(lambda: fetch(url, tmp_path / "x.zip", pauses=(600,)))
+    assert time.monotonic() - start < 120
 
 
 def test_a_full_disk_keeps_what_is_there(mirror: Mirror, tmp_path: Path) -> None:
@@ -319,7 +319,7 @@ def test_a_killed_download_goes_on(mirror: Mirror, tmp_path: Path) -> None:
     code = f"from pathlib import Path; from capexp.data.archives import fetch; fetch({mirror.url!r}, Path('x.zip'))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
     part = tmp_path / "x.zip.part"
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (part.exists() and part.stat().st_size == 1_234_567):
         assert time.monotonic() < deadline
         time.sleep(0.01)
@@ -451,7 +451,7 @@ def test_a_killed_unpacking_leaves_nothing_that_looks_done(tmp_path: Path) -> No
     code = "from pathlib import Path; from capexp.data.archives import unpack; "
     code += "unpack(Path('x.zip'), Path('out'), ('photos',))"
     process = subprocess.Popen([sys.executable, "-c", code], cwd=tmp_path, env=os.environ | {"PYTHONPATH": str(ROOT)})
-    deadline = time.monotonic() + 30
+    deadline = time.monotonic() + 120
     while not (tmp_path / "out/x.unpacking/photos/500.jpg").exists():
         assert time.monotonic() < deadline
         time.sleep(0.001)

@@ -4,7 +4,6 @@ import json
 import os
 import shutil
 import signal
-import subprocess
 import sys
 import time
 from collections.abc import Callable
@@ -16,7 +15,7 @@ import mlflow
 import pytest
 from kinds import KINDS, PARENT, Kind
 from mlflow.entities import Run
-from user_folder import ROOT, Folder, wait_for
+from user_folder import ROOT, Folder, Process, wait_for
 
 from capexp.captioning.bundle import verify_bundle
 from capexp.errors import InputError
@@ -35,7 +34,7 @@ def make(path: Path, has_store: bool = True) -> Folder:
     return folder
 
 
-def start(folder: Folder, command: tuple[str, ...]) -> subprocess.Popen[str]:
+def start(folder: Folder, command: tuple[str, ...]) -> Process:
     return folder.start(sys.executable, "-m", f"capexp.{command[0]}", *command[1:])
 
 
