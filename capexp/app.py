@@ -34,6 +34,7 @@ def app(argv: list[str] | None = None) -> int:
     _refuse_taken(arguments.host, arguments.port)
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
     decoding = override_decoding(captioner.decoding, settings)
+    captioner.check_decoding(decoding)
     cli.use_encoder(captioner, settings)
     print(f"a page to try {arguments.model}: http://{arguments.host}:{arguments.port} (Ctrl-C ends it)", flush=True)
     page.serve(page.ServedCaptioner(captioner, arguments.model, decoding), arguments.host, arguments.port)

@@ -36,6 +36,7 @@ def caption(argv: list[str] | None = None) -> int:
     photos = find_photos(arguments.photos)
     captioner = Captioner.load(find_bundle(arguments.model), choose_device(device))
     decoding = override_decoding(captioner.decoding, settings)
+    captioner.check_decoding(decoding)
     if arguments.maps is not None:
         maps.require_attention(captioner)
     cli.use_encoder(captioner, settings)

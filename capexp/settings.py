@@ -398,6 +398,13 @@ class DecodingConfig(Section):
     """Hypotheses that beam search keeps for each photo."""
     samples: int = Field(default=40, ge=0, le=1000)
     """Captions sampled per photo, for ``consensus``."""
+    neighbours: int = Field(default=0, ge=0, le=1000)
+    """Number of train photos, those most similar to a photo by their features, whose captions ``consensus`` also
+    compares with; n-grams then have CIDEr-D's weights. The captioner's bundle holds the captions of all train photos;
+    with 0 it holds none."""
+    neighbour_weight: float = Field(default=2.0, gt=0, le=100)
+    """Weight of the mean similarity to the captions of neighbours; that to the captioner's own captions has weight
+    1."""
     length_penalty: float = Field(default=0.0, ge=0, le=10)
     """Exponent of the length in beam search, which ranks hypotheses by log-probability / length ** exponent. 0 prefers
     short captions; 1 ranks by the mean over the words."""
@@ -418,9 +425,20 @@ class DecodingConfig(Section):
             "greedy": "greedy decoding",
             "beam": f"beam search of width {self.beam_width}",
             "sample": "sampling",
-            "consensus": f"the consensus of a beam of {self.beam_width} and {self.samples} samples",
+            "consensus": self._describe_consensus(),
         }
         return words[self.method]
+
+    def _describe_consensus(self) -> str:
+        own = f"the consensus of a beam of {self.beam_width} and {self.samples} samples"
+        if not self.takes_neighbours:
+            return own
+        return f"{own} with the captions of the {self.neighbours} most similar train photos"
+
+    @property
+    def takes_neighbours(self) -> bool:
+        """Whether captions of train photos are taken into account."""
+        return self.method == "consensus" and self.neighbours > 0
 
 
 class RegistryConfig(Section):

@@ -31,7 +31,7 @@ _LIBRARIES = (
     ),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.dates", "optuna.storages", "tqdm"),
 )
-_OWN = ("CAPEXP_", "MLFLOW_", "OMP_NUM_THREADS", "PATH", "PYTHONPATH", "TORCH_HOME")
+_OWN = ("CAPEXP_", "MLFLOW_", "OMP_NUM_THREADS", "PATH", "PYTEST_", "PYTHONPATH", "TORCH_HOME")
 """The beginnings of the environment variables in which a command may differ from the server."""
 
 

@@ -142,6 +142,34 @@ def test_two_captioners_are_compared_on_the_same_photos(trained: Trained, tmp_pa
 
 
 @pytest.mark.slow
+def test_captions_of_similar_train_photos_are_compared_with(trained: Trained, tmp_path: Path, scenes: Path) -> None:
+    folder, _ = trained
+    consensus = ("--decoding.method", "consensus", "--decoding.samples", "5")
+    words = (*consensus, "--decoding.neighbours", "5")
+    # A bundle without captions of train photos: evaluate takes those of the data, caption cannot.
+    champion = ("--model", "models:/capexp-scenes@champion")
+    alone = json.loads(folder.run("evaluate", *champion, *consensus).stdout)
+    scores = json.loads(folder.run("evaluate", *champion, *words).stdout)
+    assert scores["cross_entropy"] == alone["cross_entropy"]
+    assert scores["cider"] > alone["cider"]
+    refused = folder.run("evaluate", *champion, *words, "--split", "train", status=2)
+    assert "their own references; evaluate dev or test" in refused.stderr
+    photo = str(scenes / "Scenes_Dataset" / "scene_0286.jpg")
+    refused = folder.run("caption", *champion, *words, photo, status=2)
+    assert "holds no captions of train photos; train it with decoding.neighbours" in refused.stderr
+    # A bundle with them: the dev captions of its training need nothing else.
+    other = Folder(tmp_path)
+    other.run("train", *SMALL, "--training.epochs", "2", *words)
+    (run,) = other.runs()
+    bundle = max(tmp_path.glob("checkpoints/*/ep*"))
+    again = json.loads(other.run("evaluate", "--model", str(bundle)).stdout)
+    assert again["decoding"]["neighbours"] == 5
+    assert again["cider"] == pytest.approx(run.data.metrics["dev_cider"])
+    version = other.client.get_model_version_by_alias("capexp-scenes", "champion")
+    assert "with the captions of the 5 most similar train photos" in version.description
+
+
+@pytest.mark.slow
 def test_test_scores_need_no_photos_of_other_splits(trained: Trained, tmp_path: Path, scenes: Path) -> None:
     folder, _ = trained
     data = tmp_path / "data"

@@ -8,6 +8,8 @@ A bundle holds
 * optionally ``encoder.safetensors``: the VGG16 layers that it needs, float16, so that it works without downloads;
 * ``reference.safetensors``, if it was trained on features of a file whose encoder is not known: the features of some
   train photos, float16, to check an encoder on;
+* ``neighbours.safetensors``, if ``decoding.neighbours`` was set at the training: the pooled features, float16, and the
+  captions of the train photos;
 * ``manifest.json``: the version of the format, and the SHA-256 of each of the other files.
 
 The bundle of an ensemble holds the model settings of each member, and the weights of all members in one file.
@@ -19,14 +21,16 @@ import os
 import shutil
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Annotated, Literal, TypeVar
+from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
 from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
 from safetensors import SafetensorError, safe_open
+from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
 
+from capexp.captioning.neighbours import Neighbours
 from capexp.data.captions import PhotosBySplit
 from capexp.data.encoder_check import Reference
 from capexp.data.feature_files import FileIdentity
@@ -46,6 +50,7 @@ _VOCABULARY = "vocabulary.json"
 _DECODER = "decoder.safetensors"
 _ENCODER = "encoder.safetensors"
 _REFERENCE = "reference.safetensors"
+_NEIGHBOURS = "neighbours.safetensors"
 _FEATURES = "features"  # the reference's tensor
 _FOLDER, _NAMES = "folder", "names"  # of the reference's photos, in its metadata
 
@@ -108,6 +113,7 @@ class Bundle:
     decoder_path: Path
     encoder_path: Path | None
     reference: Reference | None
+    neighbours: Neighbours | None
 
 
 def write_bundle(
@@ -117,8 +123,9 @@ def write_bundle(
     decoder: State,
     encoder: State | None,
     reference: Reference | None = None,
+    neighbours: Neighbours | None = None,
 ) -> None:
-    """Write a bundle atomically, with the encoder's weights and the reference if they are given."""
+    """Write a bundle atomically, with those of the encoder's weights, reference and neighbours that are given."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -126,6 +133,8 @@ def write_bundle(
             _write(partial, settings, vocabulary, decoder, encoder)
             if reference is not None:
                 _write_reference(partial / _REFERENCE, reference)
+            if neighbours is not None:
+                save_arrays(neighbours.arrays(), partial / _NEIGHBOURS)
             _write_manifest(partial, settings)
             shutil.rmtree(folder, ignore_errors=True)  # a resumed run writes the same bundle again
             partial.rename(folder)
@@ -137,8 +146,11 @@ def write_bundle(
 
 def _write(folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: State, encoder: State | None) -> None:
     folder.mkdir(parents=True)
-    # Earlier versions of the project know no splits here.
-    text = settings.model_dump_json(indent=2, exclude={"splits"} if settings.splits is None else None)
+    # Earlier versions of the project do not know these settings.
+    unknown: dict[str, Any] = {} if settings.splits is not None else {"splits": True}
+    if not settings.decoding.neighbours:
+        unknown["decoding"] = {"neighbours", "neighbour_weight"}
+    text = settings.model_dump_json(indent=2, exclude=unknown)
     (folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")
     (folder / _VOCABULARY).write_text(vocabulary.to_json() + "\n", encoding="utf-8")
     save_file(_contiguous(decoder), folder / _DECODER)
@@ -173,6 +185,14 @@ def _read_reference(path: Path, shape: tuple[int, int]) -> Reference:
     return Reference(Path(metadata.get(_FOLDER, "")), dict(zip(names, features.numpy(), strict=True)))
 
 
+def _read_neighbours(path: Path, settings: Settings, vocabulary: Vocabulary) -> Neighbours:
+    arrays = {name: value.numpy() for name, value in read_tensors(path).items()}
+    try:
+        return Neighbours.of_arrays(arrays, settings.encoder.shape[1], len(vocabulary))
+    except (KeyError, ValueError):
+        raise InputError(f"{path}: not the features and captions of train photos; copy the bundle again") from None
+
+
 def read_bundle(folder: Path) -> Bundle:
     """Read a bundle and check every file of it."""
     files = verify_bundle(folder)
@@ -187,7 +207,11 @@ def read_bundle(folder: Path) -> Bundle:
     if invalid:
         raise InputError(f"{path}: {invalid[0]} holds values that are not finite; take another captioner")
     reference = _read_reference(folder / _REFERENCE, settings.encoder.shape) if _REFERENCE in files else None
-    return Bundle(settings, vocabulary, decoder, path, folder / _ENCODER if _ENCODER in files else None, reference)
+    neighbours = _read_neighbours(folder / _NEIGHBOURS, settings, vocabulary) if _NEIGHBOURS in files else None
+    if settings.decoding.neighbours and neighbours is None:
+        raise InputError(f"{folder}: decoding.neighbours is set, but {_NEIGHBOURS} is missing; copy the bundle again")
+    encoder = folder / _ENCODER if _ENCODER in files else None
+    return Bundle(settings, vocabulary, decoder, path, encoder, reference, neighbours)
 
 
 def verify_bundle(folder: Path) -> set[str]:
@@ -198,7 +222,7 @@ def verify_bundle(folder: Path) -> set[str]:
     manifest = _parse(_Manifest, manifest_path)
     required = {_SETTINGS, _VOCABULARY, _DECODER}
     unlisted = sorted(required - set(manifest.sha256))
-    unknown = sorted(set(manifest.sha256) - required - {_ENCODER, _REFERENCE})
+    unknown = sorted(set(manifest.sha256) - required - {_ENCODER, _REFERENCE, _NEIGHBOURS})
     if unlisted or unknown:
         raise InputError(f"{manifest_path}: {', '.join(unlisted + unknown)} should (not) be listed; copy it again")
     for name, digest in manifest.sha256.items():

@@ -21,6 +21,7 @@ from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.decoding import check_beam_width, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
+from capexp.captioning.neighbours import Neighbours
 from capexp.data.cache import Identity
 from capexp.data.captions import PhotosBySplit
 from capexp.data.dataset import Dataset
@@ -77,6 +78,8 @@ class Captioner:
         """The photos of each split, if the training data was split at random; else None."""
         self.reference: Reference | None = None
         """What an encoder can be checked with, if the features came from a file and their encoder is not known."""
+        self.neighbours: Neighbours | None = None
+        """The train photos that consensus compares with, if ``decoding.neighbours`` was set at the training."""
         self._encoder: Encoder | None = None
         self._bundled_encoder: Path | None = None
 
@@ -139,6 +142,21 @@ class Captioner:
         """Record what the captioner's bundle keeps of the data that it is trained on."""
         assert data.encoder.key() == self.encoder_identity.key()
         self.encoder_identity, self.splits, self.reference = data.encoder, data.drawn, data.reference
+        if self.decoding.neighbours:
+            self.take_neighbours(data)
+
+    def take_neighbours(self, data: Dataset) -> None:
+        """Take the train photos of the data as those that consensus compares with."""
+        self.neighbours = Neighbours.of(data.splits["train"], data.features["train"], self.vocabulary)
+
+    def check_decoding(self, decoding: DecodingConfig) -> None:
+        """Raise InputError if the captioner cannot decode with these settings."""
+        check_beam_width(decoding, self.vocabulary)
+        if decoding.takes_neighbours and self.neighbours is None:
+            raise InputError(
+                f"decoding.neighbours = {decoding.neighbours}: the captioner's bundle holds no captions of train "
+                "photos; train it with decoding.neighbours, or set it to 0"
+            )
 
     @property
     def has_maps(self) -> bool:
@@ -216,11 +234,13 @@ class Captioner:
 
         ``decoding`` overrides the captioner's own decoding settings.
         """
+        config = decoding or self.decoding
+        self.check_decoding(config)
         captions = []
         batch = _DECODER_BATCH if self.device.type == "cpu" else 8 * _DECODER_BATCH
         for start in range(0, len(features), batch):
             part = torch.from_numpy(features[start : start + batch]).to(self.device).float()
-            for hypotheses in decode(self.decoder, part, self.vocabulary, decoding or self.decoding):
+            for hypotheses in decode(self.decoder, part, self.vocabulary, config, self.neighbours):
                 best, *others = [Caption(self.vocabulary.decode(h.tokens), h.log_probability) for h in hypotheses]
                 captions.append(replace(best, alternatives=tuple(others)))
         return captions
@@ -269,7 +289,7 @@ class Captioner:
         maps. A photo that cannot be read, and a setting that does not exist, raise InputError.
         """
         settings = override_decoding(self.decoding, {f"decoding.{name}": value for name, value in decoding.items()})
-        check_beam_width(settings, self.vocabulary)
+        self.check_decoding(settings)
         kinds = Path | str | bytes | bytearray | memoryview | Image.Image | np.ndarray
         if isinstance(photos, kinds) or hasattr(photos, "read"):
             return next(self._captions_of(iter([cast("Photo", photos)]), settings))
@@ -290,6 +310,7 @@ class Captioner:
 
         ``with_attention`` adds the attention maps, which takes a decoder that has them.
         """
+        self.check_decoding(decoding or self.decoding)
         results: list[Caption | InputError] = []
         for start in range(0, len(photos), _ENCODER_BATCH):
             batch = photos[start : start + _ENCODER_BATCH]
@@ -322,7 +343,9 @@ class Captioner:
             training=self.record,
             splits=self.splits,
         )
-        write_bundle(folder, settings, self.vocabulary, self.decoder.state_dict(), encoder, self.reference)
+        write_bundle(
+            folder, settings, self.vocabulary, self.decoder.state_dict(), encoder, self.reference, self.neighbours
+        )
         return folder
 
     @classmethod
@@ -345,6 +368,7 @@ class Captioner:
         )
         captioner.splits = settings.splits
         captioner.reference = bundle.reference
+        captioner.neighbours = bundle.neighbours
         captioner._bundled_encoder = bundle.encoder_path
         return captioner
 

@@ -13,6 +13,7 @@ from torch import Tensor
 
 from capexp.captioning.consensus import Tokens, agreement
 from capexp.captioning.decoder import Decoder
+from capexp.captioning.neighbours import Neighbours
 from capexp.data.batches import on_device
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
 from capexp.errors import InputError
@@ -35,20 +36,24 @@ class Hypothesis:
 
 
 def decode(
-    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+    decoder: Decoder,
+    features: Tensor,
+    vocabulary: Vocabulary,
+    config: DecodingConfig,
+    neighbours: Neighbours | None = None,
 ) -> list[tuple[Hypothesis, ...]]:
     """Return the hypotheses of each photo, the best first, from features ``(B, P, F)``.
 
     Beam search and consensus give all hypotheses of the beam; greedy and sampling give one. PAD, BOS and UNK are never
     emitted, and probabilities are normalised over the other entries. A caption ends with EOS or at ``maximum_length``
-    words.
+    words. ``neighbours`` must be given if ``config`` takes captions of train photos into account.
     """
     check_beam_width(config, vocabulary)
     decoder.eval()
     if config.method == "sample":
         return _sample(decoder, features, vocabulary, config, 1)
     if config.method == "consensus":
-        return _consensus(decoder, features, vocabulary, config)
+        return _consensus(decoder, features, vocabulary, config, neighbours)
     width = config.beam_width if config.method == "beam" else 1
     return _beam(decoder, features, vocabulary, config, width)
 
@@ -181,13 +186,13 @@ def _most_probable_first(probabilities: Tensor) -> tuple[Tensor, Tensor]:
 
 
 def _consensus(
-    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig
+    decoder: Decoder, features: Tensor, vocabulary: Vocabulary, config: DecodingConfig, neighbours: Neighbours | None
 ) -> list[tuple[Hypothesis, ...]]:
     """Rank the beam by minimum Bayes risk (Kumar and Byrne, 2004): by the mean similarity to other likely captions.
 
-    The most probable caption is often an unusual one. Devlin et al. (2015) choose the caption most similar to the
-    reference captions of similar photos. This function compares with the beam's hypotheses and with captions sampled
-    from the decoder instead.
+    The most probable caption is often an unusual one. This function compares with the beam's hypotheses and with
+    captions sampled from the decoder. With ``config.neighbours`` it also compares with the reference captions of
+    similar train photos, as Devlin et al. (2015) do, and n-grams have CIDEr-D's weights.
     """
 
     def parts(captions: int) -> tuple[Tensor, ...]:
@@ -212,7 +217,18 @@ def _consensus(
             for sampled in _sample(decoder, part, vocabulary, config, config.samples)
         ]
         others = [beam + sampled for beam, sampled in zip(candidates, tokens_of(samples), strict=True)]
-    ranks = [np.argsort(-similarity, kind="stable") for similarity in agreement(candidates, others)]
+    weights, frequencies = None, None
+    if config.neighbours:
+        assert neighbours is not None
+        frequencies = neighbours.frequencies
+        voices = neighbours.voices(features.cpu().numpy(), config.neighbours)
+        weights = [
+            np.append(np.full(len(own), 1 / len(own)), config.neighbour_weight * of_voices)
+            for own, (_, of_voices) in zip(others, voices, strict=True)
+        ]
+        others = [own + theirs for own, (theirs, _) in zip(others, voices, strict=True)]
+    similarities = agreement(candidates, others, weights, frequencies)
+    ranks = [np.argsort(-similarity, kind="stable") for similarity in similarities]
     return [tuple(beam[i] for i in rank) for beam, rank in zip(beams, ranks, strict=True)]
 
 

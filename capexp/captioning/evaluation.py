@@ -196,14 +196,14 @@ def evaluate(experiment: Experiment, captioner: Captioner, split: SplitName, jav
             "the captioner was not trained on random splits: photos of this random split may be among its train photos"
         )
     _require_file(experiment, captioner.encoder_identity)
-    data = Dataset.read(experiment, (split,), captioner.vocabulary, captioner.splits)
+    data = _read(experiment, captioner, split)
     if data.encoder.key() != captioner.encoder_identity.key():
         raise InputError(
             f"the captioner takes features of {captioner.encoder_identity}, experiment {experiment.name} gives those "
             f"of {data.encoder}; name the experiment it was trained with, or set features.layer, pool, size, resize "
             "and weights, or features.file"
         )
-    batches = data.with_features().batches(split, experiment.training)
+    batches = _with_features(data, captioner).batches(split, experiment.training)
     loss = cross_entropy(captioner.decoder, batches.in_order())
     blind = blind_cross_entropy(captioner.decoder, batches, experiment.seed)
     start = time.perf_counter()
@@ -278,10 +278,10 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     hypotheses = []
     for captioner in captioners:
         own = _with_features_of(experiment, captioner.encoder_identity)
-        data = Dataset.read(own, (split,), captioner.vocabulary, captioner.splits)
+        data = _read(own, captioner, split)
         if data.encoder.key() != captioner.encoder_identity.key():
             raise _other_features(captioner, data)
-        hypotheses.append(caption_all(captioner, data.with_features().features[split]))
+        hypotheses.append(caption_all(captioner, _with_features(data, captioner).features[split]))
     # Score the captions; sort the photos by the difference in CIDEr.
     photos, references = data.splits[split].photos, data.splits[split].references
     first, second = (score([caption.text for caption in captions], references, rule) for captions in hypotheses)
@@ -297,6 +297,29 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
     )
     differences = paired_difference(second, first, seed=experiment.seed)
     return Comparison(len(photos), (first.corpus(), second.corpus()), differences, most)
+
+
+def _read(experiment: Experiment, captioner: Captioner, split: SplitName) -> Dataset:
+    """Read a split, and train too if the captioner needs train photos that its bundle does not hold."""
+    if captioner.decoding.takes_neighbours and split == "train":
+        raise InputError(
+            "decoding.neighbours: the captions of train photos would be compared with their own references; evaluate "
+            "dev or test, or set decoding.neighbours = 0"
+        )
+    names: tuple[SplitName, ...] = (split, "train") if _lacks_neighbours(captioner) else (split,)
+    return Dataset.read(experiment, names, captioner.vocabulary, captioner.splits)
+
+
+def _with_features(data: Dataset, captioner: Captioner) -> Dataset:
+    """Compute the features, and give the captioner the train photos that it lacks."""
+    data = data.with_features()
+    if _lacks_neighbours(captioner):
+        captioner.take_neighbours(data)
+    return data
+
+
+def _lacks_neighbours(captioner: Captioner) -> bool:
+    return captioner.decoding.takes_neighbours and captioner.neighbours is None
 
 
 def _with_features_of(experiment: Experiment, identity: Identity) -> Experiment:

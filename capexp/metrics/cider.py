@@ -5,7 +5,7 @@ Shapes: N photos, B hypotheses, T tokens of all captions, D distinct n-grams of 
 
 import math
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from itertools import chain
 from typing import NamedTuple, TypeVar
@@ -22,7 +22,7 @@ ORDERS = 4  # n-grams of 1 to 4 words
 _SIGMA = 6.0  # the standard deviation of the Gaussian length penalty
 
 
-class _Counts(NamedTuple):
+class Counts(NamedTuple):
     """The n-grams of one order in some captions; an n-gram's code is that of its first n - 1 tokens, and a token."""
 
     codes: NDArray[np.int64]
@@ -32,14 +32,49 @@ class _Counts(NamedTuple):
     counts: NDArray[np.int64]  # (D,): how often the caption has the n-gram
 
 
+class DocumentFrequencies:
+    """The inverse document frequency (IDF) of each n-gram: log(photos / photos that have it in their captions)."""
+
+    def __init__(self, counts: Sequence[Counts], owners: NDArray[np.int64], photos: int, tokens: int) -> None:
+        """Count the photos of n-grams.
+
+        ``counts`` are the n-grams of each order in captions of ids below ``tokens``; ``owners`` are the captions'
+        photos, from 0 to ``photos`` - 1.
+        """
+        self._tokens = tokens
+        self._codes = [order.codes for order in counts]
+        self.idf = [self._idf(order, owners, photos) for order in counts]
+        """For each order, the IDF of each n-gram, and last that of an n-gram that no photo has: log(photos)."""
+
+    @staticmethod
+    def _idf(counts: Counts, owners: NDArray[np.int64], photos: int) -> NDArray[np.float64]:
+        ngrams = len(counts.codes)
+        keys = np.unique(owners[counts.captions] * ngrams + counts.numbers)
+        idf: NDArray[np.float64] = np.log(photos / np.bincount(keys % max(ngrams, 1), minlength=ngrams))
+        return np.append(idf, math.log(photos))
+
+    def find(self, counts: Sequence[Counts], tokens: int) -> Iterator[NDArray[np.int64]]:
+        """Yield for each order the number of each n-gram that is counted, its position in ``idf``; -1 if unknown.
+
+        ``tokens`` is the number of ids that the n-grams were counted with.
+        """
+        numbers = np.zeros(1, np.int64)  # of the n-grams of the order before
+        for (counted, *_), known in zip(counts, self._codes, strict=True):
+            prefixes, last = np.divmod(counted, max(tokens, 1))
+            wanted = numbers[prefixes] * self._tokens + last
+            found = known.searchsorted(wanted)
+            is_known = (numbers[prefixes] >= 0) & (last < self._tokens)
+            is_known &= np.append(known, -1)[found] == wanted
+            numbers = np.where(is_known, found, -1)
+            yield numbers
+
+
 @dataclass(frozen=True)
 class _Order:
     """The TF-IDF weights of the references' n-grams of one order, sorted by photo and n-gram."""
 
-    codes: NDArray[np.int64]
-    """The code of each n-gram, ascending."""
-    idf: NDArray[np.float64]
-    """The inverse document frequency of each n-gram."""
+    ngrams: int
+    """The number of different n-grams."""
     keys: NDArray[np.int64]  # (D,): photo and n-gram in one number, ascending
     captions: NDArray[np.int64]  # (D,): the reference
     weights: NDArray[np.float64]  # (D,): the weight of the n-gram in the reference
@@ -57,8 +92,9 @@ class CiderReferences:
         self._photos = len(references)
         self._references = np.array([len(photo) for photo in references])  # (N,): the references of each photo
         self._lengths = _lengths(captions)
-        photos = np.repeat(np.arange(self._photos), self._references)
-        self._orders = [self._weigh(counts, photos) for counts in _count(captions, self._tokens)]
+        photos, counts = np.repeat(np.arange(self._photos), self._references), count_ngrams(captions, self._tokens)
+        self._frequencies = DocumentFrequencies(counts, photos, self._photos, self._tokens)
+        self._orders = [_weigh(*order, photos) for order in zip(counts, self._frequencies.idf, strict=True)]
 
     def token_ids(self, tokens: Sequence[str]) -> list[int]:
         """Return the ids of a caption's tokens, by which :meth:`score` knows them."""
@@ -73,16 +109,15 @@ class CiderReferences:
         """
         own_photos, lengths = np.asarray(photos, np.int64), _lengths(hypotheses)
         scores = np.zeros((2, len(hypotheses)))
-        numbers = np.zeros(1, np.int64)  # the references' number of each n-gram of the last order; -1 for none
-        for counts, order in zip(_count(hypotheses, len(self._ids)), self._orders, strict=True):
-            numbers = self._find(counts.codes, numbers, order)
+        all_counts = count_ngrams(hypotheses, len(self._ids))
+        found = self._frequencies.find(all_counts, len(self._ids))
+        for counts, numbers, idf, order in zip(all_counts, found, self._frequencies.idf, self._orders, strict=True):
             # The hypotheses' weights. An n-gram in no reference gets the IDF of one in a single photo's references.
-            idf = np.append(order.idf, math.log(self._photos))[numbers]
-            captions, weights = counts.captions, counts.counts * idf[counts.numbers]
+            captions, weights = counts.captions, counts.counts * idf[numbers[counts.numbers]]
             norms = np.sqrt(np.bincount(captions, weights**2, len(hypotheses)))
             # Where references of the photo have the n-gram: one row for each of them.
             known = (numbers[counts.numbers] >= 0).nonzero()[0]
-            keys = own_photos[captions[known]] * len(order.codes) + numbers[counts.numbers[known]]
+            keys = own_photos[captions[known]] * order.ngrams + numbers[counts.numbers[known]]
             first = order.keys.searchsorted(keys)
             repeats = order.keys.searchsorted(keys, "right") - first
             rows = np.repeat(known, repeats)
@@ -97,30 +132,17 @@ class CiderReferences:
             scores += [np.bincount(captions, values, len(hypotheses)) for values in (clipped, weights * share)]
         return (scores * (10 / (ORDERS * self._references[own_photos]))).T
 
-    def _weigh(self, counts: _Counts, photos: NDArray[np.int64]) -> _Order:
-        """Return the weights of an order; ``photos`` is the photo of each reference."""
-        keys = photos[counts.captions] * len(counts.codes) + counts.numbers
-        frequencies = np.bincount(np.unique(keys) % max(len(counts.codes), 1), minlength=len(counts.codes))
-        idf: NDArray[np.float64] = np.log(self._photos / frequencies)
-        weights = counts.counts * idf[counts.numbers]
-        norms = np.sqrt(np.bincount(counts.captions, weights**2, len(photos)))
-        order = np.argsort(keys, kind="stable")
-        return _Order(counts.codes, idf, keys[order], counts.captions[order], weights[order], norms)
 
-    def _find(self, codes: NDArray[np.int64], prefixes: NDArray[np.int64], order: _Order) -> NDArray[np.int64]:
-        """Return the references' number of each n-gram with a hypothesis's code; -1 for one that no reference has.
-
-        ``prefixes`` are the references' numbers of the hypotheses' n-grams of the order before, -1 included.
-        """
-        own_prefixes, tokens = np.divmod(codes, max(len(self._ids), 1))
-        wanted = prefixes[own_prefixes] * self._tokens + tokens
-        found = order.codes.searchsorted(wanted)
-        is_known = (prefixes[own_prefixes] >= 0) & (tokens < self._tokens)
-        is_known &= np.append(order.codes, -1)[found] == wanted
-        return np.where(is_known, found, -1)
+def _weigh(counts: Counts, idf: NDArray[np.float64], photos: NDArray[np.int64]) -> _Order:
+    """Return the weights of an order of the references; ``photos`` is the photo of each reference."""
+    keys = photos[counts.captions] * len(counts.codes) + counts.numbers
+    weights = counts.counts * idf[counts.numbers]
+    norms = np.sqrt(np.bincount(counts.captions, weights**2, len(photos)))
+    order = np.argsort(keys, kind="stable")
+    return _Order(len(counts.codes), keys[order], counts.captions[order], weights[order], norms)
 
 
-def _count(captions: Sequence[Sequence[int]], tokens: int) -> list[_Counts]:
+def count_ngrams(captions: Sequence[Sequence[int]], tokens: int) -> list[Counts]:
     """Count the n-grams of each order in captions of ids below ``tokens``.
 
     The code of an n-gram is ``tokens`` times the number of its first n - 1 tokens, plus the id of its last one.
@@ -136,7 +158,7 @@ def _count(captions: Sequence[Sequence[int]], tokens: int) -> list[_Counts]:
         starts = starts[has_ngram]
         codes, numbers = np.unique(numbers[has_ngram] * tokens + ids[starts + order - 1], return_inverse=True)
         keys, counts = np.unique(owners[starts] * len(codes) + numbers, return_counts=True)
-        orders.append(_Counts(codes, *np.divmod(keys, max(len(codes), 1)), counts))
+        orders.append(Counts(codes, *np.divmod(keys, max(len(codes), 1)), counts))
     return orders
 
 

@@ -16,7 +16,6 @@ from mlflow.protos.databricks_pb2 import BAD_REQUEST
 from pydantic import ValidationError
 
 from capexp.captioning.captioner import Captioner
-from capexp.captioning.decoding import check_beam_width
 from capexp.data.photos import MAXIMUM_UPLOAD
 from capexp.errors import InputError
 from capexp.settings import DecodingConfig
@@ -63,7 +62,7 @@ class ServedCaptioner(mlflow.pyfunc.PythonModel):  # type: ignore[misc]
             decoding = DecodingConfig.model_validate(self.captioner.decoding.model_dump() | given)
             if decoding.beam_width > MAXIMUM_BEAM_WIDTH:
                 raise InputError(f"params.beam_width = {decoding.beam_width}: at most {MAXIMUM_BEAM_WIDTH} here")
-            check_beam_width(decoding, self.captioner.vocabulary)
+            self.captioner.check_decoding(decoding)
         except ValidationError as error:
             first = error.errors()[0]
             message = f"params.{first['loc'][0]} = {first['input']!r}: {first['msg']}"

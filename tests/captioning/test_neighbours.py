@@ -1,0 +1,204 @@
+"""Captions of similar train photos: which they are, their weights, and the captions that are chosen by them."""
+
+import json
+import math
+from collections import Counter
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from small import data, identity
+from test_plain_decoding import WORDS, decoder_of, plain_beam, plain_samples, words_of
+
+from capexp.captioning.captioner import Captioner
+from capexp.captioning.consensus import Tokens, agreement
+from capexp.captioning.decoding import decode
+from capexp.captioning.neighbours import Neighbours, pool
+from capexp.data.vocabulary import EOS, build_vocabulary
+from capexp.errors import InputError
+from capexp.metrics.cider import CiderReferences
+from capexp.settings import DecodingConfig, ModelConfig, VocabularyConfig
+
+CONSENSUS = DecodingConfig(method="consensus", beam_width=4, samples=6, neighbours=3, maximum_length=8)
+
+
+def some_neighbours(photos: int = 12, positions: int = 3) -> tuple[Neighbours, torch.Tensor]:
+    """Train photos with one to four captions of random words, and the features of five photos."""
+    rng = np.random.default_rng(5)
+    captions = tuple(
+        tuple(tuple(rng.integers(4, 4 + 9, rng.integers(1, 9)).tolist()) for _ in range(rng.integers(1, 5)))
+        for _ in range(photos)
+    )
+    train = rng.normal(size=(photos, positions, 5)).astype(np.float32)
+    generator = torch.Generator().manual_seed(4)
+    return Neighbours(pool(train), captions), 5 * torch.randn(5, positions, 5, generator=generator)
+
+
+def test_the_pooled_features_are_roots_of_means() -> None:
+    features = np.array([[[4, -9, 0], [0, -9, 2]]], np.float32)
+    np.testing.assert_allclose(pool(features), [[math.sqrt(2), -3, 1]], rtol=1e-3)
+
+
+def test_the_voices_are_the_captions_of_the_nearest_photos_by_their_squared_similarity() -> None:
+    neighbours, features = some_neighbours()
+    centre = neighbours.pooled.astype(np.float64).mean(0)
+    for photo, (captions, weights) in zip(features.numpy(), neighbours.voices(features.numpy(), 3), strict=True):
+        own = pool(photo[None])[0].astype(np.float64) - centre
+        cosines = [
+            float(own @ other / np.linalg.norm(own) / np.linalg.norm(other))
+            for other in neighbours.pooled.astype(np.float64) - centre
+        ]
+        nearest = sorted(range(len(cosines)), key=lambda i: -cosines[i])[:3]
+        assert captions == [caption for i in nearest for caption in neighbours.captions[i]]
+        squares = {i: max(cosines[i], 0) ** 2 for i in nearest}
+        expected = [
+            squares[i] / sum(squares.values()) / len(neighbours.captions[i])
+            for i in nearest
+            for _ in neighbours.captions[i]
+        ]
+        np.testing.assert_allclose(weights, expected, rtol=1e-4)
+
+
+def test_a_photos_voices_do_not_depend_on_the_others() -> None:
+    neighbours, features = some_neighbours()
+    together = neighbours.voices(features.numpy(), 4)
+    for i in range(len(features)):
+        ((captions, weights),) = neighbours.voices(features[i : i + 1].numpy(), 4)
+        assert captions == together[i][0]
+        np.testing.assert_array_equal(weights, together[i][1])
+
+
+def test_where_no_train_photo_is_similar_each_counts_alike() -> None:
+    pooled = np.array([[1, 0], [-1, 0], [0, 0]], np.float16)
+    neighbours = Neighbours(pooled, (((4,),), ((5,), (6,)), ((7,),)))
+    ((captions, weights),) = neighbours.voices(np.zeros((1, 1, 2), np.float32), 2)
+    assert captions == [(4,), (5,), (6,)]
+    np.testing.assert_allclose(weights, [0.5, 0.25, 0.25])
+
+
+def test_more_neighbours_than_train_photos_are_all_of_them() -> None:
+    neighbours, features = some_neighbours(photos=2)
+    assert all(
+        len(captions) == sum(map(len, neighbours.captions)) for captions, _ in neighbours.voices(features.numpy(), 9)
+    )
+
+
+def test_weighted_agreement_is_cider_d_with_the_document_frequencies_of_train() -> None:
+    neighbours, _ = some_neighbours(photos=40)
+    people = CiderReferences(
+        [[(*map(str, caption), "end") for caption in of_photo] for of_photo in neighbours.captions]
+    )
+    rng = np.random.default_rng(2)
+    hypotheses: list[Tokens] = [tuple(rng.integers(4, 15, length).tolist()) for length in (4, 6, 9, 12)]
+    ids = [people.token_ids((*map(str, tokens), "end")) for tokens in hypotheses]
+    for photo, captions in enumerate(neighbours.captions):
+        if all(len(caption) > 2 for caption in captions):  # which have n-grams of all orders
+            expected = people.score([photo] * len(hypotheses), ids)[:, 0] / 10
+            (found,) = agreement([hypotheses], [list(captions)], frequencies=neighbours.frequencies)
+            np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
+
+
+def plain_similarity(a: Tokens, b: Tokens, photos: tuple[tuple[Tokens, ...], ...]) -> float:
+    """Return the weighted similarity of a candidate to another caption, from counters of their n-grams."""
+
+    def counts(tokens: Tokens, order: int) -> Counter[Tokens]:
+        return Counter((*tokens, EOS)[i : i + order] for i in range(len(tokens) + 2 - order))
+
+    def idf(ngram: Tokens) -> float:
+        has = sum(any(ngram in counts(caption, len(ngram)) for caption in of_photo) for of_photo in photos)
+        return math.log(len(photos) / max(has, 1))
+
+    cosines = []
+    for order in range(1, min(max(len(a), len(b)) + 1, 4) + 1):
+        own = {ngram: count * idf(ngram) for ngram, count in counts(a, order).items()}
+        theirs = {ngram: count * idf(ngram) for ngram, count in counts(b, order).items()}
+        norms = math.sqrt(sum(v * v for v in own.values()) * sum(v * v for v in theirs.values()))
+        products = sum(min(own[ngram], theirs.get(ngram, 0)) * theirs.get(ngram, 0) for ngram in own)
+        cosines.append(products / norms if norms else 0.0)
+    return math.exp(-((len(a) - len(b)) ** 2) / 72) * sum(cosines) / len(cosines)
+
+
+@pytest.mark.parametrize("weight", [0.5, 20.0])
+def test_captions_are_chosen_as_counted_one_by_one(weight: float) -> None:
+    decoder, positions = decoder_of("attention")
+    neighbours, features = some_neighbours(positions=positions)
+    config = CONSENSUS.model_copy(update={"neighbour_weight": weight})
+    found = decode(decoder, features, WORDS, config, neighbours)
+    for photo, hypotheses in zip(features, found, strict=True):
+        candidates = [words_of(said) for said, _ in plain_beam(decoder, photo, config, config.beam_width)]
+        samples = [words_of(said) for said, _ in plain_samples(decoder, photo, config, config.samples)]
+        ((voices, weights),) = neighbours.voices(photo[None].numpy(), config.neighbours)
+        scores = {}
+        for one in candidates:
+            own = [plain_similarity(one, other, neighbours.captions) for other in candidates + samples]
+            others = [plain_similarity(one, other, neighbours.captions) for other in voices]
+            scores[one] = sum(own) / len(own) + weight * float(np.dot(others, weights))
+        assert [h.tokens for h in hypotheses] == sorted(candidates, key=lambda one: -scores[one])
+    assert found != decode(decoder, features, WORDS, config.model_copy(update={"neighbours": 0}))
+
+
+@pytest.fixture
+def captioner() -> Captioner:
+    split, features = data("train", 30, seed=1)
+    vocabulary = build_vocabulary(
+        (text for texts in split.references for text in texts), VocabularyConfig(minimum_count=1)
+    )
+    config = ModelConfig(embedding_size=8, lstm_units=8)
+    captioner = Captioner.fresh(config, vocabulary, identity("mean"), CONSENSUS, seed=1)
+    captioner.neighbours = Neighbours.of(split, features, vocabulary)
+    return captioner
+
+
+def test_a_bundle_carries_them(captioner: Captioner, tmp_path: Path) -> None:
+    again = Captioner.load(captioner.save(tmp_path / "bundle"))
+    assert again.neighbours is not None and captioner.neighbours is not None
+    assert again.neighbours.captions == captioner.neighbours.captions
+    assert captioner.vocabulary.decode(again.neighbours.captions[0][0]).startswith("a ")
+    _, features = data("dev", 10, seed=2)
+    (part,) = features.parts(10)
+    assert again.caption_features(part) == captioner.caption_features(part)
+
+
+def test_a_bundle_without_them_is_as_it_was_before_they_were_known(captioner: Captioner, tmp_path: Path) -> None:
+    captioner.neighbours, captioner.decoding = None, DecodingConfig()
+    bundle = captioner.save(tmp_path / "bundle")
+    assert not (bundle / "neighbours.safetensors").exists()
+    assert (
+        not {"neighbours", "neighbour_weight"} & json.loads((bundle / "captioner.json").read_text())["decoding"].keys()
+    )
+
+
+def test_a_captioner_without_them_says_what_to_do(captioner: Captioner) -> None:
+    captioner.neighbours = None
+    _, features = data("dev", 2, seed=2)
+    (part,) = features.parts(2)
+    with pytest.raises(
+        InputError, match=r"decoding.neighbours = 3: .*train it with decoding.neighbours, or set it to 0"
+    ):
+        captioner.caption_features(part)
+    captioner.caption_features(part, CONSENSUS.model_copy(update={"neighbours": 0}))
+    captioner.caption_features(part, CONSENSUS.model_copy(update={"method": "beam"}))
+
+
+FAULTS = {
+    "pooled": [
+        lambda a: a.astype(np.float32),
+        lambda a: a[:-1],
+        lambda a: a[:, :-1],
+        lambda a: np.full_like(a, np.nan),
+    ],
+    "tokens": [lambda a: a[:-1], lambda a: a - 100, lambda a: a + 100, lambda a: a.astype(np.int64)],
+    "lengths": [lambda a: a[:-1], lambda a: -a],
+    "captions": [lambda a: a[:-1], lambda a: 0 * a],
+}
+
+
+@pytest.mark.parametrize(("name", "fault"), [(name, i) for name, faults in FAULTS.items() for i in range(len(faults))])
+def test_arrays_that_do_not_fit_are_refused(captioner: Captioner, name: str, fault: int) -> None:
+    assert captioner.neighbours is not None
+    arrays = captioner.neighbours.arrays()
+    size, entries = arrays["pooled"].shape[1], len(captioner.vocabulary)
+    Neighbours.of_arrays(arrays, size, entries)
+    with pytest.raises(ValueError, match="do not fit"):
+        Neighbours.of_arrays({**arrays, name: FAULTS[name][fault](arrays[name])}, size, entries)
