@@ -31,6 +31,8 @@ _LIBRARIES = (
     ),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.dates", "optuna.storages", "tqdm"),
 )
+_ENVIRONMENT = dict(os.environ)
+"""The environment in which the server is started."""
 _OWN = ("CAPEXP_", "MLFLOW_", "OMP_NUM_THREADS", "PATH", "PYTEST_", "PYTHONPATH", "TORCH_HOME")
 """The beginnings of the environment variables in which a command may differ from the server."""
 
@@ -97,7 +99,7 @@ class Fork:
 
 def can_fork(arguments: tuple[str, ...], environment: dict[str, str]) -> bool:
     """Return whether a fork of the server can run the command: its imports do not depend on what is different."""
-    names = {name for name in {*environment, *os.environ} if environment.get(name) != os.environ.get(name)}
+    names = {name for name in {*environment, *_ENVIRONMENT} if environment.get(name) != _ENVIRONMENT.get(name)}
     return (
         arguments[:2] == (sys.executable, "-m")
         and arguments[2].startswith("capexp.")
@@ -124,7 +126,7 @@ def _server() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # No threads, which a fork would lack: neither torch's nor those of the allocator that PyArrow brings.
     threads = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-    environment = os.environ | {"PYTHONPATH": str(ROOT)} | threads
+    environment = _ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | threads
     with its:
         process = subprocess.Popen(
             [sys.executable, __file__, str(its.fileno())], pass_fds=[its.fileno()], env=environment,

@@ -826,6 +826,7 @@ def test_features_that_find_no_room_are_told_in_one_line(tmp_path: Path, vgg16: 
     printed = on_a_disk_of(
         "64k", tmp_path / "cache", "",
         "-m", "capexp.extract", "--split", "dev", "--features.cache", "cache", "--features.weights", str(vgg16),
+        "--features.size", "96",
     )  # fmt: skip
     assert printed.returncode == 2, printed.stderr
     line = printed.stderr.splitlines()[-1]

@@ -10,7 +10,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinds import KINDS, PARENT, Kind, flags
+from kinds import KINDS, LASTING, PARENT, Kind, flags
 from mlflow.entities import Run
 from tracking_server import Proxy, Server, serving
 from user_folder import Folder, Process, wait_for
@@ -44,7 +44,7 @@ def start(folder: Folder, command: tuple[str, ...]) -> Process:
 
 
 def begin(folder: Folder, kind: Kind, epochs: int) -> Process:
-    return start(folder, kind.begin(training__epochs=epochs, training__patience=500))
+    return start(folder, kind.begin(training__epochs=epochs, **LASTING))
 
 
 def end(process: Process, status: int = 0) -> tuple[str, str]:
@@ -177,7 +177,7 @@ def test_a_server_that_stays_away_stops_what_has_more_runs_to_do_and_it_goes_on_
     proxy.is_away = False
     assert {run.info.status for run in folder.runs()} == {"RUNNING"}
     assert "ended       FINISHED" in folder.run("sync", run_id).stdout
-    folder.run(*kind.go_on(folder, training__epochs=4, training__patience=500))
+    folder.run(*kind.go_on(folder, training__epochs=4, **LASTING))
     assert_one_model(folder, assert_server_equals_journals(folder))
     assert epochs_sent(folder) == [4] * kind.count
 
@@ -217,7 +217,7 @@ def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tm
     assert_one_model(folder, run)
 
 
-@EACH
+@pytest.mark.parametrize("name", ["single", "study"])  # a run alone, and one under another
 def test_a_slow_server_does_not_slow_training_down(away: Away, name: str) -> None:
     folder, _, proxy = away
     process = begin(folder, KINDS[name], 10)
@@ -261,7 +261,7 @@ def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(awa
             assert f"python -m capexp.sync {run_id}" in said
             process = start(folder, ("sync", run_id))
         else:
-            process = start(folder, kind.go_on(folder, training__epochs=8, training__patience=500))
+            process = start(folder, kind.go_on(folder, training__epochs=8, **LASTING))
     assert process.returncode == 0, said
     assert any("model-versions" in path for _, path in proxy.lost)
     assert_one_model(folder, assert_server_equals_journals(folder))
@@ -271,7 +271,7 @@ def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(awa
 @EACH
 def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Away, name: str) -> None:
     folder, _, proxy = away
-    kind, settings = KINDS[name], {"training__epochs": 14, "training__patience": 500}
+    kind, settings = KINDS[name], {"training__epochs": 14, **LASTING}
     process = begin(folder, kind, 14)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
     proxy.is_away = True

@@ -13,7 +13,7 @@ from typing import Any
 
 import mlflow
 import pytest
-from kinds import KINDS, PARENT, Kind
+from kinds import KINDS, LASTING, PARENT, Kind
 from mlflow.entities import Run
 from user_folder import ROOT, Folder, Process, wait_for
 
@@ -143,7 +143,7 @@ def moments(folder: Folder, kind: Kind) -> dict[str, Callable[[float], object]]:
 
     is_new = {
         "within the first epoch": lambda begun: is_begun(),
-        "while a resumed run reads its state": lambda begun: time.time() > begun + 3,
+        "while a resumed run reads its state": lambda begun: time.time() > begun + 0.5,
         "while the first epoch's state is written": lambda begun: (
             len({path.parent for path in kind.trained(folder, "ep001-*")}) == kind.count
         ),
@@ -282,7 +282,7 @@ def test_what_is_not_resumed_so_is_refused_with_what_to_do(
 @SLOW
 def test_a_second_tune_joins_and_the_first_goes_on_when_it_is_stopped(tmp_path: Path) -> None:
     folder, kind = make(tmp_path), KINDS["study"]
-    command = (*kind.begin(training__epochs=20, training__patience=20)[:-1], "3")  # trials that last
+    command = (*kind.begin(training__epochs=20, **LASTING)[:-1], "3")  # trials that last
     first = start(folder, command)
     wait_for(lambda: kind.trained(folder, "last.pt"), 200)
     second = start(folder, command)
@@ -306,9 +306,9 @@ def test_a_second_tune_joins_and_the_first_goes_on_when_it_is_stopped(tmp_path: 
 @SLOW
 def test_an_ensemble_begun_twice_at_once_is_refused_the_member_that_the_first_trains(tmp_path: Path) -> None:
     folder, kind = make(tmp_path), KINDS["ensemble"]
-    first = start(folder, kind.begin(training__epochs=8, training__patience=99))
+    first = start(folder, kind.begin(training__epochs=8, **LASTING))
     wait_for(lambda: kind.trained(folder, "last.pt"), 200)
-    refused = folder.run(*kind.begin(training__epochs=8, training__patience=99), status=2)
+    refused = folder.run(*kind.begin(training__epochs=8, **LASTING), status=2)
     assert "another process is training it; wait for it or stop it" in refused.stderr.splitlines()[-1]
     assert first.poll() is None, "it was over before the second one was"
     out, err = first.communicate(timeout=300)
