@@ -65,6 +65,7 @@ def bundle(argv: list[str] | None = None) -> int:
         reference = Reference(experiment.captions.photos_of("train").absolute(), file.sample(Reference.MOST))
     captioner = Captioner.of_weights(model.config, state, vocabulary, identity, decoding)
     captioner.reference = reference
+    captioner.check_decoding(decoding)
     captioner.save(arguments.output, weights)
     print(f"bundle      {arguments.output}: {len(vocabulary.words):,} words, features of {identity}")
     if "registry.model" in settings:

@@ -431,14 +431,7 @@ class DecodingConfig(Section):
 
     def _describe_consensus(self) -> str:
         own = f"the consensus of a beam of {self.beam_width} and {self.samples} samples"
-        if not self.takes_neighbours:
-            return own
-        return f"{own} with the captions of the {self.neighbours} most similar train photos"
-
-    @property
-    def takes_neighbours(self) -> bool:
-        """Whether captions of train photos are taken into account."""
-        return self.method == "consensus" and self.neighbours > 0
+        return own if not self.neighbours else f"{own} with the captions of {self.neighbours} similar train photos"
 
 
 class RegistryConfig(Section):

@@ -48,7 +48,7 @@ def train(argv: list[str] | None = None) -> int:
         sep="\n",
     )
 
-    from capexp.captioning.captioner import check_fits
+    from capexp.captioning.captioner import check_fits, neighbours_size
     from capexp.data.dataset import Dataset
     from capexp.data.photos import require_readable
 
@@ -75,7 +75,8 @@ def train(argv: list[str] | None = None) -> int:
     if go_there is not None:
         print("this run's files are in the folder that MLflow runs the project in (of a Git URI, a temporary one)")
         print(f"to resume after an interrupt:  {go_there}; python -m capexp.train --resume {adopted_run()}", flush=True)
-    check_disk_space(CHECKPOINTS, parameters, experiment.training, runs=arguments.seeds or 1)
+    extra = neighbours_size(experiment, data)
+    check_disk_space(CHECKPOINTS, parameters, experiment.training, extra, runs=arguments.seeds or 1)
     world.start()
     world.broadcast(experiment.model_dump_json)
     world.broadcast(lambda: data.drawn)

@@ -1,7 +1,8 @@
 """Starts commands as forks of a process that has imported their libraries.
 
-Imports take most of the time of the tests' small commands. A fork is a process like any other: it has a session, a
-folder, an environment and a random seed of its own, it can be killed, and the interpreter ends it as usual.
+Imports take most of the time of the tests' small commands. A fork is a process with a session, a folder and an
+environment of its own; it can be killed, and the interpreter ends it as usual. Forks of one server share the seed of
+Python's string hashes: tests that compare two processes start one of them without the server.
 """
 
 import gc
@@ -31,9 +32,9 @@ _LIBRARIES = (
     ),
     *("matplotlib.figure", "matplotlib.backends.backend_agg", "matplotlib.dates", "optuna.storages", "tqdm"),
 )
-_ENVIRONMENT = dict(os.environ)
-"""The environment in which the server is started."""
-_OWN = ("CAPEXP_", "MLFLOW_", "OMP_NUM_THREADS", "PATH", "PYTEST_", "PYTHONPATH", "TORCH_HOME")
+ENVIRONMENT = dict(os.environ)
+"""The environment in which pytest and the server were started; libraries add variables to pytest's own."""
+_OWN = ("CAPEXP_", "MLFLOW_", "OMP_NUM_THREADS", "PATH", "PYTHONPATH", "TORCH_HOME")
 """The beginnings of the environment variables in which a command may differ from the server."""
 
 
@@ -50,6 +51,8 @@ class Fork:
                 os.close(end)
         self.stdout, self.stderr, self._status = (os.fdopen(read) for read, _ in ends)
         self.returncode: int | Any = None
+        self._readers: list[threading.Thread] = []
+        self._read: dict[IO[str], str] = {}
 
     def poll(self) -> int | None:
         """Return the exit status, the negative signal of a killed process, or None for one that runs."""
@@ -64,21 +67,20 @@ class Fork:
 
     def communicate(self, timeout: float | None = None) -> tuple[str, str]:
         """Return what the process wrote to its standard output and error until it ended."""
-        read: dict[IO[str], str] = {}
-        readers = [
-            threading.Thread(target=lambda pipe: read.update({pipe: pipe.read()}), args=(pipe,), daemon=True)
-            for pipe in (self.stdout, self.stderr)
-        ]
-        for reader in readers:
-            reader.start()
+        if not self._readers:
+            for pipe in (self.stdout, self.stderr):
+                self._readers.append(threading.Thread(target=self._read_all, args=(pipe,), daemon=True))
+                self._readers[-1].start()
         self.wait(timeout)
-        for reader in readers:
+        for reader in self._readers:
             reader.join(timeout)
             if reader.is_alive():  # the process has left one behind that holds the pipe
                 raise subprocess.TimeoutExpired(str(self.pid), timeout or 0)
-        self.stdout.close()
-        self.stderr.close()
-        return read[self.stdout], read[self.stderr]
+        return self._read[self.stdout], self._read[self.stderr]
+
+    def _read_all(self, pipe: IO[str]) -> None:
+        with pipe:
+            self._read[pipe] = pipe.read()
 
     def send_signal(self, number: int) -> None:
         if self.poll() is None:
@@ -99,7 +101,7 @@ class Fork:
 
 def can_fork(arguments: tuple[str, ...], environment: dict[str, str]) -> bool:
     """Return whether a fork of the server can run the command: its imports do not depend on what is different."""
-    names = {name for name in {*environment, *_ENVIRONMENT} if environment.get(name) != _ENVIRONMENT.get(name)}
+    names = {name for name in {*environment, *ENVIRONMENT} if environment.get(name) != ENVIRONMENT.get(name)}
     return (
         arguments[:2] == (sys.executable, "-m")
         and arguments[2].startswith("capexp.")
@@ -126,7 +128,8 @@ def _server() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # No threads, which a fork would lack: neither torch's nor those of the allocator that PyArrow brings.
     threads = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-    environment = _ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | threads
+    log = {"MLFLOW_LOGGING_LEVEL": "WARNING"}  # read when MLflow is imported; commands set it before
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | threads | log
     with its:
         process = subprocess.Popen(
             [sys.executable, __file__, str(its.fileno())], pass_fds=[its.fileno()], env=environment,
@@ -143,6 +146,8 @@ def _import_all() -> None:
     for name in _LIBRARIES:
         importlib.import_module(name)
     for module in pkgutil.walk_packages(capexp.__path__, "capexp."):
+        if module.name == "capexp.report.page":  # needs Streamlit, which may be missing
+            continue
         if module.name.count(".") > 1 or module.name in ("capexp.cli", "capexp.experiment"):
             importlib.import_module(module.name)
     from sqlalchemy.orm import configure_mappers

@@ -464,6 +464,13 @@ ROWS = {
     ),
     "device that is not there": Row(("training.device = 'cuda:99'",), arguments="--training.device cuda:99"),
     "empty vocabulary": Row(("vocabulary.minimum_count",), arguments="--vocabulary.minimum_count 1000000"),
+    "fewer neighbours than none": Row(("decoding.neighbours",), arguments="--decoding.neighbours -1"),
+    "neighbours of no weight": Row(("decoding.neighbour_weight",), arguments="--decoding.neighbour_weight 0"),
+    "neighbours of a bundle without": Row(
+        ("decoding.neighbours = 5: the captioner's bundle holds no captions", "set it to 0"),
+        arguments="--model {bundle} --decoding.neighbours 5 " + PHOTO,
+        command="caption",
+    ),
     "beam of no width": Row(("decoding.beam_width",), arguments="--decoding.beam_width 0"),
     "beam wider than the vocabulary": Row(
         ("decoding.beam_width = 9000: only", "lower it"),
@@ -857,7 +864,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", ["single", "seeds", "study"])
 def test_a_disk_that_fills_up_during_a_run_is_told_in_one_line_and_the_run_goes_on_later(
     tmp_path: Path, name: str
 ) -> None:

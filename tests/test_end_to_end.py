@@ -152,8 +152,6 @@ def test_captions_of_similar_train_photos_are_compared_with(trained: Trained, tm
     scores = json.loads(folder.run("evaluate", *champion, *words).stdout)
     assert scores["cross_entropy"] == alone["cross_entropy"]
     assert scores["cider"] > alone["cider"]
-    refused = folder.run("evaluate", *champion, *words, "--split", "train", status=2)
-    assert "their own references; evaluate dev or test" in refused.stderr
     photo = str(scenes / "Scenes_Dataset" / "scene_0286.jpg")
     refused = folder.run("caption", *champion, *words, photo, status=2)
     assert "holds no captions of train photos; train it with decoding.neighbours" in refused.stderr
@@ -166,7 +164,7 @@ def test_captions_of_similar_train_photos_are_compared_with(trained: Trained, tm
     assert again["decoding"]["neighbours"] == 5
     assert again["cider"] == pytest.approx(run.data.metrics["dev_cider"])
     version = other.client.get_model_version_by_alias("capexp-scenes", "champion")
-    assert "with the captions of the 5 most similar train photos" in version.description
+    assert "with the captions of 5 similar train photos" in version.description
 
 
 @pytest.mark.slow

@@ -13,7 +13,7 @@ from pathlib import Path
 from typing import Any
 
 import mlflow
-from fork_server import Fork, can_fork
+from fork_server import ENVIRONMENT, Fork, can_fork
 from mlflow.entities import Run
 from mlflow.tracking import MlflowClient
 
@@ -27,16 +27,19 @@ Process = subprocess.Popen[str] | Fork
 class Folder:
     """A user's folder, with what the commands leave in it."""
 
-    def __init__(self, path: Path, has_store: bool = False) -> None:
-        """With ``has_store``, the folder has an empty store of MLflow, as if it had been used before."""
-        self.path = path
+    def __init__(self, path: Path, has_store: bool = False, forks: bool = True) -> None:
+        """With ``has_store``, the folder has an empty store of MLflow, as if it had been used before.
+
+        Without ``forks`` each command is started by a Python of its own, not as a fork of one that has imported it.
+        """
+        self.path, self._forks = path, forks
         if has_store:
             write_store(path / "mlflow.db", f"{path}/mlruns")
-        self.environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
+        self.environment = {key: value for key, value in ENVIRONMENT.items() if not key.startswith("MLFLOW_")}
         self.environment |= {
             "PYTHONPATH": str(ROOT),
             "TORCH_HOME": str(path / "torch"),
-            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{os.environ['PATH']}",
+            "PATH": f"{Path(sys.executable).parent}{os.pathsep}{ENVIRONMENT['PATH']}",
             "CAPEXP_OFFLINE": "1",
             "MLFLOW_SYSTEM_METRICS_SAMPLING_INTERVAL": "1",
             "MLFLOW_SERVER_ENABLE_JOB_EXECUTION": "false",  # three processes more of a server, for nothing here
@@ -45,7 +48,7 @@ class Folder:
     def start(self, *arguments: str, **variables: str) -> Process:
         """Start a command in a session of its own; ``variables`` are added to its environment."""
         environment = self.environment | variables
-        if can_fork(arguments, environment):
+        if self._forks and can_fork(arguments, environment):
             return Fork(arguments[2:], self.path, environment)
         return subprocess.Popen(
             arguments, cwd=self.path, env=environment, text=True, stdout=subprocess.PIPE, stderr=subprocess.PIPE,

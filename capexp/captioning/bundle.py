@@ -125,7 +125,7 @@ def write_bundle(
     reference: Reference | None = None,
     neighbours: Neighbours | None = None,
 ) -> None:
-    """Write a bundle atomically, with those of the encoder's weights, reference and neighbours that are given."""
+    """Write a bundle atomically; the encoder's weights, reference and neighbours are left out if they are None."""
     partial = folder.with_name(f".{folder.name}.{os.getpid()}.part")
     shutil.rmtree(partial, ignore_errors=True)
     try:
@@ -186,10 +186,11 @@ def _read_reference(path: Path, shape: tuple[int, int]) -> Reference:
 
 
 def _read_neighbours(path: Path, settings: Settings, vocabulary: Vocabulary) -> Neighbours:
-    arrays = {name: value.numpy() for name, value in read_tensors(path).items()}
+    tensors = read_tensors(path)
     try:
+        arrays = {name: value.numpy() for name, value in tensors.items()}
         return Neighbours.of_arrays(arrays, settings.encoder.shape[1], len(vocabulary))
-    except (KeyError, ValueError):
+    except (KeyError, TypeError, ValueError):  # TypeError for a type that NumPy does not have
         raise InputError(f"{path}: not the features and captions of train photos; copy the bundle again") from None
 
 

@@ -152,7 +152,7 @@ class Captioner:
     def check_decoding(self, decoding: DecodingConfig) -> None:
         """Raise InputError if the captioner cannot decode with these settings."""
         check_beam_width(decoding, self.vocabulary)
-        if decoding.takes_neighbours and self.neighbours is None:
+        if decoding.neighbours and self.neighbours is None:
             raise InputError(
                 f"decoding.neighbours = {decoding.neighbours}: the captioner's bundle holds no captions of train "
                 "photos; train it with decoding.neighbours, or set it to 0"
@@ -415,3 +415,12 @@ def check_fits(experiment: Experiment, data: Dataset) -> int:
     parameters = outline_decoder([one.model for one in members], shape, len(data.vocabulary)).parameter_count()
     _ = data.encoder
     return parameters
+
+
+def neighbours_size(experiment: Experiment, data: Dataset) -> int:
+    """Return about how many bytes a bundle needs for the features and captions of the train photos."""
+    if not experiment.decoding.neighbours:
+        return 0
+    _, size = experiment.features.shape if experiment.features.from_photos else data.encoder.shape
+    texts = [text for texts in data.splits["train"].references for text in texts]
+    return 2 * size * len(data.splits["train"].photos) + 4 * sum(len(text.split()) + 2 for text in texts)

@@ -25,6 +25,8 @@ _LOGITS = 2**21
 It decides how many photos are decoded at a time. Sampling allocates about ten tensors of this size.
 """
 
+_COMPARED = 64  # photos whose captions are compared with those of neighbours at a time
+
 
 @dataclass(frozen=True)
 class Hypothesis:
@@ -217,17 +219,21 @@ def _consensus(
             for sampled in _sample(decoder, part, vocabulary, config, config.samples)
         ]
         others = [beam + sampled for beam, sampled in zip(candidates, tokens_of(samples), strict=True)]
-    weights, frequencies = None, None
-    if config.neighbours:
+    if not config.neighbours:
+        similarities = agreement(candidates, others)
+    else:
         assert neighbours is not None
-        frequencies = neighbours.frequencies
-        voices = neighbours.voices(features.cpu().numpy(), config.neighbours)
-        weights = [
-            np.append(np.full(len(own), 1 / len(own)), config.neighbour_weight * of_voices)
-            for own, (_, of_voices) in zip(others, voices, strict=True)
-        ]
-        others = [own + theirs for own, (theirs, _) in zip(others, voices, strict=True)]
-    similarities = agreement(candidates, others, weights, frequencies)
+        similarities = []
+        for start in range(0, len(beams), _COMPARED):
+            part = slice(start, start + _COMPARED)
+            near = neighbours.captions_near(features[part].cpu().numpy(), config.neighbours)
+            weights = [
+                np.append(np.full(len(own), 1 / len(own)), config.neighbour_weight * of_captions)
+                for own, (_, of_captions) in zip(others[part], near, strict=True)
+            ]
+            all_others = [own + captions for own, (captions, _) in zip(others[part], near, strict=True)]
+            sums = agreement(candidates[part], all_others, weights, neighbours.frequencies)
+            similarities += [of_photo.round(12) for of_photo in sums]  # the last digits depend on the other photos
     ranks = [np.argsort(-similarity, kind="stable") for similarity in similarities]
     return [tuple(beam[i] for i in rank) for beam, rank in zip(beams, ranks, strict=True)]
 

@@ -301,12 +301,10 @@ def compare(experiment: Experiment, captioners: tuple[Captioner, Captioner], spl
 
 def _read(experiment: Experiment, captioner: Captioner, split: SplitName) -> Dataset:
     """Read a split, and train too if the captioner needs train photos that its bundle does not hold."""
-    if captioner.decoding.takes_neighbours and split == "train":
-        raise InputError(
-            "decoding.neighbours: the captions of train photos would be compared with their own references; evaluate "
-            "dev or test, or set decoding.neighbours = 0"
-        )
-    names: tuple[SplitName, ...] = (split, "train") if _lacks_neighbours(captioner) else (split,)
+    names: tuple[SplitName, ...] = (split,)
+    if _lacks_neighbours(captioner):
+        names = tuple(dict.fromkeys((split, "train")))
+        experiment = replace_settings(experiment, {"features.mirror": False})  # mirror images are not compared with
     return Dataset.read(experiment, names, captioner.vocabulary, captioner.splits)
 
 
@@ -319,7 +317,7 @@ def _with_features(data: Dataset, captioner: Captioner) -> Dataset:
 
 
 def _lacks_neighbours(captioner: Captioner) -> bool:
-    return captioner.decoding.takes_neighbours and captioner.neighbours is None
+    return captioner.decoding.neighbours > 0 and captioner.neighbours is None
 
 
 def _with_features_of(experiment: Experiment, identity: Identity) -> Experiment:

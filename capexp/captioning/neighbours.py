@@ -1,6 +1,6 @@
-"""Train photos and their captions, with which captions of similar photos are compared (Devlin et al., 2015).
+"""The train photos that are similar to a photo, and their captions (Devlin et al., 2015).
 
-Shapes: N train photos, B photos, P positions, F feature, K neighbours of each, R captions of all neighbours of a photo.
+Shapes: N train photos, B photos, P positions, F feature, K neighbours of a photo, R captions of all of them.
 """
 
 from collections.abc import Mapping
@@ -20,13 +20,13 @@ from capexp.metrics.cider import DocumentFrequencies, count_ngrams
 
 _PART = 512  # photos whose features are in memory at once
 
-Voices = tuple[list[Tokens], NDArray[np.float64]]
+NeighbourCaptions = tuple[list[Tokens], NDArray[np.float64]]
 """The captions of a photo's neighbours, and their weights ``(R,)``, which add up to 1."""
 
 
 @dataclass(frozen=True, eq=False)
 class Neighbours:
-    """The pooled features and the captions of the train photos."""
+    """The pooled features and the captions of all train photos, among which a photo's neighbours are found."""
 
     pooled: NDArray[np.float16]
     """``(N, F)``, as :func:`pool` returns them."""
@@ -35,70 +35,75 @@ class Neighbours:
 
     @classmethod
     def of(cls, split: Split, features: Features, vocabulary: Vocabulary) -> "Neighbours":
-        """Return those of a split, from its photos' features."""
+        """Encode the captions of a split and pool its photos' features."""
         pooled = np.concatenate([pool(part) for part in features.parts(_PART)])
-        return cls(pooled, tuple(tuple(tuple(vocabulary.encode(one)) for one in all_) for all_ in split.references))
+        captions = (tuple(tuple(vocabulary.encode(text)) for text in texts) for texts in split.references)
+        return cls(pooled, tuple(captions))
 
-    def voices(self, features: NDArray[np.float32], count: int) -> list[Voices]:
+    def captions_near(self, features: NDArray[np.float32], count: int) -> list[NeighbourCaptions]:
         """Return the captions of the ``count`` train photos that are most similar to each photo ``(B, P, F)``.
 
         The similarity is the cosine of the pooled features, less their mean over the train photos. A train photo's
-        weight is proportional to its squared similarity, and its captions share it.
+        weight is proportional to its squared similarity, and its captions share it. A train photo with the same pooled
+        features as the photo is left out: it is the photo itself, whose captions may be the references of a score.
         """
-        directions = self._directions(pool(features))
+        found = []
         # One photo at a time: the products of a batch would be rounded differently in batches of other sizes.
-        return [self._voices(self._train_directions @ direction, count) for direction in directions]
+        for pooled in pool(features):
+            similarity = self._train_directions @ self._directions(pooled[None])[0]  # (N,)
+            others = np.flatnonzero((self.pooled != pooled).any(1))
+            nearest = others[np.argsort(-similarity[others], kind="stable")[:count]]  # (K,)
+            found.append(self._weighted(nearest, similarity[nearest].clip(0).astype(np.float64) ** 2))
+        return found
 
-    def _voices(self, similarity: NDArray[np.float32], count: int) -> Voices:
-        """Return the captions of the train photos whose similarity ``(N,)`` to a photo is highest."""
-        nearest = np.argsort(-similarity, kind="stable")[:count]  # (K,)
-        weights = similarity[nearest].clip(0).astype(np.float64) ** 2
-        if weights.sum() == 0:  # none is similar
-            weights[:] = 1
-        captions = [self.captions[photo] for photo in nearest]
-        counts = np.array([len(of_photo) for of_photo in captions])
+    def _weighted(self, photos: NDArray[np.int64], weights: NDArray[np.float64]) -> NeighbourCaptions:
+        """Return the captions of train photos with these weights, which need not add up to 1."""
+        if not weights.any():  # none is similar
+            weights = np.ones(len(photos))
+        captions = [self.captions[photo] for photo in photos]
+        counts = np.array([len(texts) for texts in captions], np.int64)
         return list(chain.from_iterable(captions)), np.repeat(weights / weights.sum() / counts, counts)
 
     def arrays(self) -> dict[str, NDArray[np.float16] | NDArray[np.int32]]:
-        """Return all as arrays by name, for a file; :meth:`of_arrays` reads them."""
+        """Return the arrays that a file holds, by name; :meth:`of_arrays` reads them."""
         captions = list(chain.from_iterable(self.captions))
         return {
             "pooled": self.pooled,
             "tokens": np.fromiter(chain.from_iterable(captions), np.int32),
             "lengths": np.array([len(caption) for caption in captions], np.int32),
-            "captions": np.array([len(of_photo) for of_photo in self.captions], np.int32),
+            "captions": np.array([len(texts) for texts in self.captions], np.int32),
         }
 
     @classmethod
     def of_arrays(cls, arrays: Mapping[str, NDArray[Any]], size: int, entries: int) -> "Neighbours":
-        """Return those of :meth:`arrays`, of features of this size and a vocabulary of so many entries.
+        """Return the train photos of a file's arrays.
 
-        Raises ValueError if the arrays do not fit together.
+        ``size`` is F, ``entries`` the size of the vocabulary. Raises ValueError if the arrays do not fit together, and
+        KeyError if one is missing.
         """
         pooled, tokens, lengths, counts = (arrays[name] for name in ("pooled", "tokens", "lengths", "captions"))
         is_valid = (
             [array.dtype for array in (pooled, tokens, lengths, counts)] == [np.float16, np.int32, np.int32, np.int32]
-            and pooled.shape == (len(counts), size)
             and tokens.ndim == lengths.ndim == counts.ndim == 1
+            and pooled.shape == (len(counts), size)
             and len(counts) > 0
             and np.isfinite(pooled).all()
             and min(lengths.min(initial=0), tokens.min(initial=0)) >= 0
             and counts.min() > 0
-            and counts.sum() == len(lengths)
-            and lengths.sum() == len(tokens)
+            and counts.sum(dtype=np.int64) == len(lengths)
+            and lengths.sum(dtype=np.int64) == len(tokens)
             and tokens.max(initial=0) < entries
         )
         if not is_valid:
             raise ValueError("the arrays do not fit together")
-        split = np.split(tokens, lengths.cumsum()[:-1])
-        captions = iter([tuple(caption.tolist()) for caption in split])
-        return cls(pooled, tuple(tuple(islice(captions, count)) for count in counts))
+        flat = iter([tuple(caption.tolist()) for caption in np.split(tokens, lengths.cumsum()[:-1])])
+        return cls(pooled, tuple(tuple(islice(flat, count)) for count in counts))
 
     @cached_property
     def frequencies(self) -> DocumentFrequencies:
         """The document frequencies of n-grams, EOS included, in the train captions."""
         captions = [(*caption, EOS) for caption in chain.from_iterable(self.captions)]
-        owners = np.repeat(np.arange(len(self.captions)), [len(of_photo) for of_photo in self.captions])
+        owners = np.repeat(np.arange(len(self.captions)), [len(texts) for texts in self.captions])
         tokens = 1 + max(map(max, captions))
         return DocumentFrequencies(count_ngrams(captions, tokens), owners, len(self.captions), tokens)
 

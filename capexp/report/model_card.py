@@ -37,6 +37,7 @@ def model_card(experiment: Experiment, data: Dataset, captioner: Captioner, eval
         "train loss": "" if record.train_loss is None else f"{record.train_loss:.4f} (dropout on)",
         "members": "; ".join(member_name(member) for member in members),
         "trained on": f"{len(train.photos)} photos, {captions} captions of `{experiment.captions.root.name}`",
+        "holds": "the captions of all train photos (`decoding.neighbours`)" if experiment.decoding.neighbours else "",
         "measured on": f"{len(dev.photos)} dev photos; the test split was not read",
         "vocabulary": f"{len(data.vocabulary)} entries, cleaning `{experiment.vocabulary.cleaning}`",
         "parameters": f"{parameters:,} trainable",

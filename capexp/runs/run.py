@@ -9,7 +9,7 @@ from pathlib import Path
 
 import torch
 
-from capexp.captioning.captioner import Captioner, check_fits
+from capexp.captioning.captioner import Captioner, check_fits, neighbours_size
 from capexp.captioning.evaluation import Evaluation, perplexity
 from capexp.distributed import ALONE, World, choose_device
 from capexp.errors import InputError
@@ -75,7 +75,7 @@ def train(plan: Plan, resume: str | None = None, world: World = ALONE) -> Genera
     experiment = plan.experiment
     encoder = encoder_weights(plan) if plan.registers else None  # read before hours of training: it may be damaged
     parameters = check_fits(experiment, plan.data)
-    check_disk_space(plan.folder, parameters, experiment.training)
+    check_disk_space(plan.folder, parameters, experiment.training, neighbours_size(experiment, plan.data))
     with opened(plan, resume) as run:
         run.tracked.log_params({"decoder_parameters": str(parameters)})
         epochs: list[Epoch] = []

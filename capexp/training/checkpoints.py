@@ -193,10 +193,11 @@ class Checkpoints:
         )
 
 
-def check_disk_space(folder: Path, parameters: int, config: TrainingConfig, runs: int = 1) -> None:
+def check_disk_space(folder: Path, parameters: int, config: TrainingConfig, extra: int = 0, runs: int = 1) -> None:
     """Create the folder of all runs; raise InputError if there is not enough space on its disk.
 
-    ``parameters`` is the number of the decoder's parameters, ``runs`` the number of runs that are to be trained.
+    ``parameters`` is the number of the decoder's parameters, ``extra`` the bytes that a bundle holds beside them, and
+    ``runs`` the number of runs that are to be trained.
     """
     with writing(folder):
         folder.mkdir(parents=True, exist_ok=True)
@@ -205,7 +206,8 @@ def check_disk_space(folder: Path, parameters: int, config: TrainingConfig, runs
     # All in float32. Bundles: ``keep``, the one of the previous state, the next one and the logged one. States: two and
     # the next one, each with the weights, Adam's two moments and an EMA of the weights.
     phases = 1 + (config.self_critical.epochs > 0)
-    need = 4 * parameters * (config.keep + 3 + 3 * 4) * phases * runs + 2**20
+    bundles, states = config.keep + 3, 3 * 4
+    need = (4 * parameters * (bundles + states) + extra * bundles) * phases * runs + 2**20
     free = shutil.disk_usage(folder).free
     if free < need:
         raise InputError(

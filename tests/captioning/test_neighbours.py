@@ -1,4 +1,4 @@
-"""Captions of similar train photos: which they are, their weights, and the captions that are chosen by them."""
+"""Captions of similar train photos: which photos, the captions' weights, and the hypotheses that are chosen by them."""
 
 import json
 import math
@@ -11,6 +11,7 @@ import torch
 from small import data, identity
 from test_plain_decoding import WORDS, decoder_of, plain_beam, plain_samples, words_of
 
+from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.consensus import Tokens, agreement
 from capexp.captioning.decoding import decode
@@ -40,10 +41,10 @@ def test_the_pooled_features_are_roots_of_means() -> None:
     np.testing.assert_allclose(pool(features), [[math.sqrt(2), -3, 1]], rtol=1e-3)
 
 
-def test_the_voices_are_the_captions_of_the_nearest_photos_by_their_squared_similarity() -> None:
+def test_they_are_the_captions_of_the_nearest_photos_by_their_squared_similarity() -> None:
     neighbours, features = some_neighbours()
     centre = neighbours.pooled.astype(np.float64).mean(0)
-    for photo, (captions, weights) in zip(features.numpy(), neighbours.voices(features.numpy(), 3), strict=True):
+    for photo, (captions, weights) in zip(features.numpy(), neighbours.captions_near(features.numpy(), 3), strict=True):
         own = pool(photo[None])[0].astype(np.float64) - centre
         cosines = [
             float(own @ other / np.linalg.norm(own) / np.linalg.norm(other))
@@ -60,11 +61,11 @@ def test_the_voices_are_the_captions_of_the_nearest_photos_by_their_squared_simi
         np.testing.assert_allclose(weights, expected, rtol=1e-4)
 
 
-def test_a_photos_voices_do_not_depend_on_the_others() -> None:
+def test_they_do_not_depend_on_the_others() -> None:
     neighbours, features = some_neighbours()
-    together = neighbours.voices(features.numpy(), 4)
+    together = neighbours.captions_near(features.numpy(), 4)
     for i in range(len(features)):
-        ((captions, weights),) = neighbours.voices(features[i : i + 1].numpy(), 4)
+        ((captions, weights),) = neighbours.captions_near(features[i : i + 1].numpy(), 4)
         assert captions == together[i][0]
         np.testing.assert_array_equal(weights, together[i][1])
 
@@ -72,7 +73,7 @@ def test_a_photos_voices_do_not_depend_on_the_others() -> None:
 def test_where_no_train_photo_is_similar_each_counts_alike() -> None:
     pooled = np.array([[1, 0], [-1, 0], [0, 0]], np.float16)
     neighbours = Neighbours(pooled, (((4,),), ((5,), (6,)), ((7,),)))
-    ((captions, weights),) = neighbours.voices(np.zeros((1, 1, 2), np.float32), 2)
+    ((captions, weights),) = neighbours.captions_near(np.array([[[0, 4]]], np.float32), 2)
     assert captions == [(4,), (5,), (6,)]
     np.testing.assert_allclose(weights, [0.5, 0.25, 0.25])
 
@@ -80,8 +81,21 @@ def test_where_no_train_photo_is_similar_each_counts_alike() -> None:
 def test_more_neighbours_than_train_photos_are_all_of_them() -> None:
     neighbours, features = some_neighbours(photos=2)
     assert all(
-        len(captions) == sum(map(len, neighbours.captions)) for captions, _ in neighbours.voices(features.numpy(), 9)
+        len(captions) == sum(map(len, neighbours.captions))
+        for captions, _ in neighbours.captions_near(features.numpy(), 9)
     )
+
+
+def test_a_train_photo_is_not_its_own_neighbour() -> None:
+    neighbours, _ = some_neighbours()
+    same = np.sign(neighbours.pooled) * neighbours.pooled.astype(np.float32) ** 2  # which are pooled to the same again
+    for i, (captions, _) in enumerate(neighbours.captions_near(same[:, None], 20)):
+        assert captions == [*captions] and len(captions) == sum(map(len, neighbours.captions)) - len(
+            neighbours.captions[i]
+        )
+    alone = Neighbours(neighbours.pooled[:1], neighbours.captions[:1])
+    ((captions, weights),) = alone.captions_near(same[:1, None], 20)
+    assert captions == [] and len(weights) == 0
 
 
 def test_weighted_agreement_is_cider_d_with_the_document_frequencies_of_train() -> None:
@@ -128,11 +142,11 @@ def test_captions_are_chosen_as_counted_one_by_one(weight: float) -> None:
     for photo, hypotheses in zip(features, found, strict=True):
         candidates = [words_of(said) for said, _ in plain_beam(decoder, photo, config, config.beam_width)]
         samples = [words_of(said) for said, _ in plain_samples(decoder, photo, config, config.samples)]
-        ((voices, weights),) = neighbours.voices(photo[None].numpy(), config.neighbours)
+        ((near, weights),) = neighbours.captions_near(photo[None].numpy(), config.neighbours)
         scores = {}
         for one in candidates:
             own = [plain_similarity(one, other, neighbours.captions) for other in candidates + samples]
-            others = [plain_similarity(one, other, neighbours.captions) for other in voices]
+            others = [plain_similarity(one, other, neighbours.captions) for other in near]
             scores[one] = sum(own) / len(own) + weight * float(np.dot(others, weights))
         assert [h.tokens for h in hypotheses] == sorted(candidates, key=lambda one: -scores[one])
     assert found != decode(decoder, features, WORDS, config.model_copy(update={"neighbours": 0}))
@@ -173,12 +187,31 @@ def test_a_captioner_without_them_says_what_to_do(captioner: Captioner) -> None:
     captioner.neighbours = None
     _, features = data("dev", 2, seed=2)
     (part,) = features.parts(2)
-    with pytest.raises(
-        InputError, match=r"decoding.neighbours = 3: .*train it with decoding.neighbours, or set it to 0"
-    ):
-        captioner.caption_features(part)
+    for method in ("consensus", "beam"):  # a page may change the method later
+        with pytest.raises(InputError, match=r"decoding.neighbours = 3: .*train it with decoding.neighbours, or set"):
+            captioner.caption_features(part, CONSENSUS.model_copy(update={"method": method}))
     captioner.caption_features(part, CONSENSUS.model_copy(update={"neighbours": 0}))
-    captioner.caption_features(part, CONSENSUS.model_copy(update={"method": "beam"}))
+
+
+def test_an_ensemble_has_its_own(captioner: Captioner, tmp_path: Path) -> None:
+    twin = Captioner.fresh(captioner.models[0], captioner.vocabulary, identity("mean"), CONSENSUS, seed=1)
+    ensemble = Captioner.ensemble([captioner, twin], CONSENSUS)
+    ensemble.record = TrainingRecord(epoch=None, train_loss=None, dev_loss=3.5, dev_digest="d")
+    ensemble.neighbours = captioner.neighbours
+    _, features = data("dev", 10, seed=2)
+    (part,) = features.parts(10)
+    again = Captioner.load(ensemble.save(tmp_path / "bundle"))
+    assert [one.text for one in again.caption_features(part)] == [one.text for one in captioner.caption_features(part)]
+
+
+def test_captions_do_not_depend_on_the_other_photos(captioner: Captioner) -> None:
+    _, features = data("dev", 70, seed=2)
+    (part,) = features.parts(70)
+    together = captioner.caption_features(part)
+    for i in range(0, 70, 9):
+        (alone,) = captioner.caption_features(part[i : i + 1])
+        assert alone.text == together[i].text
+        assert [other.text for other in alone.alternatives] == [other.text for other in together[i].alternatives]
 
 
 FAULTS = {
@@ -188,9 +221,15 @@ FAULTS = {
         lambda a: a[:, :-1],
         lambda a: np.full_like(a, np.nan),
     ],
-    "tokens": [lambda a: a[:-1], lambda a: a - 100, lambda a: a + 100, lambda a: a.astype(np.int64)],
+    "tokens": [
+        lambda a: a[:-1],
+        lambda a: a[:, None],
+        lambda a: a - 100,
+        lambda a: a + 100,
+        lambda a: a.astype(np.int64),
+    ],
     "lengths": [lambda a: a[:-1], lambda a: -a],
-    "captions": [lambda a: a[:-1], lambda a: 0 * a],
+    "captions": [lambda a: a[:-1], lambda a: a[0], lambda a: 0 * a],
 }
 
 
