@@ -50,7 +50,7 @@ test: .venv/installed-test
 	$(PYTEST) --numprocesses logical --maxprocesses 4 -m "not slow"
 
 test-all: test
-	$(PYTEST) --numprocesses 3 -m slow
+	$(PYTEST) --numprocesses 4 -m slow
 
 check: .venv/installed-test
 	ruff format --check .
