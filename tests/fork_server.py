@@ -34,7 +34,10 @@ _LIBRARIES = (
 )
 ENVIRONMENT = dict(os.environ)
 """The environment in which pytest and the server were started; libraries add variables to pytest's own."""
-_OWN = ("CAPEXP_", "MLFLOW_", "OMP_NUM_THREADS", "PATH", "PYTHONPATH", "TORCH_HOME")
+_OWN = (
+    *("CAPEXP_", "MLFLOW_", "OMP_NUM_THREADS", "PATH", "PYTHONPATH", "TORCH_HOME"),
+    *("RANK", "LOCAL_", "WORLD_SIZE", "MASTER_"),  # of torchrun
+)
 """The beginnings of the environment variables in which a command may differ from the server."""
 
 

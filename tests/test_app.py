@@ -20,6 +20,7 @@ from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from user_folder import Folder
 
 from capexp.app import app
 from capexp.captioning.captioner import Captioner
@@ -59,12 +60,8 @@ def wait_for(found: Callable[[], T], seconds: float = 90) -> T:
 def bundle(vgg16: Path, tmp_path_factory: pytest.TempPathFactory) -> Path:
     """A captioner of scenes with its encoder inside, trained for an epoch."""
     folder = tmp_path_factory.mktemp("trained")
-    environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
     words = ("--training.epochs", "1", "--training.learning_rate", "0.01", "--model.output_dropout", "0")
-    subprocess.run(
-        [sys.executable, "-m", "capexp.train", *words],
-        cwd=folder, env=environment | {"PYTHONPATH": str(ROOT), "CAPEXP_OFFLINE": "1"}, check=True, capture_output=True,
-    )  # fmt: skip
+    Folder(folder, has_store=True).run("train", *words)
     (trained,) = folder.glob("checkpoints/*/ep*")
     encoder = load_encoder(FeaturesConfig(layer="conv5_3", pool="mean", weights=str(vgg16)))
     return Captioner.load(trained).save(folder / "bundle", encoder.weights())
@@ -101,11 +98,8 @@ def serving(bundle: Path) -> Iterator[str]:
 
 def told(bundle: Path, photo: Path, *words: str) -> dict[str, Any]:
     """What `capexp.caption` says of a photo."""
-    printed = subprocess.run(
-        [sys.executable, "-m", "capexp.caption", "--model", str(bundle), str(photo), "--json", *words],
-        env=os.environ | {"PYTHONPATH": str(ROOT), "CAPEXP_OFFLINE": "1"}, check=True, capture_output=True, text=True,
-    ).stdout  # fmt: skip
-    record: dict[str, Any] = json.loads(printed)
+    printed = Folder(bundle.parent).run("caption", "--model", str(bundle), str(photo), "--json", *words)
+    record: dict[str, Any] = json.loads(printed.stdout)
     return record
 
 

@@ -27,6 +27,7 @@ import torchvision
 from keras_files import Change, saved_model, tokenizer_json
 from kinds import KINDS
 from mlflow.tracking import MlflowClient
+from user_folder import Folder
 
 from capexp import cli
 from capexp.bundle import bundle as make_bundle
@@ -59,14 +60,10 @@ def earlier(once: Callable[[str, Callable[[Path], None]], Path], scenes: Path) -
 
     def train(folder: Path) -> None:
         shutil.copytree(scenes, folder / "data")
-        environment = {key: value for key, value in os.environ.items() if not key.startswith("MLFLOW_")}
-        subprocess.run(
-            [
-                *(sys.executable, "-m", "capexp.train", "--captions.root", "data", "--features.cache", "data/features"),
-                *("--training.epochs", "1", "--model.lstm_units", "16", "--model.embedding_size", "16"),
-            ],
-            cwd=folder, env=environment | {"PYTHONPATH": str(ROOT)}, check=True, capture_output=True,
-        )  # fmt: skip
+        data = ("--captions.root", "data", "--features.cache", "data/features")
+        Folder(folder).run(
+            "train", *data, "--training.epochs", "1", "--model.lstm_units", "16", "--model.embedding_size", "16"
+        )
 
     return once("earlier run", train)
 

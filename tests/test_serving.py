@@ -13,6 +13,7 @@ from typing import Any
 import mlflow
 import pytest
 from bench_serving import measure, served
+from user_folder import Folder
 
 from capexp.captioning.captioner import Caption, Captioner
 from capexp.tracking.store import database_uri
@@ -35,10 +36,7 @@ def registered(vgg16: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
         patch.setenv("CAPEXP_OFFLINE", "1")
         patch.setenv("TORCH_HOME", str(folder / "torch"))
         patch.chdir(folder)
-        environment = os.environ | {"PYTHONPATH": str(ROOT)}
-        subprocess.run(
-            [sys.executable, "-m", "capexp.train", *words], env=environment, check=True, capture_output=True
-        )  # fmt: skip
+        Folder(folder, has_store=True).run("train", *words)
         patch.setenv("MLFLOW_TRACKING_URI", database_uri(folder / "mlflow.db"))
         yield folder
 
