@@ -45,7 +45,11 @@ def ranks(folder: Folder, command: str, *arguments: str, status: int = 0) -> tup
         folder.start(sys.executable, "-m", f"capexp.{command}", *arguments, **world, RANK=rank, LOCAL_RANK=rank)
         for rank in ("0", "1")
     ]
-    (out, err), (other_out, other_err) = [process.communicate(timeout=300) for process in started]
+    try:
+        (out, err), (other_out, other_err) = [process.communicate(timeout=300) for process in started]
+    finally:
+        for process in started:
+            process.kill()
     assert [process.returncode for process in started] == [status, status], f"{out}\n{err}\n{other_out}\n{other_err}"
     return out + other_out, err + other_err
 
@@ -125,18 +129,19 @@ def test_an_interrupt_ends_the_run_killed_and_it_goes_on_to_the_undisturbed_loss
 
 
 def test_what_is_wrong_for_all_is_told_once(folder: Folder) -> None:
+    # Other ranks wait for the first one, and torchrun ends them.
     for arguments, told in (
-        (("--seeds", "2"), "--seeds: not under torchrun"),
         (("--model.dropout", "2"), "--model.dropout 2"),
         (("--captions.root", "nowhere"), "nowhere"),
+        (("--training.learning_rate", "1e30"), "the loss is"),
     ):
-        _, err = ranks(folder, "train", *arguments, status=2)
+        _, err = together(folder, "train", *arguments, status=1)
         assert err.count("capexp.train: ") == 1
         assert told in err
-    _, err = together(folder, "train", "--training.learning_rate", "1e30", status=1)
-    assert err.count("capexp.train: ") == 1
-    assert "the loss is" in err
-    assert "exitcode  : 2" in err
+        assert "exitcode  : 2" in err
+    # What each rank sees by itself.
+    _, err = ranks(folder, "train", "--seeds", "2", status=2)
+    assert err.count("capexp.train: --seeds: not under torchrun") == err.count("capexp.train: ") == 1
     _, err = ranks(folder, "evaluate", "--model", "models:/x/1", status=2)
     assert err.count("start this one by itself") == 1
 
