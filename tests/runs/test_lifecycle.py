@@ -282,7 +282,7 @@ def test_what_is_not_resumed_so_is_refused_with_what_to_do(
 @SLOW
 def test_a_second_tune_joins_and_the_first_goes_on_when_it_is_stopped(tmp_path: Path) -> None:
     folder, kind = make(tmp_path), KINDS["study"]
-    command = (*kind.begin(training__epochs=20, **LASTING)[:-1], "3")  # trials that last
+    command = (*kind.begin(training__epochs=10, **LASTING)[:-1], "3")  # trials that last
     first = start(folder, command)
     wait_for(lambda: kind.trained(folder, "last.pt"), 200)
     second = start(folder, command)
