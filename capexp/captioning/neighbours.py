@@ -51,8 +51,10 @@ class Neighbours:
         # One photo at a time: the products of a batch would be rounded differently in batches of other sizes.
         for pooled in pool(features):
             similarity = self._train_directions @ self._directions(pooled[None])[0]  # (N,)
-            others = np.flatnonzero((self.pooled != pooled).any(1))
-            nearest = others[np.argsort(-similarity[others], kind="stable")[:count]]  # (K,)
+            order = np.argsort(-similarity, kind="stable")  # (N,)
+            first = order[similarity[order] > similarity[order[0]] - 1e-3]  # the photo itself is among these
+            is_itself = (self.pooled[first] == pooled).all(1)
+            nearest = np.append(first[~is_itself], order[len(first) :])[:count]  # (K,)
             found.append(self._weighted(nearest, similarity[nearest].clip(0).astype(np.float64) ** 2))
         return found
 
