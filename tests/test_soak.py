@@ -1,4 +1,4 @@
-"""A few of the soaks' kills: the soaks themselves take an hour and more, and are run by hand."""
+"""A kill of a soak: the soaks themselves take an hour and more, and are run by hand."""
 
 import json
 import os
