@@ -9,9 +9,9 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 help:
 	@echo "make demo      train, track and register a captioner on the embedded scenes"
 	@echo "make test      the default tests, under three minutes"
-	@echo "make test-all  everything, real data and long runs included"
+	@echo "make test-all  real data, real services and long runs too"
 	@echo "make bench     speed and memory against rivals and the arithmetic; tells what fell behind"
-	@echo "make soak      kills and faults at random moments, an hour and more; tells what was lost"
+	@echo "make soak      more cases of the slow tests, then kills and faults at random moments; two hours"
 	@echo "make check     format, lint, types, layers"
 	@echo "make clean     delete .venv and tool caches; runs, models and features stay"
 
@@ -50,7 +50,7 @@ test: .venv/installed-test
 	$(PYTEST) --numprocesses logical --maxprocesses 4 -m "not slow"
 
 test-all: test
-	$(PYTEST) --numprocesses 4 -m slow
+	$(PYTEST) --numprocesses 4 -m "slow and not soak"
 
 check: .venv/installed-test
 	ruff format --check .
@@ -62,8 +62,9 @@ check: .venv/installed-test
 bench: .venv/installed
 	for one in training extraction decoding search; do python experiments/benchmarks/bench_$$one.py || exit 1; done
 
-# An hour and more on two cores; docs/reliability.md says what was counted.
-soak: .venv/installed
+# Two hours on two cores; docs/reliability.md says what was counted.
+soak: .venv/installed-test
+	$(PYTEST) --numprocesses 4 -m soak
 	for one in kills trials service; do python experiments/soak/soak_$$one.py || exit 1; done
 
 format: .venv/installed-test

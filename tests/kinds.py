@@ -20,8 +20,6 @@ SETTINGS: Mapping[str, Any] = {
     **{"training.epochs": 2, "training.batch_size": 128, "training.save_steps": 6},
 }
 """Settings of ``scenes`` that train in seconds, with states within an epoch."""
-LASTING: Mapping[str, Any] = {"training__batch_size": 32, "training__save_steps": 25, "training__patience": 500}
-"""Changes of these with which an epoch lasts a second or more, and none is the last before its time."""
 SPACE = {"model.dropout": {"low": 0.1, "high": 0.5}}
 _TIMES = ("epoch_seconds", "tokens_per_second")  # metrics that tell time, beside system/*
 _LOSSES = ("train_loss", "dev_loss", "reward", "epoch_dev_cider")

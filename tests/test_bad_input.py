@@ -24,6 +24,7 @@ import numpy as np
 import pytest
 import torch
 import torchvision
+from cases import cases
 from keras_files import Change, saved_model, tokenizer_json
 from kinds import KINDS
 from mlflow.tracking import MlflowClient
@@ -861,7 +862,7 @@ runpy.run_module(module, run_name="__main__", alter_sys=True)
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", ["single", "seeds", "study"])
+@pytest.mark.parametrize("name", cases("seeds", of=("single", "seeds", "study")))
 def test_a_disk_that_fills_up_during_a_run_is_told_in_one_line_and_the_run_goes_on_later(
     tmp_path: Path, name: str
 ) -> None:

@@ -14,6 +14,7 @@ import mlflow
 import numpy as np
 import pandas as pd
 import pytest
+from cases import cases
 from mlflow.entities.model_registry import ModelVersion
 from user_folder import ROOT, Folder, wait_for
 
@@ -555,7 +556,7 @@ def test_mlflow_run_trains_in_the_run_that_mlflow_made(tmp_path: Path) -> None:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("form", ["captions.txt", "coco.json", "karpathy.json"])
+@pytest.mark.parametrize("form", cases("captions.txt", of=("captions.txt", "coco.json", "karpathy.json")))
 def test_the_template_goes_from_ones_own_photos_to_a_registered_captioner(
     tmp_path: Path, flickr8k: Path, vgg16: Path, form: str
 ) -> None:

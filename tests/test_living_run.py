@@ -9,6 +9,7 @@ from pathlib import Path
 from typing import Any
 
 import pytest
+from cases import cases
 from mlflow.tracking import MlflowClient
 from user_folder import Folder, Process, wait_for
 
@@ -51,7 +52,10 @@ def start() -> Iterator[Start]:
 @SLOW
 @pytest.mark.parametrize(
     ("kind", "started_by"),
-    [("single", "a user"), ("single", "mlflow run"), ("seeds", "mlflow run"), ("ensemble", "a user")],
+    cases(
+        *(("single", "a user"), ("seeds", "mlflow run")),
+        of=[(kind, by) for kind in KINDS for by in ("a user", "mlflow run")],
+    ),
 )
 def test_a_second_process_leaves_a_run_that_is_being_trained_untouched(
     tmp_path: Path, start: Start, kind: str, started_by: str

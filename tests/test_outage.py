@@ -1,6 +1,7 @@
 """A tracking server that goes away, is slow or fails, in front of real runs: at the end it has what the journal has."""
 
 import json
+import os
 import signal
 import statistics
 import sys
@@ -10,9 +11,10 @@ from pathlib import Path
 from typing import Any
 
 import pytest
-from kinds import KINDS, LASTING, PARENT, Kind, flags
+from cases import cases
+from kinds import KINDS, PARENT, Kind, flags
 from mlflow.entities import Run
-from tracking_server import Proxy, Server, serving
+from tracking_server import Proxy, Server
 from user_folder import Folder, Process, wait_for
 
 pytestmark = pytest.mark.slow
@@ -22,29 +24,38 @@ SMALL = flags(
 )
 PASSWORD = "geheim-im-netz"  # of the server's address: in nothing that is told, logged, kept or sent
 Away = tuple[Folder, Server, Proxy]
-EACH = pytest.mark.parametrize("name", KINDS)
+
+
+@pytest.fixture(scope="module")
+def running(tmp_path_factory: pytest.TempPathFactory) -> Iterator[Server]:
+    """A server that the tests of this process use one after another, each with an empty store."""
+    server = Server(tmp_path_factory.mktemp("of all") / "server")
+    yield server
+    server.stop()
 
 
 @pytest.fixture
-def away(tmp_path: Path) -> Iterator[Away]:
+def away(running: Server, tmp_path: Path) -> Iterator[Away]:
     """A user's folder whose server is reached through a proxy, by an address with a password."""
-    with serving(tmp_path / "server") as (server, proxy):
-        (tmp_path / "user").mkdir()
-        folder = Folder(tmp_path / "user")
-        address = proxy.address.replace("http://", f"http://someone:{PASSWORD}@")
-        folder.environment |= {"MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1", "CAPEXP_PATIENCE": "20"}
-        yield folder, server, proxy
-        for path in (path for path in tmp_path.rglob("*") if path.is_file()):
-            with suppress(FileNotFoundError):  # the server is still up, and its database's journal comes and goes
-                assert PASSWORD.encode() not in path.read_bytes(), path
+    running.start()
+    running.clear()
+    proxy = Proxy(running)
+    folder = Folder(tmp_path)
+    address = proxy.address.replace("http://", f"http://someone:{PASSWORD}@")
+    folder.environment |= {"MLFLOW_TRACKING_URI": address, "OMP_NUM_THREADS": "1", "CAPEXP_PATIENCE": "300"}
+    yield folder, running, proxy
+    proxy.close()
+    for path in (path for place in (tmp_path, running.folder) for path in place.rglob("*") if path.is_file()):
+        with suppress(FileNotFoundError):  # the server is still up, and its database's journal comes and goes
+            assert PASSWORD.encode() not in path.read_bytes(), path
 
 
 def start(folder: Folder, command: tuple[str, ...]) -> Process:
     return folder.start(sys.executable, "-m", f"capexp.{command[0]}", *command[1:])
 
 
-def begin(folder: Folder, kind: Kind, epochs: int) -> Process:
-    return start(folder, kind.begin(training__epochs=epochs, **LASTING))
+def begin(folder: Folder, kind: Kind, epochs: int, **settings: Any) -> Process:
+    return start(folder, kind.begin(training__epochs=epochs, training__patience=500, **settings))
 
 
 def end(process: Process, status: int = 0) -> tuple[str, str]:
@@ -144,28 +155,31 @@ def assert_one_model(folder: Folder, run: Run, versions: int = 1) -> None:
         assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run.info.run_id
 
 
-@EACH
+@pytest.mark.parametrize("name", cases("single", "seeds", "study"))
 def test_a_server_that_is_stopped_and_started_during_training_misses_nothing(away: Away, name: str) -> None:
     folder, server, _ = away
     kind = KINDS[name]
-    process = begin(folder, kind, 14 // kind.count)
-    wait_for(lambda: epochs_of(folder) >= 2, 200)
+    process = begin(folder, kind, 12 // kind.count)
+    wait_for(lambda: epochs_of(folder) >= 1, 200)
     server.stop()
     there = epochs_of(folder)
-    wait_for(lambda: epochs_of(folder) >= there + 3, 200)  # training goes on
+    wait_for(lambda: epochs_of(folder) >= there + 2, 200)  # training goes on
+    os.killpg(process.pid, signal.SIGSTOP)  # a server takes as long to start as the whole training
     server.start()
+    os.killpg(process.pid, signal.SIGCONT)
     _, said = end(process)
     for told in ("the entries that are not sent yet are kept in ", "MLflow's store answers again"):
         assert 1 <= said.count(told) <= (1 if name == "single" else 2), "by the one that trains and the one above it"
     run = assert_server_equals_journals(folder)
     assert_one_model(folder, run)
     assert any(name.startswith("system/") for name in run.data.metrics)
-    assert epochs_sent(folder) == [14 // kind.count] * kind.count
+    assert epochs_sent(folder) == [12 // kind.count] * kind.count
 
 
-@pytest.mark.parametrize("name", [name for name in KINDS if name != "single"])
+@pytest.mark.parametrize("name", cases("ensemble", of=("seeds", "ensemble", "study")))
 def test_a_server_that_stays_away_stops_what_has_more_runs_to_do_and_it_goes_on_later(away: Away, name: str) -> None:
     folder, _, proxy = away
+    folder.environment["CAPEXP_PATIENCE"] = "5"
     kind = KINDS[name]
     process = begin(folder, kind, 4)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
@@ -174,16 +188,17 @@ def test_a_server_that_stays_away_stops_what_has_more_runs_to_do_and_it_goes_on_
     run_id = said.split()[-1]
     assert said.splitlines()[-1].endswith(f"nothing is lost: when the server is back, python -m capexp.sync {run_id}")
     assert run_id in journals_of(folder)
-    proxy.is_away = False
+    proxy.is_away, folder.environment["CAPEXP_PATIENCE"] = False, "300"
     assert {run.info.status for run in folder.runs()} == {"RUNNING"}
     assert "ended       FINISHED" in folder.run("sync", run_id).stdout
-    folder.run(*kind.go_on(folder, training__epochs=4, **LASTING))
+    folder.run(*kind.go_on(folder, training__epochs=4, training__patience=500))
     assert_one_model(folder, assert_server_equals_journals(folder))
     assert epochs_sent(folder) == [4] * kind.count
 
 
 def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tmp_path: Path) -> None:
     folder, _, proxy = away
+    folder.environment["CAPEXP_PATIENCE"] = "5"
     process = begin(folder, KINDS["single"], 4)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
     proxy.is_away = True
@@ -192,7 +207,7 @@ def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tm
     assert said.splitlines()[-1].endswith(f"python -m capexp.sync {run_id}")
     away_still = folder.run("sync", run_id, status=2)
     assert away_still.stderr.count("\n") == 1
-    proxy.is_away = False
+    proxy.is_away, folder.environment["CAPEXP_PATIENCE"] = False, "300"
     assert folder.runs()[0].info.status == "RUNNING"
     printed = folder.run("sync", run_id)
     assert "registered  capexp-scenes version 1 @champion (the first champion)" in printed.stdout
@@ -205,7 +220,8 @@ def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tm
     assert folder.runs()[0].to_dictionary() == before
     assert_one_model(folder, run)
     folder.run("evaluate", "--model", "models:/capexp-scenes@champion")
-    elsewhere = Folder(tmp_path)
+    (tmp_path / "elsewhere").mkdir()
+    elsewhere = Folder(tmp_path / "elsewhere")
     elsewhere.environment["MLFLOW_TRACKING_URI"] = folder.store
     assert "start where it was trained" in elsewhere.run("sync", run_id, status=2).stderr
     # Everything sent once more, as if the journal had lost what it knew of that: nothing changes.
@@ -217,10 +233,10 @@ def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tm
     assert_one_model(folder, run)
 
 
-@pytest.mark.parametrize("name", ["single", "study"])  # a run alone, and one under another
+@pytest.mark.parametrize("name", cases("single"))
 def test_a_slow_server_does_not_slow_training_down(away: Away, name: str) -> None:
     folder, _, proxy = away
-    process = begin(folder, KINDS[name], 10)
+    process = begin(folder, KINDS[name], 10, training__batch_size=32)  # epochs of a second
     wait_for(lambda: epochs_of(folder) >= 1, 200)
     proxy.delay = 4.0
     wait_for(lambda: epochs_of(folder) >= 9, 200)
@@ -238,9 +254,10 @@ def test_a_slow_server_does_not_slow_training_down(away: Away, name: str) -> Non
     assert statistics.median(between[1:-1]) < 2.0
 
 
-@EACH
+@pytest.mark.parametrize("name", cases("seeds"))
 def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(away: Away, name: str) -> None:
     folder, _, proxy = away
+    folder.environment["CAPEXP_PATIENCE"] = "20"
     kind = KINDS[name]
     process = begin(folder, kind, 8)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
@@ -261,19 +278,19 @@ def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(awa
             assert f"python -m capexp.sync {run_id}" in said
             process = start(folder, ("sync", run_id))
         else:
-            process = start(folder, kind.go_on(folder, training__epochs=8, **LASTING))
+            process = start(folder, kind.go_on(folder, training__epochs=8, training__patience=500))
     assert process.returncode == 0, said
     assert any("model-versions" in path for _, path in proxy.lost)
     assert_one_model(folder, assert_server_equals_journals(folder))
     assert epochs_sent(folder) == [8] * kind.count
 
 
-@EACH
+@pytest.mark.parametrize("name", cases("single", "study"))
 def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Away, name: str) -> None:
     folder, _, proxy = away
     kind = KINDS[name]
-    epochs = 14 if kind.count == 1 else 8
-    settings = {"training__epochs": epochs, **LASTING}
+    epochs = 20 if kind.count == 1 else 14
+    settings = {"training__epochs": epochs, "training__patience": 500}
     process = begin(folder, kind, epochs)
     wait_for(lambda: epochs_of(folder) >= 1, 200)
     proxy.is_away = True
@@ -313,8 +330,9 @@ def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Awa
 def test_the_workers_of_a_study_get_over_an_outage(away: Away) -> None:
     folder, _, proxy = away
     space = json.dumps({"model.dropout": {"low": 0.1, "high": 0.5}})
-    words = ("--trials", "4", "--workers", "2", "--training.epochs", "4", "--tune.pruner", "none")
-    process = start(folder, ("tune", *SMALL, *words, "--tune.search", space))
+    small = flags({"training.epochs": 4, "training.batch_size": 128})
+    words = ("--trials", "4", "--workers", "2", "--tune.pruner", "none")
+    process = start(folder, ("tune", *SMALL, *small, *words, "--tune.search", space))
     wait_for(lambda: len(list(folder.path.glob("studies/scenes/*/ep*"))) >= 2, 300)
     proxy.is_away = True
     journals = folder.path.glob("studies/scenes/*/journal.jsonl")

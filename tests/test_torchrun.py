@@ -10,6 +10,7 @@ import psutil
 import pytest
 import torch
 import torchvision
+from cases import cases
 from kinds import TORCHRUN
 from mlflow.entities import Run
 from PIL import Image
@@ -82,7 +83,7 @@ def test_a_run_goes_on_under_torchrun_and_without_it_to_the_same_losses(folder: 
     assert folder.client.get_registered_model("capexp-scenes").latest_versions[0].run_id == run.info.run_id
 
 
-@pytest.mark.parametrize("rank", ["0", "1"])
+@pytest.mark.parametrize("rank", cases("1", of=("0", "1")))
 def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder, rank: str) -> None:
     started = folder.start(*TORCHRUN, "capexp.train", *EXACT, "--training.epochs", "500", "--training.patience", "500")
     wait_for(lambda: list(folder.path.glob("checkpoints/*/previous.pt")))
@@ -103,7 +104,7 @@ def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder, ra
     assert len(losses(folder, run)) == done + 2
 
 
-@pytest.mark.parametrize("how", [signal.SIGINT, signal.SIGTERM])
+@pytest.mark.parametrize("how", cases(signal.SIGTERM, of=(signal.SIGINT, signal.SIGTERM)))
 def test_an_interrupt_ends_the_run_killed_and_it_goes_on_to_the_undisturbed_losses(
     folder: Folder, how: signal.Signals
 ) -> None:

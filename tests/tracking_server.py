@@ -2,14 +2,14 @@
 
 import http.client
 import os
+import shutil
 import signal
 import socket
 import subprocess
 import threading
 import time
 import urllib.request
-from collections.abc import Iterator
-from contextlib import contextmanager, suppress
+from contextlib import suppress
 from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 from pathlib import Path
 from typing import Any
@@ -29,12 +29,15 @@ class Server:
     """``mlflow server`` on a folder: started again, it has what it had, at the same address."""
 
     def __init__(self, folder: Path) -> None:
+        folder.mkdir()
         self.folder = folder
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
 
     def start(self) -> None:
+        if self._process is not None:
+            return
         if not (self.folder / "server.db").exists():
             write_store(self.folder / "server.db", "mlflow-artifacts:")
         with (self.folder / "server.log").open("a") as log:
@@ -52,6 +55,11 @@ class Server:
             return False
 
         wait_for(up, 180)
+
+    def clear(self) -> None:
+        """Empty the store, also while the server runs: starting one takes as long as a small training."""
+        write_store(self.folder / "server.db", "mlflow-artifacts:")
+        shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
 
     def stop(self) -> None:
         if self._process is not None:
@@ -134,16 +142,3 @@ class Proxy:
     def close(self) -> None:
         self._httpd.shutdown()
         self._httpd.server_close()
-
-
-@contextmanager
-def serving(folder: Path) -> Iterator[tuple[Server, Proxy]]:
-    folder.mkdir()
-    server = Server(folder)
-    proxy = Proxy(server)
-    try:
-        server.start()
-        yield server, proxy
-    finally:
-        proxy.close()
-        server.stop()

@@ -93,10 +93,15 @@ def _empty_store() -> bytes:
 
 
 def write_store(path: Path, artifacts: str) -> None:
-    """Write MLflow's database without any runs; ``artifacts`` is the folder or URI of its artifacts."""
-    path.write_bytes(_empty_store())
-    with closing(sqlite3.connect(path)) as database, database:
-        database.execute("UPDATE experiments SET artifact_location = ?", (f"{artifacts}/0",))
+    """Write MLflow's database without any runs, in place of what it holds, also while a server has it open.
+
+    ``artifacts`` is the folder or URI of its artifacts.
+    """
+    with closing(sqlite3.connect(path)) as database, closing(sqlite3.connect(":memory:")) as empty:
+        empty.deserialize(_empty_store())
+        empty.execute("UPDATE experiments SET artifact_location = ?", (f"{artifacts}/0",))
+        empty.commit()
+        empty.backup(database)
 
 
 def wait_for(condition: Callable[[], Any], seconds: float = 90) -> None:

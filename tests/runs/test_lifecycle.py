@@ -13,7 +13,8 @@ from typing import Any
 
 import mlflow
 import pytest
-from kinds import KINDS, LASTING, PARENT, Kind
+from cases import cases
+from kinds import KINDS, PARENT, Kind
 from mlflow.entities import Run
 from user_folder import ROOT, Folder, Process, wait_for
 
@@ -107,7 +108,7 @@ def test_an_interrupt_ends_the_run_killed_with_the_best_model_kept(tmp_path: Pat
 
 
 @SLOW
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", cases("single", "ensemble", "study"))
 def test_interrupted_it_ends_killed_and_goes_on_to_the_undisturbed_end(
     tmp_path: Path, undisturbed: Undisturbed, name: str
 ) -> None:
@@ -158,7 +159,7 @@ def moments(folder: Folder, kind: Kind) -> dict[str, Callable[[float], object]]:
 
 
 @SLOW
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", cases("single", "seeds", "study"))
 def test_killed_again_and_again_it_comes_to_the_undisturbed_end(
     tmp_path: Path, undisturbed: Undisturbed, name: str
 ) -> None:
@@ -203,7 +204,7 @@ def test_a_loss_that_diverges_fails_run_and_child_in_one_line(tmp_path: Path, na
 
 
 @SLOW
-@pytest.mark.parametrize("name", KINDS)
+@pytest.mark.parametrize("name", cases("seeds", "study"))
 def test_a_folder_that_takes_no_state_fails_run_and_child_in_one_line_and_mended_they_go_on(
     tmp_path: Path, undisturbed: Undisturbed, name: str
 ) -> None:
@@ -282,7 +283,7 @@ def test_what_is_not_resumed_so_is_refused_with_what_to_do(
 @SLOW
 def test_a_second_tune_joins_and_the_first_goes_on_when_it_is_stopped(tmp_path: Path) -> None:
     folder, kind = make(tmp_path), KINDS["study"]
-    command = (*kind.begin(training__epochs=10, **LASTING)[:-1], "3")  # trials that last
+    command = (*kind.begin(training__epochs=12, training__patience=500)[:-1], "3")  # trials that last
     first = start(folder, command)
     wait_for(lambda: kind.trained(folder, "last.pt"), 200)
     second = start(folder, command)
@@ -306,9 +307,10 @@ def test_a_second_tune_joins_and_the_first_goes_on_when_it_is_stopped(tmp_path: 
 @SLOW
 def test_an_ensemble_begun_twice_at_once_is_refused_the_member_that_the_first_trains(tmp_path: Path) -> None:
     folder, kind = make(tmp_path), KINDS["ensemble"]
-    first = start(folder, kind.begin(training__epochs=8, **LASTING))
+    command = kind.begin(training__epochs=16, training__patience=500)
+    first = start(folder, command)
     wait_for(lambda: kind.trained(folder, "last.pt"), 200)
-    refused = folder.run(*kind.begin(training__epochs=8, **LASTING), status=2)
+    refused = folder.run(*command, status=2)
     assert "another process is training it; wait for it or stop it" in refused.stderr.splitlines()[-1]
     assert first.poll() is None, "it was over before the second one was"
     out, err = first.communicate(timeout=300)
@@ -321,7 +323,7 @@ def test_an_ensemble_begun_twice_at_once_is_refused_the_member_that_the_first_tr
 
 
 @SLOW
-@pytest.mark.parametrize("name", ["single", "study"])
+@pytest.mark.parametrize("name", cases("study", of=("single", "study")))
 def test_ctrl_c_under_mlflow_run_tags_the_run_and_the_one_under_it(tmp_path: Path, name: str) -> None:
     folder, kind = make(tmp_path), KINDS[name]
     folder.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
