@@ -322,6 +322,8 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     os.environ.setdefault("MLFLOW_LOGGING_LEVEL", "WARNING")
     os.environ.setdefault("MLFLOW_ENABLE_ARTIFACTS_PROGRESS_BAR", "false")
     os.environ.setdefault("MLFLOW_SUPPRESS_PRINTING_URL_TO_STDOUT", "true")  # the URL may contain a password
+    # A thread of MLflow's telemetry changes os.environ. A request that another thread makes at this moment fails.
+    os.environ.setdefault("MLFLOW_DISABLE_TELEMETRY", "true")
     logging.getLogger("alembic").setLevel(logging.WARNING)
     logging.getLogger("urllib3").setLevel(logging.ERROR)  # no warnings about retries
     # These log errors with a traceback; the command reports them in one line.

@@ -198,7 +198,7 @@ def postgresql() -> Iterator[Callable[[str], str]]:
         return url(database)
 
     try:
-        end = time.monotonic() + 60
+        end = time.monotonic() + 300
         while True:
             try:
                 make("ready")
@@ -210,5 +210,5 @@ def postgresql() -> Iterator[Callable[[str], str]]:
         yield make
     finally:
         server.send_signal(2)  # SIGINT: fast shutdown
-        server.wait(30)
+        server.wait(300)
         shutil.rmtree(folder)

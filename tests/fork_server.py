@@ -131,8 +131,9 @@ def _server() -> tuple[socket.socket, "subprocess.Popen[bytes]"]:
     ours, its = socket.socketpair(socket.AF_UNIX, socket.SOCK_SEQPACKET)
     # No threads, which a fork would lack: neither torch's nor those of the allocator that PyArrow brings.
     threads = {"OMP_NUM_THREADS": "1", "JE_ARROW_MALLOC_CONF": "background_thread:false"}
-    log = {"MLFLOW_LOGGING_LEVEL": "WARNING"}  # read when MLflow is imported; commands set it before
-    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | threads | log
+    # Read when MLflow is imported; commands set it before.
+    own = {"MLFLOW_LOGGING_LEVEL": "WARNING", "MLFLOW_DISABLE_TELEMETRY": "true"}
+    environment = ENVIRONMENT | {"PYTHONPATH": str(ROOT)} | threads | own
     with its:
         process = subprocess.Popen(
             [sys.executable, __file__, str(its.fileno())], pass_fds=[its.fileno()], env=environment,

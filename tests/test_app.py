@@ -20,6 +20,7 @@ from selenium.common.exceptions import WebDriverException
 from selenium.webdriver import Chrome
 from selenium.webdriver.common.by import By
 from selenium.webdriver.remote.webelement import WebElement
+from tracking_server import free_port
 from user_folder import Folder
 
 from capexp.app import app
@@ -37,13 +38,7 @@ GOLDEN = ROOT / "tests/captioning/golden-1/bundle"
 T = TypeVar("T")
 
 
-def free_port() -> int:
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        return int(free.getsockname()[1])
-
-
-def wait_for(found: Callable[[], T], seconds: float = 90) -> T:
+def wait_for(found: Callable[[], T], seconds: float = 300) -> T:
     """What is there once it is there, and true."""
     end = time.monotonic() + seconds
     while True:
@@ -90,7 +85,7 @@ def serving(bundle: Path) -> Iterator[str]:
         yield address
     finally:
         process.send_signal(signal.SIGINT)
-        out, err = process.communicate(timeout=30)
+        out, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     assert out.splitlines() == [f"a page to try bundle: {address} (Ctrl-C ends it)"]
     assert err.splitlines()[-1] == "capexp.app: interrupted"

@@ -818,7 +818,10 @@ def test_a_disk_that_does_not_take_it_is_told_in_one_line(tmp_path: Path, name: 
     (tmp_path / where).mkdir()
     printed = on_a_disk_of(size, tmp_path / where, options, *TRAIN)
     assert printed.returncode == 2, printed.stderr
-    (line,) = printed.stderr.splitlines()
+    *before, line = printed.stderr.splitlines()
+    if name == "no room for artifacts":  # a picture may find no room before the captioner does
+        before = [other for other in before if "the entries that are not sent yet are kept in" not in other]
+    assert not before
     for part in says:
         assert part in line
     assert not list(tmp_path.glob("checkpoints/*/ep*")) or name == "no room for artifacts"

@@ -163,6 +163,29 @@ def test_a_run_that_was_not_all_sent_is_told_with_the_remedy_from_a_worker_too()
     assert "(no server)" in printed.stderr and printed.stderr.endswith("python -m capexp.sync 0123\n")
 
 
+@pytest.mark.slow
+def test_mlflows_telemetry_is_off_unless_a_user_turns_it_on(tmp_path: Path) -> None:
+    code = (
+        "from capexp import cli\n"
+        "def command():\n"
+        "    from mlflow.telemetry import get_telemetry_client\n"
+        "    print(get_telemetry_client() is not None)\n"
+        "    return 0\n"
+        "cli.main('train', command)"
+    )
+    for wanted, shown in ({}, "False"), ({"MLFLOW_DISABLE_TELEMETRY": "false"}, "True"):
+        # Nothing of this environment: MLflow has none either where it sees a test or continuous integration.
+        environment = {
+            "PATH": os.environ["PATH"],
+            "HOME": str(tmp_path),
+            "PYTHONPATH": str(Path(cli.__file__).parents[1]),
+        }
+        done = subprocess.run(
+            [sys.executable, "-c", code], env=environment | wanted, cwd=tmp_path, capture_output=True, text=True
+        )
+        assert done.stdout.strip() == shown, done.stderr
+
+
 def test_what_mlflow_has_started_from_elsewhere_says_how_to_get_there(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:

@@ -145,7 +145,7 @@ def start(*arguments: str | Path) -> subprocess.Popen[str]:
 
 def run(*arguments: str | Path, status: int = 0) -> tuple[str, str]:
     process = start(*arguments)
-    out, err = process.communicate(timeout=120)
+    out, err = process.communicate(timeout=300)
     print(out, err)
     assert process.returncode == status, f"{out}\n{err}"
     return out, err
@@ -318,7 +318,7 @@ def test_a_second_download_into_one_folder_is_refused(small: Path, serving: list
 
 
 def wait_for(path: Path, size: int) -> None:
-    deadline = time.monotonic() + 60
+    deadline = time.monotonic() + 300
     while not (path.exists() and path.stat().st_size >= size):
         assert time.monotonic() < deadline
         time.sleep(0.01)

@@ -514,7 +514,7 @@ def test_an_unreachable_server_is_told_of_before_any_work(tmp_path: Path) -> Non
     printed = folder.run("train", *SMALL, status=2)
     assert "MLFLOW_TRACKING_URI" in printed.stderr.splitlines()[-1]
     assert "geheim" not in printed.stdout + printed.stderr
-    assert time.monotonic() - start < 60
+    assert time.monotonic() - start < 120
 
 
 @pytest.mark.slow

@@ -105,7 +105,7 @@ def test_an_interrupt_ends_member_and_ensemble_killed_and_the_same_command_goes_
     process = folder.start(sys.executable, "-m", "capexp.train", *TOGETHER)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/last.pt")))
     process.send_signal(signal.SIGINT)
-    _, err = process.communicate(timeout=120)
+    _, err = process.communicate(timeout=300)
     assert process.returncode == 130, err
     together, first = folder.runs()
     assert [run.info.status for run in (together, first)] == ["KILLED"] * 2
@@ -123,7 +123,7 @@ def test_a_member_that_was_interrupted_as_a_run_of_its_own_is_resumed(tmp_path: 
     process = folder.start(sys.executable, "-m", "capexp.train", *SINGLE)
     wait_for(lambda: list(tmp_path.glob("checkpoints/*/last.pt")))
     process.send_signal(signal.SIGINT)
-    process.communicate(timeout=120)
+    process.communicate(timeout=300)
     (single,) = folder.runs()
     assert single.info.status == "KILLED"
     printed = folder.run("train", *TOGETHER)

@@ -13,7 +13,7 @@ from user_folder import ROOT, Folder
 
 SMALL = (
     *("--model.embedding_size", "16", "--model.lstm_units", "16", "--model.output_dropout", "0"),
-    *("--training.learning_rate", "0.01", "--training.epochs", "1"),
+    *("--training.learning_rate", "0.01", "--training.batch_size", "128", "--training.epochs", "1"),
 )
 CHECKOUT = "a ü 图 +[1]#?;&'$HOME"  # MLflow cannot be installed where a % is,
 DIFFICULT = f"{CHECKOUT} 100%"  # but can work there
@@ -127,6 +127,7 @@ def test_make_refuses_a_checkout_in_which_mlflow_cannot_be_installed(tmp_path: P
     assert not (folder.path / ".venv").exists()
 
 
+@pytest.mark.slow
 def test_mlflow_that_is_installed_where_it_cannot_work_is_told_of_in_one_line(tmp_path: Path) -> None:
     folder = Folder(tmp_path / "work")
     folder.path.mkdir()

@@ -12,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import cases
 from numpy.typing import NDArray
 from PIL import Image
 from small import identity
@@ -276,15 +277,17 @@ def dev_loss(printed: str) -> float:
     return float(found[0])
 
 
+@pytest.mark.parametrize("photos", cases(60, of=(60, 200)))
 def test_the_tutorials_files_in_all_commands(
-    tmp_path: Path, keras: Keras, flickr8k: Path, vgg16: Path, references: dict[str, tuple[str, ...]]
+    tmp_path: Path, keras: Keras, flickr8k: Path, vgg16: Path, references: dict[str, tuple[str, ...]], photos: int
 ) -> None:
     """features.pkl, descriptions.txt, the model and its tokenizer, as the tutorial's steps in Keras have made them."""
-    photos_for_keras(tmp_path, flickr8k, vgg16, 200)
+    photos_for_keras(tmp_path, flickr8k, vgg16, photos)
     names = sorted(path.name for path in (tmp_path / "photos").iterdir())
-    tutorial_folder(tmp_path, {name: references[name] for name in names}, 200)
-    (tmp_path / "train.txt").write_text("".join(f"{name}\n" for name in names[:160]))
-    (tmp_path / "dev.txt").write_text("".join(f"{name}\n" for name in names[160:]))
+    tutorial_folder(tmp_path, {name: references[name] for name in names}, photos)
+    train = photos * 4 // 5
+    (tmp_path / "train.txt").write_text("".join(f"{name}\n" for name in names[:train]))
+    (tmp_path / "dev.txt").write_text("".join(f"{name}\n" for name in names[train:]))
     keras("vgg16", tmp_path)
     keras("train", tmp_path)
     folder = Folder(tmp_path)
@@ -315,7 +318,7 @@ def test_the_tutorials_files_in_all_commands(
     features = np.stack([arrays[name] for name in theirs]).astype(np.float16)
     ours = [caption.text for caption in captioner.caption_features(features)]
     same = np.mean([our == their for our, their in zip(ours, theirs.values(), strict=True)])
-    print(f"{same:.1%} of 200 captions are the same from Keras's features, rounded to float16; ", end="")
+    print(f"{same:.1%} of {photos} captions are the same from Keras's features, rounded to float16; ", end="")
     assert same >= 0.98
     # Every command takes the bundle; its encoder is in it.
     printed = folder.run("caption", "--model", "tutorial", *(f"photos/{name}" for name in names[:20])).stdout
@@ -325,7 +328,7 @@ def test_the_tutorials_files_in_all_commands(
     assert same >= 0.8, "the encoder may compute in bfloat16"
     weights = ("--features.weights", "vgg16.h5")
     scores = json.loads(folder.run("evaluate", *data, *weights, "--model", "tutorial").stdout)
-    assert scores["photos"] == 40 and scores["vocabulary_digest"] == captioner.vocabulary.digest()
+    assert scores["photos"] == photos - train and scores["vocabulary_digest"] == captioner.vocabulary.digest()
     compared = folder.run("compare", *data, *weights, "tutorial", str(second.relative_to(tmp_path))).stdout
     print(f"\n{compared}", end="")
-    assert "cider" in compared and "40 photos of dev" in compared
+    assert "cider" in compared and f"{photos - train} photos of dev" in compared

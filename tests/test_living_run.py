@@ -85,7 +85,7 @@ def test_a_second_process_leaves_a_run_that_is_being_trained_untouched(
             "adopted by a study": start(folder, *study, **known),
         }
     for way, process in second.items():
-        _, err = process.communicate(timeout=120)
+        _, err = process.communicate(timeout=300)
         assert process.returncode == 2, f"{way}: {err}"
         assert err.count("\n") == 1 and run_id in err, f"{way}: {err}"
     assert living.poll() is None, "it was over before the second process was"

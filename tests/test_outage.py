@@ -160,10 +160,10 @@ def test_a_server_that_is_stopped_and_started_during_training_misses_nothing(awa
     folder, server, _ = away
     kind = KINDS[name]
     process = begin(folder, kind, 12 // kind.count)
-    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    wait_for(lambda: epochs_of(folder) >= 1)
     server.stop()
     there = epochs_of(folder)
-    wait_for(lambda: epochs_of(folder) >= there + 2, 200)  # training goes on
+    wait_for(lambda: epochs_of(folder) >= there + 2)  # training goes on
     os.killpg(process.pid, signal.SIGSTOP)  # a server takes as long to start as the whole training
     server.start()
     os.killpg(process.pid, signal.SIGCONT)
@@ -182,7 +182,7 @@ def test_a_server_that_stays_away_stops_what_has_more_runs_to_do_and_it_goes_on_
     folder.environment["CAPEXP_PATIENCE"] = "5"
     kind = KINDS[name]
     process = begin(folder, kind, 4)
-    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    wait_for(lambda: epochs_of(folder) >= 1)
     proxy.is_away = True
     _, said = end(process, status=3)
     run_id = said.split()[-1]
@@ -200,7 +200,7 @@ def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tm
     folder, _, proxy = away
     folder.environment["CAPEXP_PATIENCE"] = "5"
     process = begin(folder, KINDS["single"], 4)
-    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    wait_for(lambda: epochs_of(folder) >= 1)
     proxy.is_away = True
     _, said = end(process, status=3)
     (run_id,) = journals_of(folder)
@@ -237,9 +237,9 @@ def test_what_a_server_that_stays_away_has_missed_is_sent_by_sync(away: Away, tm
 def test_a_slow_server_does_not_slow_training_down(away: Away, name: str) -> None:
     folder, _, proxy = away
     process = begin(folder, KINDS[name], 10, training__batch_size=32)  # epochs of a second
-    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    wait_for(lambda: epochs_of(folder) >= 1)
     proxy.delay = 4.0
-    wait_for(lambda: epochs_of(folder) >= 9, 200)
+    wait_for(lambda: epochs_of(folder) >= 9)
     proxy.delay = 0.0
     end(process)
     assert_server_equals_journals(folder)
@@ -251,7 +251,7 @@ def test_a_slow_server_does_not_slow_training_down(away: Away, name: str) -> Non
     seconds = [point.value for point in history["epoch_seconds"]]
     between = [after - before - took for before, after, took in zip(ended, ended[1:], seconds[1:], strict=False)]
     print("seconds beside the epochs themselves, while each request takes 4 s:", between[1:-1])
-    assert statistics.median(between[1:-1]) < 2.0
+    assert statistics.median(between[1:-1]) < 3.0
 
 
 @pytest.mark.parametrize("name", cases("seeds"))
@@ -260,10 +260,10 @@ def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(awa
     folder.environment["CAPEXP_PATIENCE"] = "20"
     kind = KINDS[name]
     process = begin(folder, kind, 8)
-    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    wait_for(lambda: epochs_of(folder) >= 1)
     proxy.fails = True
     there = epochs_of(folder)
-    wait_for(lambda: epochs_of(folder) >= there + 2 and proxy.failed > 1, 200)
+    wait_for(lambda: epochs_of(folder) >= there + 2 and proxy.failed > 1)
     proxy.loses, proxy.fails = True, False
     for _ in range(8):
         out, said = process.communicate(timeout=400)
@@ -292,10 +292,10 @@ def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Awa
     epochs = 20 if kind.count == 1 else 14
     settings = {"training__epochs": epochs, "training__patience": 500}
     process = begin(folder, kind, epochs)
-    wait_for(lambda: epochs_of(folder) >= 1, 200)
+    wait_for(lambda: epochs_of(folder) >= 1)
     proxy.is_away = True
     there = epochs_of(folder)
-    wait_for(lambda: epochs_of(folder) >= there + 1, 200)
+    wait_for(lambda: epochs_of(folder) >= there + 1)
     process.send_signal(signal.SIGINT)
     _, said = end(process, status=130)
     proxy.is_away = False
@@ -307,10 +307,10 @@ def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Awa
         assert_one_model(folder, run, versions=0)
     there = epochs_of(folder)
     process = start(folder, kind.go_on(folder, **settings))
-    wait_for(lambda: epochs_of(folder) >= there + 1, 200)
+    wait_for(lambda: epochs_of(folder) >= there + 1)
     proxy.is_away = True
     there = epochs_of(folder)
-    wait_for(lambda: epochs_of(folder) >= there + 1, 200)
+    wait_for(lambda: epochs_of(folder) >= there + 1)
     process.kill()
     process.communicate()
     proxy.is_away = False
@@ -333,11 +333,11 @@ def test_the_workers_of_a_study_get_over_an_outage(away: Away) -> None:
     small = flags({"training.epochs": 4, "training.batch_size": 128})
     words = ("--trials", "4", "--workers", "2", "--tune.pruner", "none")
     process = start(folder, ("tune", *SMALL, *small, *words, "--tune.search", space))
-    wait_for(lambda: len(list(folder.path.glob("studies/scenes/*/ep*"))) >= 2, 300)
+    wait_for(lambda: len(list(folder.path.glob("studies/scenes/*/ep*"))) >= 2)
     proxy.is_away = True
     journals = folder.path.glob("studies/scenes/*/journal.jsonl")
     sizes = {path: path.stat().st_size for path in journals}
-    wait_for(lambda: all(not path.exists() or path.stat().st_size > size for path, size in sizes.items()), 200)
+    wait_for(lambda: all(not path.exists() or path.stat().st_size > size for path, size in sizes.items()))
     proxy.is_away = False
     end(process)
     parent, *trials = folder.runs()

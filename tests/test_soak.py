@@ -12,7 +12,7 @@ ROOT = Path(__file__).parents[1]
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize(("activity", "kills"), [("seeds", 1)])
+@pytest.mark.parametrize(("activity", "kills"), [("train", 1)])
 def test_killed_at_random_it_comes_to_what_the_undisturbed_comes_to(tmp_path: Path, activity: str, kills: int) -> None:
     command = [sys.executable, str(ROOT / "experiments/soak/soak_kills.py"), "--only", activity, "--kills", str(kills)]
     subprocess.run(

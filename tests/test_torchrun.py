@@ -27,7 +27,8 @@ pytestmark = pytest.mark.slow
 EXACT = (  # masks of dropout differ by process
     *("--model.embedding_size", "48", "--model.lstm_units", "48", "--model.dropout", "0"),
     *("--model.output_dropout", "0", "--training.precision", "float32", "--training.schedule", "constant"),
-    *("--training.learning_rate", "1e-3"),  # rounding grows from step to step, with a larger one sooner
+    # Rounding grows from step to step, with a larger rate sooner.
+    *("--training.learning_rate", "1e-3", "--training.batch_size", "128"),
 )
 
 
@@ -89,7 +90,7 @@ def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder, ra
     wait_for(lambda: list(folder.path.glob("checkpoints/*/previous.pt")))
     killed = next(child for child in psutil.Process(started.pid).children() if child.environ().get("RANK") == rank)
     os.kill(killed.pid, signal.SIGKILL)
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=300)
     assert started.returncode == 1
     (run,) = folder.runs()
     if rank == "1":  # the first process tells, and brings the run to its end
@@ -108,7 +109,7 @@ def test_a_process_that_is_killed_ends_the_run_and_it_goes_on(folder: Folder, ra
 def test_an_interrupt_ends_the_run_killed_and_it_goes_on_to_the_undisturbed_losses(
     folder: Folder, how: signal.Signals
 ) -> None:
-    settings = (*EXACT, "--training.epochs", "6", "--training.save_steps", "25", "--training.patience", "500")
+    settings = (*EXACT, "--training.epochs", "6", "--training.save_steps", "6", "--training.patience", "500")
     undisturbed = Folder(folder.path / "undisturbed")
     undisturbed.path.mkdir()
     undisturbed.environment["OMP_NUM_THREADS"] = "1"
@@ -117,7 +118,7 @@ def test_an_interrupt_ends_the_run_killed_and_it_goes_on_to_the_undisturbed_loss
     started = folder.start(*TORCHRUN, "capexp.train", *settings)
     wait_for(lambda: list(folder.path.glob("checkpoints/*/ep002-*")))
     os.kill(started.pid, how)  # torchrun passes it on
-    _, err = started.communicate(timeout=60)
+    _, err = started.communicate(timeout=300)
     assert err.count("capexp.train: interrupted") == 1
     (run,) = folder.runs()
     assert run.info.status == "KILLED"

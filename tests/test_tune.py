@@ -3,11 +3,8 @@
 import json
 import os
 import signal
-import socket
-import subprocess
 import sys
 import tomllib
-import urllib.request
 from collections import Counter
 from collections.abc import Callable, Iterator
 from pathlib import Path
@@ -17,6 +14,7 @@ import optuna
 import psutil
 import pytest
 from mlflow.entities import Run
+from tracking_server import Server
 from user_folder import Folder, Process, wait_for
 
 SPACE = {"model.lstm_units": {"low": 8, "high": 48}, "model.dropout": {"low": 0.1, "high": 0.5}}
@@ -98,11 +96,11 @@ def test_a_study_survives_kill_9_of_a_worker_and_then_of_everything(tmp_path: Pa
     folder = Folder(tmp_path, has_store=True)
     command = ("--trials", "6", "--workers", "2", "--training.epochs", "3")
     process = start(folder, *command)
-    wait_for(lambda: len(at_work(folder)) == 2, 300)
+    wait_for(lambda: len(at_work(folder)) == 2)
     victim = workers(process)[0]
     victim.kill()
-    wait_for(lambda: len(workers(process)) == 2 and not victim.is_running(), 60)
-    wait_for(lambda: counted(journal(folder)) >= 1 and len(at_work(folder)) == 2, 300)
+    wait_for(lambda: len(workers(process)) == 2 and not victim.is_running())
+    wait_for(lambda: counted(journal(folder)) >= 1 and len(at_work(folder)) == 2)
     kill_all(process)
     done = counted(journal(folder))
     assert 1 <= done < 6
@@ -133,7 +131,7 @@ def test_ctrl_c_ends_the_trials_killed_and_the_same_command_goes_on(tmp_path: Pa
     folder = Folder(tmp_path, has_store=True)
     command = ("--trials", "3", "--workers", "2", "--training.epochs", "4", "--write-best")
     process = start(folder, *command)
-    wait_for(lambda: len(at_work(folder)) == 2, 300)
+    wait_for(lambda: len(at_work(folder)) == 2)
     os.killpg(process.pid, signal.SIGINT)  # as a terminal does: to all processes of the command
     said = end(process, status=130)
     assert said.splitlines()[-1] == "capexp.tune: interrupted"
@@ -170,30 +168,12 @@ def test_ctrl_c_ends_the_trials_killed_and_the_same_command_goes_on(tmp_path: Pa
 def server(postgresql: Callable[[str], str], tmp_path: Path) -> Iterator[tuple[str, str]]:
     """The URI of an MLflow server that keeps its runs in PostgreSQL, and the storage for a study."""
     store, storage = postgresql("mlflow"), postgresql("studies")
-    with socket.socket() as free:
-        free.bind(("127.0.0.1", 0))
-        port = free.getsockname()[1]
-    address = f"http://127.0.0.1:{port}"
-    with (tmp_path / "server.log").open("w") as log:
-        process = subprocess.Popen(
-            ["mlflow", "server", "--backend-store-uri", store, "--artifacts-destination", str(tmp_path / "artifacts"),
-             "--host", "127.0.0.1", "--port", str(port), "--allowed-hosts", f"127.0.0.1:{port}", "--workers", "1"],
-            cwd=tmp_path, env=Folder(tmp_path).environment, stdout=log, stderr=log, start_new_session=True,
-        )  # fmt: skip
-
-    def up() -> bool:
-        assert process.poll() is None, (tmp_path / "server.log").read_text()
-        try:
-            return bool(urllib.request.urlopen(f"{address}/health", timeout=5).status == 200)
-        except OSError:
-            return False
-
+    server = Server(tmp_path / "server", store)
     try:
-        wait_for(up, 180)
-        yield address.replace("http://", "http://someone:geheim@"), storage
+        server.start()
+        yield server.address.replace("http://", "http://someone:geheim@"), storage
     finally:
-        os.killpg(process.pid, signal.SIGTERM)
-        process.wait(60)
+        server.stop()
 
 
 @pytest.mark.slow
@@ -212,10 +192,10 @@ def test_machines_share_a_study_through_postgresql_and_an_mlflow_server(
     def study() -> optuna.Study:
         return optuna.load_study(study_name="scenes", storage=storage)
 
-    wait_for(lambda: list(folders[0].path.glob("studies/scenes/*/last.pt")), 300)
+    wait_for(lambda: list(folders[0].path.glob("studies/scenes/*/last.pt")))
     second = start(folders[1], *command)
-    wait_for(lambda: list(folders[1].path.glob("studies/scenes/*/last.pt")), 300)
-    wait_for(lambda: list(folders[0].path.glob("studies/scenes/*/ep001*")), 300)  # in the middle of a trial
+    wait_for(lambda: list(folders[1].path.glob("studies/scenes/*/last.pt")))
+    wait_for(lambda: list(folders[0].path.glob("studies/scenes/*/ep001*")))  # in the middle of a trial
     kill_all(first)  # the machine is gone, and its files are out of reach
     said = end(second)
     assert "was broken off; it is run again" in said
@@ -240,7 +220,7 @@ def test_machines_share_a_study_through_postgresql_and_an_mlflow_server(
         assert secret not in said + out
         for run in folders[1].runs():
             assert secret not in json.dumps([run.data.params, run.data.tags])
-        for path in [*tmp_path.glob("artifacts/**/*"), *(file for f in folders for file in f.path.rglob("*"))]:
+        for path in [*tmp_path.glob("server/artifacts/**/*"), *(file for f in folders for file in f.path.rglob("*"))]:
             if path.is_file():
                 assert secret.encode() not in path.read_bytes(), path
 

@@ -28,9 +28,10 @@ def free_port() -> int:
 class Server:
     """``mlflow server`` on a folder: started again, it has what it had, at the same address."""
 
-    def __init__(self, folder: Path) -> None:
+    def __init__(self, folder: Path, store: str | None = None) -> None:
+        """``store`` is the URI of an existing database; without it there is an empty one in the folder."""
         folder.mkdir()
-        self.folder = folder
+        self.folder, self._store = folder, store
         self.port = free_port()
         self.address = f"http://127.0.0.1:{self.port}"
         self._process: subprocess.Popen[bytes] | None = None
@@ -38,11 +39,12 @@ class Server:
     def start(self) -> None:
         if self._process is not None:
             return
-        if not (self.folder / "server.db").exists():
-            write_store(self.folder / "server.db", "mlflow-artifacts:")
+        if self._store is None:
+            self._store = database_uri(self.folder / "server.db")
+            self.clear()
         with (self.folder / "server.log").open("a") as log:
             process = self._process = subprocess.Popen(
-                ["mlflow", "server", "--backend-store-uri", database_uri(self.folder / "server.db"), "--workers", "1",
+                ["mlflow", "server", "--backend-store-uri", self._store, "--workers", "1",
                  "--artifacts-destination", str(self.folder / "artifacts"), "--host", "127.0.0.1",
                  "--port", str(self.port)],
                 cwd=self.folder, env=Folder(self.folder).environment, stdout=log, stderr=log, start_new_session=True,
@@ -54,10 +56,10 @@ class Server:
                 return bool(answer.status == 200)
             return False
 
-        wait_for(up, 180)
+        wait_for(up)
 
     def clear(self) -> None:
-        """Empty the store, also while the server runs: starting one takes as long as a small training."""
+        """Empty the database in the folder, also while the server runs: to start one takes longer than that."""
         write_store(self.folder / "server.db", "mlflow-artifacts:")
         shutil.rmtree(self.folder / "artifacts", ignore_errors=True)
 
@@ -65,7 +67,7 @@ class Server:
         if self._process is not None:
             with suppress(ProcessLookupError):
                 os.killpg(self._process.pid, signal.SIGKILL)
-            self._process.wait(60)
+            self._process.wait(300)
             self._process = None
 
 

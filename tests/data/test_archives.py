@@ -445,6 +445,7 @@ def test_a_changed_byte_is_noticed_or_changes_no_content(tmp_path: Path, method:
             shutil.rmtree(folder)
 
 
+@pytest.mark.slow
 def test_a_killed_unpacking_leaves_nothing_that_looks_done(tmp_path: Path) -> None:
     many = {f"photos/{number}.jpg": bytes(1000) for number in range(20_000)}
     (tmp_path / "x.zip").write_bytes(zipped(many | {"readme.txt": b"x"}))

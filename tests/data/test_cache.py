@@ -406,7 +406,7 @@ def test_two_processes_at_once_store_each_photo_once(tmp_path: Path, random_vgg1
         assert process.stdin is not None
         process.stdin.write("go\n")
         process.stdin.flush()
-    computed = [int(process.communicate(timeout=120)[0]) for process in processes]
+    computed = [int(process.communicate(timeout=300)[0]) for process in processes]
     assert [process.returncode for process in processes] == [0, 0]
     assert sum(computed) == 6
     cache = FeatureCache(tmp_path / "cache", encoder.identity)

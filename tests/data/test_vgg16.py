@@ -85,6 +85,7 @@ def test_features_equal_a_plain_torchvision_forward(
     assert float(expected.max()) > 10
 
 
+@pytest.mark.slow
 def test_bfloat16_stays_within_three_percent(vgg16: Path, scenes: Path) -> None:
     features = torch.from_numpy(encoded(str(vgg16), "mean", "bfloat16", two_photos(scenes))).float()
     expected = pooled(plain_grid(vgg16, scenes), "mean")

@@ -2,17 +2,10 @@
 
 import base64
 import io
-import os
 import re
 import shutil
-import signal
-import socket
-import subprocess
-import sys
-import time
-import urllib.request
 from collections.abc import Mapping, Sequence
-from contextlib import nullcontext, suppress
+from contextlib import nullcontext
 from pathlib import Path
 from typing import TYPE_CHECKING
 
@@ -22,6 +15,7 @@ import pytest
 from hypothesis import given, strategies as st
 from numpy.typing import NDArray
 from PIL import Image, ImageCms
+from tracking_server import Server
 
 from capexp.captioning.captioner import Caption
 from capexp.captioning.evaluation import score_captions
@@ -496,22 +490,10 @@ def test_mlflows_artifact_view_shows_it_and_its_search_and_light_work_there(
         for one in (page, looking):
             tracked.log_artifact(Path(shutil.copy(one, tracked.folder)))
         experiment = mlflow.get_run(tracked.run_id).info.experiment_id
-    with socket.socket() as probe:
-        probe.bind(("127.0.0.1", 0))
-        port = probe.getsockname()[1]
-    log = folder / "server.txt"
-    with log.open("w") as output:
-        server = subprocess.Popen(
-            [sys.executable, "-m", "mlflow", "ui", "--port", str(port)],
-            cwd=folder, stdout=output, stderr=subprocess.STDOUT, start_new_session=True,
-        )  # fmt: skip
+    server = Server(folder / "server", mlflow.get_tracking_uri())
     try:
-        for _ in range(240):
-            assert server.poll() is None, log.read_text()
-            with suppress(OSError), urllib.request.urlopen(f"http://127.0.0.1:{port}/health", timeout=5):
-                break
-            time.sleep(0.5)
-        artifacts = f"http://127.0.0.1:{port}/#/experiments/{experiment}/runs/{tracked.run_id}/artifacts"
+        server.start()
+        artifacts = f"{server.address}/#/experiments/{experiment}/runs/{tracked.run_id}/artifacts"
         chromium.get(f"{artifacts}/captions.html")
         wait = WebDriverWait(chromium, 90)
         frame = wait.until(lambda browser: browser.find_element("css selector", "iframe.mlflow-html-iframe"))
@@ -536,5 +518,4 @@ def test_mlflows_artifact_view_shows_it_and_its_search_and_light_work_there(
         word(chromium, 2, card=first).click()
         assert lit(chromium, first) == places(2)
     finally:
-        os.killpg(server.pid, signal.SIGTERM)
-        server.wait(timeout=30)
+        server.stop()

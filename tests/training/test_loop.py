@@ -68,8 +68,7 @@ def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
 
 
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("stop_after", [1, 2, 3])
-@pytest.mark.parametrize("average", [0.0, 0.9])
+@pytest.mark.parametrize(("stop_after", "average"), [(1, 0.0), (2, 0.9), (3, 0.0)])
 @kinds
 def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
     tmp_path: Path, decoder: Kind, order: Order, average: float, stop_after: int
