@@ -5,6 +5,7 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
+from PIL import Image
 
 from capexp.captioning.evaluation import SCORE_NAMES, CaptionScores
 from capexp.files import writing
@@ -34,7 +35,9 @@ def draw_losses(epochs: Sequence[Epoch], title: str, path: Path) -> Path:
         xytext=(0, 14), textcoords="offset points", ha="right" if best.number > 2 else "left", color=_BEST,
     )  # fmt: skip
     axes.set(xlabel="epoch", ylabel="loss, nats per token", title=title)
-    axes.xaxis.set_major_locator(MaxNLocator(integer=True))
+    axes.set_xlim(numbers[0] - 0.5, numbers[-1] + 0.5)
+    axes.margins(y=0.12)  # room for the text above the best epoch
+    axes.xaxis.set_major_locator(MaxNLocator(integer=True, min_n_ticks=1))
     axes.grid(alpha=0.25)
     axes.legend(frameon=False)
     return _save(figure, path)
@@ -46,12 +49,13 @@ def draw_scores(scores: CaptionScores, seed: int, title: str, path: Path) -> Pat
     CIDEr has axes of its own, because its values have a different range.
     """
     figure = _figure()
+    figure.subplots_adjust(left=0.06, bottom=0.14, wspace=0.14)
     bleu_rouge, cider = figure.subplots(1, 2, width_ratios=(4, 1))
     others = [key for key in SCORE_NAMES if key != "cider"]
     for axes, keys in ((bleu_rouge, others), (cider, ["cider"])):
         _points(axes, scores, seed, keys)
     figure.suptitle(f"{title}: scores with 95% intervals over {len(scores.photos.lengths):,} photos")
-    figure.legend(*bleu_rouge.get_legend_handles_labels(), loc="outside lower center", ncols=2, frameon=False)
+    figure.legend(*bleu_rouge.get_legend_handles_labels(), loc="lower center", ncols=2, frameon=False)
     return _save(figure, path)
 
 
@@ -86,10 +90,11 @@ def draw_histogram(scores: CaptionScores, title: str, path: Path) -> Path:
     axes.hist(ours, edges, color=_OURS, alpha=0.75, label="the captioner")
     axes.hist(blind, edges, color=_BLIND, histtype="step", linewidth=2, label="photos shuffled")
     mean = float(ours.mean())
+    is_left = mean < edges[-1] / 2
     axes.axvline(mean, color=_BEST, linewidth=1)
     axes.annotate(
         f"mean {mean:.3f}", (mean, 1), xycoords=("data", "axes fraction"),
-        xytext=(5, -14), textcoords="offset points", color=_BEST,
+        xytext=(5 if is_left else -5, -14), textcoords="offset points", ha="left" if is_left else "right", color=_BEST,
     )  # fmt: skip
     axes.set(xlabel="CIDEr of a photo's caption", ylabel="photos", title=f"{title}: CIDEr of {len(ours):,} photos")
     axes.grid(axis="y", alpha=0.25)
@@ -100,10 +105,17 @@ def draw_histogram(scores: CaptionScores, title: str, path: Path) -> Path:
 def _figure() -> "Figure":
     from matplotlib.figure import Figure
 
-    return Figure(figsize=(8, 4.5), dpi=130, layout="constrained")
+    figure = Figure(figsize=(8, 4.5), dpi=130)
+    # matplotlib's layouts measure all texts first, which takes as long as to draw them.
+    figure.subplots_adjust(left=0.09, right=0.985, bottom=0.12, top=0.92)
+    return figure
 
 
 def _save(figure: "Figure", path: Path) -> Path:
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+
+    canvas = FigureCanvasAgg(figure)
+    canvas.draw()  # savefig draws twice
     with writing(path):
-        figure.savefig(path)
+        Image.fromarray(np.asarray(canvas.buffer_rgba())).save(path, "PNG")
     return path
