@@ -5,7 +5,6 @@ from pathlib import Path
 from typing import TYPE_CHECKING
 
 import numpy as np
-from PIL import Image
 
 from capexp.captioning.evaluation import SCORE_NAMES, CaptionScores
 from capexp.files import writing
@@ -114,8 +113,6 @@ def _figure() -> "Figure":
 def _save(figure: "Figure", path: Path) -> Path:
     from matplotlib.backends.backend_agg import FigureCanvasAgg
 
-    canvas = FigureCanvasAgg(figure)
-    canvas.draw()  # savefig draws twice
     with writing(path):
-        Image.fromarray(np.asarray(canvas.buffer_rgba())).save(path, "PNG")
+        FigureCanvasAgg(figure).print_png(path)  # type: ignore[no-untyped-call]  # savefig would draw twice
     return path
