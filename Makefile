@@ -8,10 +8,10 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make demo      train, track and register a captioner on the embedded scenes"
-	@echo "make test      the default tests, under three minutes"
+	@echo "make test      the default tests, three to five minutes"
 	@echo "make test-all  real data, real services and long runs too"
 	@echo "make bench     speed and memory against rivals and the arithmetic; tells what fell behind"
-	@echo "make soak      more cases of the slow tests, then kills and faults at random moments; two hours"
+	@echo "make soak      more cases of the slow tests, then kills and faults at random moments; more than an hour"
 	@echo "make check     format, lint, types, layers"
 	@echo "make clean     delete .venv and tool caches; runs, models and features stay"
 
@@ -62,7 +62,7 @@ check: .venv/installed-test
 bench: .venv/installed
 	for one in training extraction decoding search; do python experiments/benchmarks/bench_$$one.py || exit 1; done
 
-# Two hours on two cores; docs/reliability.md says what was counted.
+# More than an hour on two cores; docs/reliability.md says what was counted.
 soak: .venv/installed-test
 	$(PYTEST) --numprocesses 4 -m soak
 	for one in kills trials service; do python experiments/soak/soak_$$one.py || exit 1; done

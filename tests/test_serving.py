@@ -29,17 +29,8 @@ def registered(vgg16: Path, tmp_path_factory: pytest.TempPathFactory) -> Iterato
     """A folder in which a model is registered with VGG16's weights; none others are at hand, and none are fetched."""
     folder = tmp_path_factory.mktemp("registered")
     small = ("--model.embedding_size", "48", "--model.lstm_units", "48", "--model.output_dropout", "0")
-    words = (
-        *small,
-        "--training.learning_rate",
-        "0.01",
-        "--training.batch_size",
-        "128",
-        "--training.epochs",
-        "2",
-        "--features.weights",
-        str(vgg16),
-    )
+    training = ("--training.learning_rate", "0.01", "--training.batch_size", "128", "--training.epochs", "2")
+    words = (*small, *training, "--features.weights", str(vgg16))
     with pytest.MonkeyPatch.context() as patch:
         for name in [name for name in os.environ if name.startswith("MLFLOW_")]:
             patch.delenv(name)
