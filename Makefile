@@ -43,14 +43,14 @@ demo: .venv/installed
 	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
-# Several tests at a time, a core each; of all tests more, since those of servers and kills mostly wait.
+# More tests at a time than two cores can run: some wait for a disk, a server or a process.
 PYTEST = OMP_NUM_THREADS=1 python -m pytest --dist worksteal
 
 test: .venv/installed-test
-	$(PYTEST) --numprocesses logical --maxprocesses 4 -m "not slow"
+	$(PYTEST) --numprocesses 4 -m "not slow"
 
 test-all: test
-	$(PYTEST) --numprocesses 4 -m "slow and not soak"
+	$(PYTEST) --numprocesses 5 -m "slow and not soak"
 
 check: .venv/installed-test
 	ruff format --check .

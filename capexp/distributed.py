@@ -195,9 +195,9 @@ def _set_environment(values: Mapping[str, str | None]) -> None:
 
 
 def follow_parent(end: Callable[[], object]) -> None:
-    """Call ``end`` in a background thread when the parent of this spawned process dies."""
+    """Call ``end`` in a background thread when the process that has started this one dies."""
     parent = multiprocessing.parent_process()
-    assert parent is not None, "not a process that multiprocessing has spawned"
+    assert parent is not None, "not a process that multiprocessing has started"
 
     def follow() -> None:
         parent.join()

@@ -6,13 +6,13 @@
 import json
 import pickle
 import re
+import shutil
 from collections.abc import Callable
 from pathlib import Path
 
 import numpy as np
 import pytest
 import torch
-from cases import cases
 from numpy.typing import NDArray
 from PIL import Image
 from small import identity
@@ -39,6 +39,7 @@ pytestmark = pytest.mark.slow
 
 Keras = Callable[[str, Path], None]
 CPU = torch.device("cpu")
+PHOTOS = 200
 
 
 @pytest.fixture(scope="module")
@@ -199,10 +200,23 @@ def test_the_training_is_the_tutorials(tmp_path: Path, keras: Keras, references:
         assert abs(mean - other_mean) < most_of_mean
 
 
-def photos_for_keras(folder: Path, flickr8k: Path, vgg16: Path, count: int) -> None:
+@pytest.fixture
+def keras_features(
+    once: Callable[[str, Callable[[Path], None]], Path], keras: Keras, flickr8k: Path, vgg16: Path
+) -> Path:
+    """A folder with real photos, Keras's features of them, and VGG16's weights."""
+
+    def make(folder: Path) -> None:
+        photos_for_keras(folder, flickr8k, vgg16)
+        keras("vgg16", folder)
+
+    return once("features by Keras", make)
+
+
+def photos_for_keras(folder: Path, flickr8k: Path, vgg16: Path) -> None:
     """Real photos in two sizes, and the real convolutions, for the step ``vgg16``."""
     (folder / "photos").mkdir()
-    some = sorted((flickr8k / "Flicker8k_Dataset").glob("*.jpg"))[:count]
+    some = sorted((flickr8k / "Flicker8k_Dataset").glob("*.jpg"))[:PHOTOS]
     for number, path in enumerate(some):
         with Image.open(path) as photo:
             enlarged = photo.convert("RGB").resize((333, 500) if number % 2 else (500, 375), Image.Resampling.BICUBIC)
@@ -212,14 +226,13 @@ def photos_for_keras(folder: Path, flickr8k: Path, vgg16: Path, count: int) -> N
     np.savez(folder / "convolutions.npz", **layers)
 
 
-def test_the_encoder_is_the_tutorials(tmp_path: Path, keras: Keras, flickr8k: Path, vgg16: Path) -> None:
-    photos_for_keras(tmp_path, flickr8k, vgg16, 20)
-    keras("vgg16", tmp_path)
-    fc2, grids = read_arrays(tmp_path / "features.pkl"), np.load(tmp_path / "grids.npz")["grids"]
-    paths = sorted((tmp_path / "photos").iterdir())
+def test_the_encoder_is_the_tutorials(keras_features: Path) -> None:
+    fc2 = read_arrays(keras_features / "features.pkl")
+    grids = np.load(keras_features / "grids.npz")["grids"]
+    paths = sorted((keras_features / "photos").iterdir())[: len(grids)]
     wanted = {"fc2": np.concatenate([fc2[path.stem] for path in paths]), "conv5_3": grids}
     for layer, theirs in wanted.items():
-        config = FeaturesConfig(layer=layer, weights=str(tmp_path / "vgg16.h5"), resize="nearest")  # type: ignore[arg-type]
+        config = FeaturesConfig(layer=layer, weights=str(keras_features / "vgg16.h5"), resize="nearest")  # type: ignore[arg-type]
         encoder = load_encoder(config).prepare(CPU, "float32")
         pixels = [squash(read_photo(path), 224, "nearest") for path in paths]
         ours = encoder.encode(pixels).astype(np.float32).reshape(len(paths), -1)
@@ -239,6 +252,7 @@ def test_the_encoder_is_the_tutorials(tmp_path: Path, keras: Keras, flickr8k: Pa
         assert other.max() < 0.98, "different photos have different features"
 
 
+@pytest.mark.soak  # the test of all commands has captions of real features
 def test_a_saved_models_captions_are_its_own(
     tmp_path: Path, keras: Keras, references: dict[str, tuple[str, ...]]
 ) -> None:
@@ -277,18 +291,21 @@ def dev_loss(printed: str) -> float:
     return float(found[0])
 
 
-@pytest.mark.parametrize("photos", cases(60, of=(60, 200)))
 def test_the_tutorials_files_in_all_commands(
-    tmp_path: Path, keras: Keras, flickr8k: Path, vgg16: Path, references: dict[str, tuple[str, ...]], photos: int
+    tmp_path: Path,
+    keras: Keras,
+    keras_features: Path,
+    references: dict[str, tuple[str, ...]],
 ) -> None:
     """features.pkl, descriptions.txt, the model and its tokenizer, as the tutorial's steps in Keras have made them."""
-    photos_for_keras(tmp_path, flickr8k, vgg16, photos)
+    for name in ("photos", "vgg16.h5"):
+        (tmp_path / name).symlink_to(keras_features / name)
     names = sorted(path.name for path in (tmp_path / "photos").iterdir())
-    tutorial_folder(tmp_path, {name: references[name] for name in names}, photos)
-    train = photos * 4 // 5
+    tutorial_folder(tmp_path, {name: references[name] for name in names}, PHOTOS)
+    train = PHOTOS * 4 // 5
     (tmp_path / "train.txt").write_text("".join(f"{name}\n" for name in names[:train]))
     (tmp_path / "dev.txt").write_text("".join(f"{name}\n" for name in names[train:]))
-    keras("vgg16", tmp_path)
+    shutil.copy(keras_features / "features.pkl", tmp_path)
     keras("train", tmp_path)
     folder = Folder(tmp_path)
     data = (
@@ -318,7 +335,7 @@ def test_the_tutorials_files_in_all_commands(
     features = np.stack([arrays[name] for name in theirs]).astype(np.float16)
     ours = [caption.text for caption in captioner.caption_features(features)]
     same = np.mean([our == their for our, their in zip(ours, theirs.values(), strict=True)])
-    print(f"{same:.1%} of {photos} captions are the same from Keras's features, rounded to float16; ", end="")
+    print(f"{same:.1%} of {PHOTOS} captions are the same from Keras's features, rounded to float16; ", end="")
     assert same >= 0.98
     # Every command takes the bundle; its encoder is in it.
     printed = folder.run("caption", "--model", "tutorial", *(f"photos/{name}" for name in names[:20])).stdout
@@ -328,7 +345,7 @@ def test_the_tutorials_files_in_all_commands(
     assert same >= 0.8, "the encoder may compute in bfloat16"
     weights = ("--features.weights", "vgg16.h5")
     scores = json.loads(folder.run("evaluate", *data, *weights, "--model", "tutorial").stdout)
-    assert scores["photos"] == photos - train and scores["vocabulary_digest"] == captioner.vocabulary.digest()
+    assert scores["photos"] == PHOTOS - train and scores["vocabulary_digest"] == captioner.vocabulary.digest()
     compared = folder.run("compare", *data, *weights, "tutorial", str(second.relative_to(tmp_path))).stdout
     print(f"\n{compared}", end="")
-    assert "cider" in compared and f"{photos - train} photos of dev" in compared
+    assert "cider" in compared and f"{PHOTOS - train} photos of dev" in compared

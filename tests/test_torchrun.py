@@ -134,7 +134,6 @@ def test_what_is_wrong_for_all_is_told_once(folder: Folder) -> None:
     # Other ranks wait for the first one, and torchrun ends them.
     for arguments, told in (
         (("--model.dropout", "2"), "--model.dropout 2"),
-        (("--captions.root", "nowhere"), "nowhere"),
         (("--training.learning_rate", "1e30"), "the loss is"),
     ):
         _, err = together(folder, "train", *arguments, status=1)

@@ -36,8 +36,10 @@ def end(process: Process, status: int = 0) -> str:
 
 
 def workers(process: Process) -> list[psutil.Process]:
-    alive = [c for c in psutil.Process(process.pid).children() if c.status() != psutil.STATUS_ZOMBIE]
-    return [child for child in alive if "spawn_main" in " ".join(child.cmdline())]
+    """The forks of the server of multiprocessing that a study starts."""
+    servers = [c for c in psutil.Process(process.pid).children() if "forkserver" in " ".join(c.cmdline())]
+    forks = [fork for server in servers for fork in server.children()]
+    return [fork for fork in forks if fork.status() != psutil.STATUS_ZOMBIE]
 
 
 def kill_all(process: Process) -> None:

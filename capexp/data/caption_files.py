@@ -463,10 +463,9 @@ def checked_name(name: str, where: str) -> str:
     """Return a photo's name, ``a.jpg`` for ``./a.jpg``, in NFC; refuse a name that leaves the photo folder."""
     if "\\" in name:
         raise InputError(f"{where}: {name!r} is a Windows path; write {name.replace(chr(92), '/')!r} instead")
-    pure = PurePosixPath(name)
-    if not name or pure.is_absolute() or ".." in pure.parts or "\0" in name:
+    if not name or name.startswith("/") or ".." in name.split("/") or "\0" in name:
         raise InputError(f"{where}: {name!r} is empty or leaves the photo folder; name a file inside it")
-    return unicodedata.normalize("NFC", str(pure) if "/" in name else name)
+    return unicodedata.normalize("NFC", str(PurePosixPath(name)) if "/" in name else name)
 
 
 def read_bytes(path: Path, what: str) -> bytes:

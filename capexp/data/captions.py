@@ -6,6 +6,7 @@ from lists of photo names, from the captions file itself, or are drawn at random
 
 import hashlib
 import json
+import posixpath
 import unicodedata
 from collections.abc import Iterable, Mapping
 from contextlib import suppress
@@ -251,8 +252,8 @@ class Names:
 
 def _stem(name: str) -> str:
     """Return the name without the ending of a picture's file, if it has one."""
-    path = PurePosixPath(name)
-    return str(path.with_suffix("")) if path.suffix.lower() in PICTURE_ENDINGS and path.stem else name
+    stem, ending = posixpath.splitext(name)
+    return stem if ending.lower() in PICTURE_ENDINGS else name
 
 
 class PhotoFiles:

@@ -81,8 +81,9 @@ _SPELLED = str.maketrans(
 BRACKETS = frozenset(_SPELLED[ord(bracket)] for bracket in "()[]{}")
 """The tokens of brackets, which COCO's scorer keeps."""
 _ENTITIES = {"&amp;": "&", "&lt;": "<", "&gt;": ">"}
-_SIMPLE = re.compile(r"(?:[a-z]+ )*[a-z]+")  # what most generated captions are
-_HALVES = re.compile("cannot|gonna|gotta|wanna|gimme|lemme")
+# What most captions are: words of ASCII letters, and full stops and commas that stand alone.
+_SIMPLE = re.compile(r"(?:[A-Za-z]+|[.,])(?: +(?:[A-Za-z]+|[.,]))* *")
+_HALVES = re.compile("(?i:cannot|gonna|gotta|wanna|gimme|lemme)")
 
 
 def lower(text: str) -> str:
@@ -97,7 +98,7 @@ def split_words(caption: str) -> tuple[str, ...]:
     Brackets stay, as ``-lrb-`` and ``-rrb-``, and so do signs such as ``#``, ``&`` and ``!!``.
     """
     if _SIMPLE.fullmatch(caption) and not _HALVES.search(caption):
-        return tuple(caption.split(" "))
+        return tuple(word for word in caption.lower().split() if word not in (".", ","))
     tokens = []
     for match in _TOKEN.finditer(caption):
         kind, token = match.lastgroup, match[0]

@@ -29,12 +29,18 @@ def tokenize(caption: str, cleaning: Cleaning, rule: TokenRule) -> list[str]:
     """
     if rule == "characters":
         return split_characters(caption)
+    if cleaning == "standard" and rule == "words":
+        # Most tokens are letters alone.
+        return [
+            token
+            for token in split_words(caption)
+            if token.isalpha() or (any(map(str.isalnum, token)) and token not in BRACKETS)
+        ]
     in_lower_case = caption.lower() if rule == "whitespace" else lower(caption)
     if cleaning == "tutorial":
         bare = (token.translate(_NO_PUNCTUATION) for token in in_lower_case.split())
         return [token for token in bare if len(token) > 1 and token.isalpha()]
-    tokens = split_words(caption) if rule == "words" else in_lower_case.split()
-    return [token for token in tokens if any(map(str.isalnum, token)) and not (rule == "words" and token in BRACKETS)]
+    return [token for token in in_lower_case.split() if any(map(str.isalnum, token))]
 
 
 @dataclass(frozen=True)

@@ -1,7 +1,8 @@
 """The workers of a study: one in this process, or several processes.
 
-The processes are spawned by ``multiprocessing``, not started as commands. Their arguments are sent through a pipe, so
-that the address of a storage, with its password, is neither in a command line nor on disk.
+The processes are forks of a server of ``multiprocessing`` that imports the libraries once for all of them. They are not
+started as commands: their arguments are sent through a pipe, so that the address of a storage, with its password, is
+neither in a command line nor on disk.
 """
 
 import multiprocessing
@@ -29,6 +30,8 @@ from capexp.settings import Experiment
 
 _POLL_SECONDS = 1.0  # between two checks of the study or the workers
 _DEATHS_IN_A_ROW = 3  # if so many workers are killed and no trial ends between, the next would be killed too
+# What workers import, or would when they first need it: the last is MLflow's store in a database without a server.
+_PRELOADED = [__name__, "optuna", "matplotlib.figure", "mlflow.store.tracking.sqlalchemy_store"]
 _STOP_SECONDS = 120.0  # how long an interrupted worker may take to end its trial before it is killed
 
 Lines = Generator[str | None, None, None]
@@ -137,20 +140,21 @@ def _received(connection: Connection) -> Iterator[str | None]:
 
 def _start(task: Task, threads: int, program: Program) -> tuple[BaseProcess, Connection]:
     """Start a worker; return its process, and the end of a pipe that receives its lines."""
-    context = multiprocessing.get_context("spawn")
+    context = multiprocessing.get_context("forkserver")
+    context.set_forkserver_preload(_PRELOADED)
     receiver, sender = context.Pipe(duplex=False)
     process = context.Process(target=_serve, args=(task, threads, sender, program))
-    with _spawning(threads):
+    with _inheritance(threads):
         process.start()
     sender.close()
     return process, receiver
 
 
 @contextmanager
-def _spawning(threads: int) -> Iterator[None]:
-    """Set the environment and signals that a process started in the block inherits.
+def _inheritance(threads: int) -> Iterator[None]:
+    """Set the environment and signals that the server, if it is started in the block, inherits and hands on.
 
-    It inherits its number of threads, and ignores SIGINT until it sets its own handler.
+    A worker inherits its number of threads, and ignores SIGINT until it sets its own handler.
     """
     handler = signal.signal(signal.SIGINT, signal.SIG_IGN)
     try:

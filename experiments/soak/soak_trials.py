@@ -23,10 +23,10 @@ EVERYTHING = 6  # on average one kill in six ends the command with all its worke
 
 
 def workers(command: int) -> list[psutil.Process]:
-    """Return the living workers of a command."""
+    """Return the living workers of a command: the forks of the server of multiprocessing that it starts."""
     try:
-        children = psutil.Process(command).children()
-        return [one for one in children if "spawn_main" in " ".join(one.cmdline())]
+        servers = [one for one in psutil.Process(command).children() if "forkserver" in " ".join(one.cmdline())]
+        return [fork for server in servers for fork in server.children()]
     except psutil.Error:
         return []
 

@@ -65,6 +65,17 @@ def test_tokens_joined_by_blanks_are_the_same_tokens(tokens: list[str]) -> None:
     assert split_words(" ".join(tokens)) == tuple(tokens)
 
 
+PLAIN = st.sampled_from(["dog", "A", "runs", ".", ",", "I", "U", "St", "no", "cannot", "Gonna", "İt", "Mr", "co"])
+
+
+@settings(max_examples=500, deadline=None)
+@given(st.lists(st.tuples(PLAIN, st.sampled_from([" ", "  "])), max_size=8))
+def test_plain_words_need_no_pattern(words: list[tuple[str, str]]) -> None:
+    """They are split at blanks, to the tokens that the pattern gives; a digit makes it look at the whole caption."""
+    caption = "".join(word + blanks for word, blanks in words)
+    assert split_words(f"{caption}5") == (*split_words(caption), "5")
+
+
 @settings(max_examples=300, deadline=None)
 @given(st.text(max_size=80))
 def test_any_text_gives_tokens_in_lower_case_without_blanks(text: str) -> None:
