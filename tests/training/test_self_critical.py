@@ -178,6 +178,31 @@ def test_the_gradient_is_that_of_the_expected_reward() -> None:
     torch.testing.assert_close(-ours, exact)
 
 
+def test_loss_and_gradients_are_those_of_captions_taken_one_by_one() -> None:
+    decoder, features, count = small(), torch.rand(6, 4, 5), 4
+    torch.manual_seed(4)
+    samples = sample_captions(decoder, features, WORDS, count, maximum_length=6)  # (B, T)
+    assert len({int((caption != PAD).sum()) for caption in samples}) > 2, "of different lengths"
+    advantage = torch.randn(len(samples))
+    nats, loss = policy_loss(decoder, features, samples, advantage, WORDS)
+    parameters = dict(decoder.named_parameters())
+    ours = torch.autograd.grad(loss, list(parameters.values()))
+    total, weighted, targets = torch.zeros(()), torch.zeros(()), 0
+    for row, caption in enumerate(samples):
+        entries = [int(entry) for entry in caption if entry != PAD]
+        state, word = decoder.start(features[row // count, None]), BOS
+        for entry in entries:
+            logits, state = decoder.step(state, torch.tensor([word]))
+            logits = logits.index_fill(1, torch.tensor(WORDS.never_emitted), -torch.inf)
+            surprise = -logits.log_softmax(1)[0, entry]
+            total, weighted, targets, word = total + surprise, weighted + surprise * advantage[row], targets + 1, entry
+    torch.testing.assert_close(nats, (total / targets).detach(), rtol=1e-5, atol=1e-6)
+    torch.testing.assert_close(loss, weighted / targets, rtol=1e-5, atol=1e-6)
+    theirs = torch.autograd.grad(weighted / targets, list(parameters.values()))
+    for name, own, their in zip(parameters, ours, theirs, strict=True):
+        torch.testing.assert_close(own, their, rtol=1e-5, atol=1e-5 * float(their.abs().max()), msg=name)
+
+
 class Task:
     """A captioner that knows nothing yet, and what it is to say."""
 
