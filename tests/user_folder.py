@@ -57,7 +57,7 @@ class Folder:
 
     def run(self, command: str, *arguments: str, status: int = 0) -> subprocess.CompletedProcess[str]:
         process = self.start(sys.executable, "-m", f"capexp.{command}", *arguments)
-        out, err = process.communicate(timeout=300)
+        out, err = process.communicate(timeout=900)
         assert process.returncode == status, f"{out}\n{err}"
         return subprocess.CompletedProcess(arguments, process.returncode, out, err)
 
