@@ -194,7 +194,7 @@ def _consensus(
 
     The most probable caption is often an unusual one. This function compares with the beam's hypotheses and with
     captions sampled from the decoder. With ``config.neighbours`` it also compares with the reference captions of
-    similar train photos, as Devlin et al. (2015) do, and n-grams have CIDEr-D's weights.
+    similar train photos, as Devlin et al. (2015) do; in this comparison n-grams have CIDEr-D's weights.
     """
 
     def parts(captions: int) -> tuple[Tensor, ...]:
@@ -219,21 +219,18 @@ def _consensus(
             for sampled in _sample(decoder, part, vocabulary, config, config.samples)
         ]
         others = [beam + sampled for beam, sampled in zip(candidates, tokens_of(samples), strict=True)]
-    if not config.neighbours:
-        similarities = agreement(candidates, others)
-    else:
+    similarities = agreement(candidates, others)
+    if config.neighbours:
         assert neighbours is not None
-        similarities = []
         for start in range(0, len(beams), _COMPARED):
             part = slice(start, start + _COMPARED)
             near = neighbours.captions_near(features[part].cpu().numpy(), config.neighbours)
-            weights = [
-                np.append(np.full(len(own), 1 / len(own)), config.neighbour_weight * of_captions)
-                for own, (_, of_captions) in zip(others[part], near, strict=True)
+            captions, weights = [texts for texts, _ in near], [of_texts for _, of_texts in near]
+            sums = agreement(candidates[part], captions, weights, neighbours.frequencies)
+            similarities[part] = [
+                (own + config.neighbour_weight * of_photo).round(12)  # the last digits depend on the other photos
+                for own, of_photo in zip(similarities[part], sums, strict=True)
             ]
-            all_others = [own + captions for own, (captions, _) in zip(others[part], near, strict=True)]
-            sums = agreement(candidates[part], all_others, weights, neighbours.frequencies)
-            similarities += [of_photo.round(12) for of_photo in sums]  # the last digits depend on the other photos
     ranks = [np.argsort(-similarity, kind="stable") for similarity in similarities]
     return [tuple(beam[i] for i in rank) for beam, rank in zip(beams, ranks, strict=True)]
 

@@ -111,13 +111,18 @@ def test_weighted_agreement_is_cider_d_with_the_document_frequencies_of_train() 
             np.testing.assert_allclose(found, expected, rtol=1e-12, atol=1e-12)
 
 
-def plain_similarity(a: Tokens, b: Tokens, photos: tuple[tuple[Tokens, ...], ...]) -> float:
-    """Return the weighted similarity of a candidate to another caption, from counters of their n-grams."""
+def plain_similarity(a: Tokens, b: Tokens, photos: tuple[tuple[Tokens, ...], ...] | None = None) -> float:
+    """Return the similarity of a candidate to another caption, from counters of their n-grams.
+
+    With ``photos`` n-grams are weighted by their inverse document frequency in these captions.
+    """
 
     def counts(tokens: Tokens, order: int) -> Counter[Tokens]:
         return Counter((*tokens, EOS)[i : i + order] for i in range(len(tokens) + 2 - order))
 
     def idf(ngram: Tokens) -> float:
+        if photos is None:
+            return 1
         has = sum(any(ngram in counts(caption, len(ngram)) for caption in of_photo) for of_photo in photos)
         return math.log(len(photos) / max(has, 1))
 
@@ -143,7 +148,7 @@ def test_captions_are_chosen_as_counted_one_by_one(weight: float) -> None:
         ((near, weights),) = neighbours.captions_near(photo[None].numpy(), config.neighbours)
         scores = {}
         for one in candidates:
-            own = [plain_similarity(one, other, neighbours.captions) for other in candidates + samples]
+            own = [plain_similarity(one, other) for other in candidates + samples]
             others = [plain_similarity(one, other, neighbours.captions) for other in near]
             scores[one] = sum(own) / len(own) + weight * float(np.dot(others, weights))
         assert [h.tokens for h in hypotheses] == sorted(candidates, key=lambda one: -scores[one])
