@@ -401,7 +401,7 @@ class DecodingConfig(Section):
     neighbours: int = Field(default=0, ge=0, le=1000)
     """Number of train photos, those most similar to a photo by their features, whose captions ``consensus`` also
     compares with. The captioner's bundle holds the captions of all train photos; with 0 it holds none."""
-    neighbour_weight: float = Field(default=2.0, gt=0, le=100)
+    neighbour_weight: float = Field(default=4.0, gt=0, le=100)
     """Weight of the mean similarity to the captions of neighbours, in which n-grams have CIDEr-D's weights; the mean
     similarity to the captioner's own captions has weight 1."""
     length_penalty: float = Field(default=0.0, ge=0, le=10)
