@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make demo      train, track and register a captioner on the embedded scenes"
-	@echo "make test      the default tests, three to five minutes"
+	@echo "make test      the default tests, four to six minutes"
 	@echo "make test-all  real data, real services and long runs too"
 	@echo "make bench     speed and memory against rivals and the arithmetic; tells what fell behind"
 	@echo "make soak      more cases of the slow tests, then kills and faults at random moments; more than an hour"
