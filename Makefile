@@ -43,14 +43,16 @@ demo: .venv/installed
 	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
-# More tests at a time than two cores can run: some wait for a disk, a server or a process.
-PYTEST = OMP_NUM_THREADS=1 python -m pytest --dist worksteal
+# More tests at a time than two cores can run: some wait for a disk, a server or a process. Python keeps what pytest
+# has compiled, whatever the environment says.
+PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest --dist worksteal --numprocesses $(AT_ONCE)
+AT_ONCE = 4
 
 test: .venv/installed-test
-	$(PYTEST) --numprocesses 4 -m "not slow"
+	$(PYTEST) -m "not slow"
 
 test-all: test
-	$(PYTEST) --numprocesses 5 -m "slow and not soak"
+	$(PYTEST) -m "slow and not soak"
 
 check: .venv/installed-test
 	ruff format --check .
@@ -64,7 +66,7 @@ bench: .venv/installed
 
 # More than an hour on two cores; docs/reliability.md says what was counted.
 soak: .venv/installed-test
-	$(PYTEST) --numprocesses 4 -m soak
+	$(PYTEST) -m soak
 	for one in kills trials service; do python experiments/soak/soak_$$one.py || exit 1; done
 
 format: .venv/installed-test

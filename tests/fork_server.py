@@ -25,6 +25,7 @@ from typing import IO, Any
 ROOT = Path(__file__).parents[1]
 _LIBRARIES = (
     *(
+        "git",
         "torch",
         "mlflow.pyfunc",
         "mlflow.store.tracking.sqlalchemy_store",

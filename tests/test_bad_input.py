@@ -23,7 +23,6 @@ import mlflow
 import numpy as np
 import pytest
 import torch
-import torchvision
 from cases import cases
 from keras_files import Change, saved_model, tokenizer_json
 from kinds import KINDS
@@ -150,6 +149,8 @@ class Code:
 
 def save_weights(path: str, prefix: str) -> None:
     """Write VGG16's convolutions, all zeros, under names of the prefix."""
+    import torchvision
+
     with torch.device("meta"):
         layers = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs["D"])
     torch.save({f"{prefix}{name}": torch.zeros(of.shape).half() for name, of in layers.state_dict().items()}, path)
@@ -812,7 +813,7 @@ DISKS = {
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("name", DISKS)
+@pytest.mark.parametrize("name", cases(*(name for name in DISKS if name != "folder cannot be written"), of=DISKS))
 def test_a_disk_that_does_not_take_it_is_told_in_one_line(tmp_path: Path, name: str) -> None:
     size, where, options, says = DISKS[name]
     (tmp_path / where).mkdir()

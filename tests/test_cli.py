@@ -8,7 +8,6 @@ from pathlib import Path
 
 import pytest
 import torch
-import torchvision
 import yaml
 from pydantic import BaseModel
 
@@ -53,6 +52,8 @@ def imported(command: str, *arguments: str) -> str:
 
 def bundle_with_encoder(folder: Path) -> Path:
     """An untrained captioner that carries a made-up VGG16."""
+    import torchvision
+
     net = NETS["IMAGENET1K_FEATURES"]
     identity = EncoderIdentity("conv5_3", "mean", net.mean, net.std, "0" * 64, "made up")
     words = Vocabulary(("a", "dog", "runs"), "standard", "token")

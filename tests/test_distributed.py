@@ -58,7 +58,7 @@ def told_by(count: int, folder: Path, device: str) -> dict[str, Any]:
 
 
 @pytest.mark.slow
-@pytest.mark.parametrize("count", cases(1, 3, of=(1, 2, 3)))
+@pytest.mark.parametrize("count", cases(3, of=(1, 2, 3)))
 def test_several_processes_come_to_what_one_comes_to(tmp_path: Path, count: int) -> None:
     told = told_by(count, tmp_path, "cpu")
     for kind in KINDS:

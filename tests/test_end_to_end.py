@@ -238,13 +238,11 @@ def test_with_weights_photos_are_captioned_from_the_registered_model_alone(
     assert broken.startswith("capexp.caption: album/broken.png: cannot be read as a picture")
     odd = Path(os.fsdecode(os.fsencode(tmp_path / "album") + b"/caf\xe9.jpg"))
     shutil.copy(photos[0], odd)
-    for words, name in (((), "caf\udce9.jpg\t"), (("--json",), '"album/caf\\udce9.jpg"')):
-        command = (sys.executable, "-m", "capexp.caption", "--model", "models:/capexp-scenes@champion", *words)
-        ended = subprocess.run(
-            [*command, str(odd.relative_to(tmp_path))], cwd=tmp_path, env=folder.environment, stdout=subprocess.PIPE
-        )
-        assert ended.returncode == 0
-        assert os.fsencode(name) in ended.stdout
+    words = ("--model", "models:/capexp-scenes@champion", str(odd.relative_to(tmp_path)))
+    command = [sys.executable, "-m", "capexp.caption", *words]
+    ended = subprocess.run(command, cwd=tmp_path, env=folder.environment, stdout=subprocess.PIPE, check=True)
+    assert os.fsencode("caf\udce9.jpg\t") in ended.stdout
+    assert '"album/caf\\udce9.jpg"' in folder.run("caption", *words, "--json").stdout
     odd.unlink()
     (run,) = folder.runs()
     model = mlflow.pyfunc.load_model(str(folder.artifact(run, "captioner")))
@@ -306,29 +304,11 @@ def test_a_version_without_its_card_is_taken_up_or_deleted(tmp_path: Path) -> No
 
 
 @pytest.mark.slow
-def test_several_seeds_are_nested_runs_with_mean_and_spread_and_go_on_when_killed(tmp_path: Path) -> None:
+def test_several_seeds_are_nested_runs_with_mean_and_spread(tmp_path: Path) -> None:
     folder = Folder(tmp_path)
-    settings = (
-        "--seed",
-        "5",
-        "--training.epochs",
-        "6",
-        "--training.precision",
-        "float32",
-        *SMALL,
-        "--training.patience",
-        "6",
-    )
-    process = folder.start(sys.executable, "-m", "capexp.train", "--seeds", "2", *settings)
-    wait_for(lambda: len({path.parent for path in tmp_path.glob("checkpoints/*/*/ep*")}) == 2)  # the second has begun
-    process.kill()
-    process.communicate()
-    parent, first, *_ = folder.runs()
-    printed = folder.run("train", "--resume", parent.info.run_id)
-    assert "seed 6   epoch   6" in printed.stdout
-    assert f"it is one of several under run {parent.info.run_id}" in (
-        folder.run("train", "--resume", first.info.run_id, status=2).stderr
-    )
+    settings = ("--seed", "5", *SMALL, "--training.epochs", "2", "--training.precision", "float32")
+    printed = folder.run("train", "--seeds", "2", *settings)
+    assert "seed 6   epoch   2" in printed.stdout
     parent, *children = folder.runs()
     assert [run.info.status for run in (parent, *children)] == ["FINISHED"] * 3
     assert [run.data.params["seed"] for run in children] == ["5", "6"]
@@ -353,7 +333,7 @@ def test_a_killed_extraction_goes_on_and_two_at_once_share_the_work(tmp_path: Pa
     folder = Folder(tmp_path)
     words = (
         *("--split", "dev", "--features.cache", "cache", "--features.weights", str(vgg16)),
-        *("--features.batch_size", "10"),
+        *("--features.batch_size", "10", "--features.size", "96"),
     )
     process = folder.start(sys.executable, "-m", "capexp.extract", *words)
     record = 32 + 4 + 2 * 512
@@ -564,7 +544,7 @@ def test_the_template_goes_from_ones_own_photos_to_a_registered_captioner(
     (data / "photos").mkdir(parents=True)
     photos = {
         split: (flickr8k / f"Flickr_8k.{split}Images.txt").read_text().split()[:count]
-        for split, count in (("train", 30), ("dev", 10))
+        for split, count in (("train", 24), ("dev", 6))
     }
     captions = [line for line in (flickr8k / "Flickr8k.token.txt").read_text().splitlines() if "#" in line]
     ours = [line for line in captions if line.split("#")[0] in {*photos["train"], *photos["dev"]}]
@@ -599,7 +579,7 @@ def test_the_template_goes_from_ones_own_photos_to_a_registered_captioner(
     mirrored = form == "captions.txt"
     if mirrored:
         words += ["--features.mirror", "true"]
-    assert "40 of 40 photos have no features yet" in folder.run("train", *words, "--dry-run").stdout
+    assert "30 of 30 photos have no features yet" in folder.run("train", *words, "--dry-run").stdout
     assert not folder.runs()
     folder.run("train", *words)
     assert len(list((tmp_path / "cache").glob("*.features"))) == 1 + mirrored

@@ -143,7 +143,7 @@ def test_the_training_is_the_tutorials(tmp_path: Path, keras: Keras, references:
     in the first steps, where a step is as long for a tiny gradient as for a large one. And where a batch has a word
     several times, Keras squares the gradient of each occurrence by itself, torch their sum.
     """
-    split = tutorial_folder(tmp_path, references, 100)
+    split = tutorial_folder(tmp_path, references, 60)
     features = features_of(tmp_path, split)
     config = TrainingConfig(
         epochs=1, batch_size=5, order="photos", clip_norm=1e9, precision="float32", device="cpu", learning_rate=1e-3

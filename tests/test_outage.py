@@ -155,7 +155,7 @@ def assert_one_model(folder: Folder, run: Run, versions: int = 1) -> None:
         assert folder.client.get_model_version_by_alias("capexp-scenes", "champion").run_id == run.info.run_id
 
 
-@pytest.mark.parametrize("name", cases("single", "seeds", "study"))
+@pytest.mark.parametrize("name", cases("seeds", "study"))
 def test_a_server_that_is_stopped_and_started_during_training_misses_nothing(away: Away, name: str) -> None:
     folder, server, _ = away
     kind = KINDS[name]
@@ -285,7 +285,7 @@ def test_a_server_that_answers_500_or_loses_its_answers_gets_everything_once(awa
     assert epochs_sent(folder) == [8] * kind.count
 
 
-@pytest.mark.parametrize("name", cases("single", "study"))
+@pytest.mark.parametrize("name", cases("single"))
 def test_an_interrupt_and_a_kill_while_the_server_is_away_lose_nothing(away: Away, name: str) -> None:
     folder, _, proxy = away
     kind = KINDS[name]

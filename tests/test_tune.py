@@ -70,7 +70,10 @@ def at_work(folder: Folder) -> list[int]:
     """The trials that have an epoch behind them and others before them."""
     if not (folder.path / "studies/scenes.journal").exists():
         return []
-    trials = journal(folder).get_trials()
+    try:
+        trials = journal(folder).get_trials()
+    except KeyError:  # the study is not in it yet
+        return []
     return [trial.number for trial in trials if trial.state.name == "RUNNING" and trial.intermediate_values]
 
 

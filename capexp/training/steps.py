@@ -244,7 +244,10 @@ def choose_steps(training: Training, decoder: RecurrentDecoder) -> Steps:
 def seed_step(seed: int, number: int, step: int, rank: int) -> None:
     """Seed torch's generators for a step of an epoch on one rank."""
     (value,) = np.random.SeedSequence([seed, number, step, rank]).generate_state(1, np.uint64)
-    torch.manual_seed(int(value))
+    # torch.manual_seed also keeps a stack trace for a GPU that is not in use, which takes longer than all of this.
+    torch.default_generator.manual_seed(int(value))
+    if torch.cuda.is_initialized():  # type: ignore[no-untyped-call]
+        torch.cuda.manual_seed_all(int(value))
 
 
 def clip(decoder: Decoder, most: float) -> None:

@@ -11,7 +11,6 @@ from typing import Any
 import numpy as np
 import pytest
 import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from pydantic import ValidationError
@@ -36,6 +35,8 @@ def two_photos(folder: Path, size: int = 224) -> list[NDArray[np.uint8]]:
 @cache
 def plain_grid(weights: Path, folder: Path, size: int = 224) -> Tensor:
     """conv5_3 after ReLU of the two photos, (2, 512, side, side), by torchvision's layers alone, in float32."""
+    import torchvision
+
     vgg = torchvision.models.vgg
     net: nn.Sequential = vgg.make_layers(vgg.cfgs["D"])
     state = torch.load(weights, weights_only=True)
@@ -65,6 +66,8 @@ def encoded(
 
 
 def test_published_weights_have_the_file_names_that_torchvision_gives_them() -> None:
+    import torchvision
+
     for name in ("IMAGENET1K_V1", "IMAGENET1K_FEATURES"):
         assert NETS[name].file == Path(torchvision.models.VGG16_Weights[name].url).name
 
@@ -208,6 +211,8 @@ def test_something_else_than_a_table_of_tensors_is_refused(tmp_path: Path) -> No
 
 
 def test_another_net_is_refused(tmp_path: Path) -> None:
+    import torchvision
+
     torch.save(torchvision.models.squeezenet1_1(weights=None).state_dict(), tmp_path / "squeezenet.pth")
     assert "not VGG16's weights (convolutions.2.weight" in refusal(tmp_path / "squeezenet.pth")
 
@@ -267,6 +272,8 @@ def test_named_weights_of_another_digest_are_refused(hub: Path, vgg16: Path) -> 
 
 @pytest.mark.slow
 def test_fc2_equals_a_plain_torchvision_forward(hub: Path, scenes: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    import torchvision
+
     monkeypatch.delitem(NETS["IMAGENET1K_V1"].digests, "fc2", raising=False)  # random weights have their own
     with torch.random.fork_rng():
         torch.manual_seed(5)

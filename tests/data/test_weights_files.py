@@ -14,7 +14,6 @@ import h5py
 import numpy as np
 import pytest
 import torch
-import torchvision
 from numpy.typing import NDArray
 from PIL import Image
 from torch import Tensor, nn
@@ -293,6 +292,8 @@ def zeros() -> dict[str, tuple[Tensor, Tensor]]:
 
 def zeros_of(letter: str, batch_norm: bool = False) -> State:
     """The state of the convolutions of one of VGG's nets, by its letter in the paper, all zeros."""
+    import torchvision
+
     with torch.device("meta"):
         layers: nn.Sequential = torchvision.models.vgg.make_layers(torchvision.models.vgg.cfgs[letter], batch_norm)
     return {name: torch.zeros(value.shape) for name, value in layers.state_dict().items()}

@@ -10,7 +10,6 @@ from pathlib import Path
 import numpy as np
 import pytest
 from hypothesis import assume, given, settings, strategies as st
-from nltk.translate.bleu_score import corpus_bleu  # type: ignore[import-untyped]
 from numpy.typing import NDArray
 from pycocoevalcap.bleu.bleu import Bleu  # type: ignore[import-untyped]
 from pycocoevalcap.cider.cider import Cider  # type: ignore[import-untyped]
@@ -245,6 +244,8 @@ def test_the_tutorials_bleu_equals_nltk_on_real_captions(flickr8k: Path) -> None
 
 
 def assert_tutorial_bleu_equals_nltk(hypotheses: list[str], references: Sequence[Sequence[str]]) -> None:
+    from nltk.translate.bleu_score import corpus_bleu  # type: ignore[import-untyped]
+
     def framed(caption: str) -> list[str]:
         return ["startseq", *vocabulary.tokenize(caption, "tutorial", "words"), "endseq"]
 

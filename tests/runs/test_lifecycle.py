@@ -205,7 +205,7 @@ def test_a_loss_that_diverges_fails_run_and_child_in_one_line(tmp_path: Path, na
 
 
 @SLOW
-@pytest.mark.parametrize("name", cases("seeds", "study"))
+@pytest.mark.parametrize("name", cases("study"))
 def test_a_folder_that_takes_no_state_fails_run_and_child_in_one_line_and_mended_they_go_on(
     tmp_path: Path, undisturbed: Undisturbed, name: str
 ) -> None:
