@@ -7,6 +7,7 @@ Python's string hashes: tests that compare two processes start one of them witho
 
 import gc
 import importlib
+import io
 import json
 import os
 import pkgutil
@@ -16,6 +17,7 @@ import signal
 import socket
 import subprocess
 import sys
+import tempfile
 import threading
 from contextlib import suppress
 from functools import cache
@@ -160,6 +162,39 @@ def _import_all() -> None:
     configure_mappers()
 
 
+def _warm_up() -> None:
+    """Have the libraries make what they make once in a process: validators, fonts, names of columns, queries."""
+    from capexp.experiment import find_experiment, load_experiment
+
+    load_experiment(find_experiment("scenes"), {})
+    from matplotlib.backends.backend_agg import FigureCanvasAgg
+    from matplotlib.figure import Figure
+
+    figure = Figure()
+    axes = figure.add_subplot(xlabel="1", ylabel="2", title="3")
+    axes.plot([1, 2], label="4")
+    axes.legend()
+    FigureCanvasAgg(figure).print_png(io.BytesIO())
+    from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag
+    from mlflow.tracking import MlflowClient
+
+    with tempfile.TemporaryDirectory() as folder:
+        client = MlflowClient(f"sqlite:///{folder}/mlflow.db")
+        experiment = client.create_experiment("warm", f"{folder}/artifacts")
+        run_id = client.create_run(experiment).info.run_id
+        client.log_batch(run_id, [Metric("a", 1.0, 0, 0)], [Param("b", "c")], [RunTag("d", "e")])
+        client.log_inputs(run_id, [DatasetInput(Dataset("a", "b", "local", "{}"))])
+        model_id = client.create_logged_model(experiment, source_run_id=run_id).model_id
+        client.log_outputs(run_id, [LoggedModelOutput(model_id, 0)])
+        client.create_registered_model("a")
+        version = client.create_model_version("a", f"{folder}/artifacts", run_id, model_id=model_id).version
+        client.set_model_version_tag("a", version, "b", "c")
+        client.set_registered_model_alias("a", "champion", version)
+        client.search_model_versions("name='a'")
+        client.set_terminated(run_id)
+        client.search_runs([experiment])
+
+
 def _serve(connection: socket.socket) -> list[str]:
     """Fork for each request and report the forks' exit statuses; return the words of the command in a fork."""
     running: dict[int, tuple[int, int]] = {}  # of pidfd: process id, pipe for the status
@@ -200,6 +235,7 @@ def _serve(connection: socket.socket) -> list[str]:
 
 if __name__ == "__main__":
     _import_all()
+    _warm_up()
     assert len(list(Path("/proc/self/task").iterdir())) == 1, "an import has started a thread"
     gc.freeze()
     module, *sys.argv[1:] = _serve(socket.socket(fileno=int(sys.argv[1])))

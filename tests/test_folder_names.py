@@ -109,7 +109,7 @@ def test_make_demo_and_make_test_work_in_a_checkout_with_a_difficult_name(tmp_pa
     assert demo.returncode == 0, f"{demo.stdout}\n{demo.stderr}"
     assert_all_is_in_it(folder)
     folder.environment["PYTEST_ADDOPTS"] = "tests/tracking/test_store_uri.py"
-    tests = make(folder, "test", "AT_ONCE=1")
+    tests = make(folder, "test", "AT_ONCE=0")
     assert tests.returncode == 0, f"{tests.stdout}\n{tests.stderr}"
     assert " passed" in tests.stdout
     assert [path.name for path in tmp_path.iterdir()] == [CHECKOUT], "nothing beside it"

@@ -131,7 +131,7 @@ def test_an_interrupt_ends_the_run_killed_and_it_goes_on_to_the_undisturbed_loss
 WRONG = {"--model.dropout 2": "--model.dropout 2", "--training.learning_rate 1e30": "the loss is"}
 
 
-@pytest.mark.parametrize("words", cases("--training.learning_rate 1e30", of=WRONG))
+@pytest.mark.parametrize("words", cases(of=WRONG))
 def test_what_is_wrong_for_all_is_told_once(folder: Folder, words: str) -> None:
     """The other process waits for the first one, and torchrun ends it."""
     _, err = together(folder, "train", *words.split(), status=1)

@@ -191,7 +191,7 @@ def test_machines_share_a_study_through_postgresql_and_an_mlflow_server(
         (tmp_path / name).mkdir()
         folders.append(Folder(tmp_path / name))
         folders[-1].environment["MLFLOW_TRACKING_URI"] = tracking
-    command = ("--trials", "8", "--storage", storage, "--tune.heartbeat", "1", "--training.epochs", "4")
+    command = ("--trials", "5", "--storage", storage, "--tune.heartbeat", "1", "--training.epochs", "4")
     first = start(folders[0], *command, "--workers", "2")
 
     def study() -> optuna.Study:
@@ -204,18 +204,18 @@ def test_machines_share_a_study_through_postgresql_and_an_mlflow_server(
     kill_all(first)  # the machine is gone, and its files are out of reach
     said = end(second)
     assert "was broken off; it is run again" in said
-    assert "8 of 8 trials done" in said
+    assert "5 of 5 trials done" in said
     parent = parent_of(folders[1])
     assert parent.info.status == "FINISHED"
     runs = nested(folders[1], parent)
-    assert_counted_once(study(), runs, 8)
+    assert_counted_once(study(), runs, 5)
     lost = [run for run in runs if run.info.status == "FAILED"]
     assert lost, "begun anew elsewhere, so their runs have ended"
     assert all("its worker vanished" in run.data.tags["error"] for run in lost)
 
     # A third machine, which has trained nothing, finds the best captioner: it is registered already.
     out = end(start(folders[2], *command))
-    assert "8 of 8 trials done" in out
+    assert "5 of 5 trials done" in out
     (version,) = folders[1].client.search_model_versions("name='capexp-scenes'")
     assert "capexp-scenes version 1 @champion" in out
     assert version.run_id == parent.info.run_id

@@ -207,14 +207,13 @@ def generate_desc(its: Setting, model: keras.Model, names: list[str]) -> list[st
 
 
 def train(folder: Path) -> None:
-    """Some epochs as in the tutorial, and greedy captions."""
+    """Some steps as in the tutorial, and greedy captions."""
     its = Setting(folder)
     keras.utils.set_random_seed(3)
     model = define_model(its.classes, its.length)
     names = list(its.descriptions)
-    for _ in range(1 + 180 // len(names)):
-        generator = data_generator(its.descriptions, its.features, names, its.tokenizer, its.length, its.classes)
-        model.fit(generator, epochs=1, steps_per_epoch=len(names), verbose=0)
+    generator = data_generator(its.descriptions, its.features, names, its.tokenizer, its.length, its.classes)
+    model.fit(generator, epochs=1, steps_per_epoch=120, verbose=0)
     its.save(model)
     (folder / "captions.json").write_text(json.dumps(dict(zip(names, generate_desc(its, model, names), strict=True))))
 

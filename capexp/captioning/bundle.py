@@ -8,8 +8,8 @@ A bundle holds
 * optionally ``encoder.safetensors``: the VGG16 layers that it needs, float16, so that it works without downloads;
 * ``reference.safetensors``, if it was trained on features of a file whose encoder is not known: the features of some
   train photos, float16, to check an encoder on;
-* ``neighbours.safetensors``, if ``decoding.neighbours`` was set at the training: the pooled features, float16, and the
-  captions of the train photos;
+* ``neighbours.safetensors``, if ``decoding.neighbours`` was set at the training: the pooled features, float16, their
+  whitening, float32, and the captions of the train photos;
 * ``manifest.json``: the version of the format, and the SHA-256 of each of the other files.
 
 The bundle of an ensemble holds the model settings of each member, and the weights of all members in one file.

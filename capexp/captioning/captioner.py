@@ -21,7 +21,7 @@ from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.captioning.decoding import check_beam_width, decode
 from capexp.captioning.ensemble import Ensemble
 from capexp.captioning.model import build_decoder, outline_decoder
-from capexp.captioning.neighbours import Neighbours
+from capexp.captioning.neighbours import DIMENSIONS, Neighbours
 from capexp.data.cache import Identity
 from capexp.data.captions import PhotosBySplit
 from capexp.data.dataset import Dataset
@@ -423,4 +423,5 @@ def neighbours_size(experiment: Experiment, data: Dataset) -> int:
         return 0
     _, size = experiment.features.shape if experiment.features.from_photos else data.encoder.shape
     texts = [text for texts in data.splits["train"].references for text in texts]
-    return 2 * size * len(data.splits["train"].photos) + 4 * sum(len(text.split()) + 2 for text in texts)
+    whitening = 4 * size * min(size, DIMENSIONS)
+    return whitening + 2 * size * len(data.splits["train"].photos) + 4 * sum(len(text.split()) + 2 for text in texts)

@@ -3,6 +3,7 @@
 import json
 import math
 from collections import Counter
+from dataclasses import replace
 from pathlib import Path
 
 import numpy as np
@@ -15,7 +16,7 @@ from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.consensus import Tokens, agreement
 from capexp.captioning.decoding import decode
-from capexp.captioning.neighbours import Neighbours, pool
+from capexp.captioning.neighbours import Neighbours, pool, whiten
 from capexp.data.vocabulary import EOS, build_vocabulary
 from capexp.errors import InputError
 from capexp.metrics.cider import CiderReferences
@@ -59,6 +60,45 @@ def test_they_are_the_captions_of_the_nearest_photos_by_their_squared_similarity
             for _ in neighbours.captions[i]
         ]
         np.testing.assert_allclose(weights, expected, rtol=1e-4)
+
+
+def test_photos_are_compared_in_directions_divided_by_the_fourth_root_of_their_variance() -> None:
+    rng = np.random.default_rng(6)
+    pooled = (rng.normal(size=(90, 5)) * [9, 3, 1, 1, 0.3] @ rng.normal(size=(5, 5)) + 20).astype(np.float16)
+    centred = pooled.astype(np.float64) - pooled.astype(np.float64).mean(0)
+    # The rotation back to the features' own axes changes no cosine.
+    axes, deviations, _ = np.linalg.svd(centred.T / math.sqrt(90))
+    divisors = (deviations**2 + 1e-3 * deviations[0] ** 2) ** 0.25
+    expected = centred @ (axes / divisors @ axes.T)
+    found = centred @ whiten(pooled)
+    assert found.shape == (90, 5)
+    np.testing.assert_allclose(found @ found.T, expected @ expected.T, atol=1e-3 * np.abs(expected).max() ** 2)
+    captions = tuple(((4 + i,),) for i in range(90))
+    photo = np.sign(pooled[:1]) * pooled[:1].astype(np.float32) ** 2  # which is pooled to the first one's features
+    unit = expected / np.linalg.norm(expected, axis=1, keepdims=True)
+    nearest = np.argsort(-unit @ unit[0])[1:6]
+    ((near, weights),) = Neighbours(pooled, captions, whiten(pooled)).captions_near(photo[:, None], 5)
+    assert near == [captions[i][0] for i in nearest]
+    np.testing.assert_allclose(weights, (squares := (unit @ unit[0])[nearest].clip(0) ** 2) / squares.sum(), rtol=1e-3)
+    ((other, _),) = Neighbours(pooled, captions).captions_near(photo[:, None], 5)
+    assert other != near
+
+
+def test_features_with_many_values_are_compared_in_their_main_directions() -> None:
+    pooled = np.random.default_rng(7).normal(size=(30, 700)).astype(np.float16)
+    assert whiten(pooled).shape == (700, 512)
+
+
+@pytest.mark.parametrize("photos", [1, 2])
+def test_photos_without_variance_have_no_directions(photos: int) -> None:
+    pooled = np.ones((photos, 3), np.float16)
+    assert np.isfinite(whiten(pooled)).all()
+    captions = tuple(((4 + i,),) for i in range(photos))
+    ((near, weights),) = Neighbours(pooled, captions, whiten(pooled)).captions_near(
+        np.full((1, 1, 3), 4, np.float32), 5
+    )
+    assert near == [caption for (caption,) in captions]
+    np.testing.assert_allclose(weights, 1 / photos)
 
 
 def test_they_do_not_depend_on_the_others() -> None:
@@ -171,10 +211,21 @@ def test_a_bundle_carries_them(captioner: Captioner, tmp_path: Path) -> None:
     again = Captioner.load(captioner.save(tmp_path / "bundle"))
     assert again.neighbours is not None and captioner.neighbours is not None
     assert again.neighbours.captions == captioner.neighbours.captions
+    assert captioner.neighbours.whitening is not None and again.neighbours.whitening is not None
+    np.testing.assert_array_equal(again.neighbours.whitening, captioner.neighbours.whitening)
     assert captioner.vocabulary.decode(again.neighbours.captions[0][0]).startswith("a ")
     _, features = data("dev", 10, seed=2)
     (part,) = features.parts(10)
     assert again.caption_features(part) == captioner.caption_features(part)
+
+
+def test_a_bundle_from_before_features_were_whitened_compares_them_as_they_are(
+    captioner: Captioner, tmp_path: Path
+) -> None:
+    assert captioner.neighbours is not None
+    captioner.neighbours = replace(captioner.neighbours, whitening=None)
+    again = Captioner.load(captioner.save(tmp_path / "bundle"))
+    assert again.neighbours is not None and again.neighbours.whitening is None
 
 
 def test_a_bundle_without_them_is_as_it_was_before_they_were_known(captioner: Captioner, tmp_path: Path) -> None:
@@ -232,6 +283,12 @@ FAULTS = {
         lambda a: a.astype(np.int64),
     ],
     "lengths": [lambda a: a[:-1], lambda a: -a],
+    "whitening": [
+        lambda a: a.astype(np.float16),
+        lambda a: a[:-1],
+        lambda a: a[:, 0],
+        lambda a: np.full_like(a, np.inf),
+    ],
     "captions": [lambda a: a[:-1], lambda a: a[0], lambda a: 0 * a],
 }
 

@@ -46,7 +46,8 @@ def undisturbed(once: Once) -> Undisturbed:
 
     def undisturbed(name: str) -> tuple[Folder, dict[str, Any]]:
         def run(path: Path) -> None:
-            make(path, forks=False).run(*KINDS[name].begin())  # with other hashes of strings than the forks have
+            # One of them with other hashes of strings than the forks have.
+            make(path, forks=name != "single").run(*KINDS[name].begin())
 
         path = once(name, run)
         folder = make(path, has_store=False)  # it has one by now
