@@ -167,14 +167,13 @@ def _warm_up() -> None:
     from capexp.experiment import find_experiment, load_experiment
 
     load_experiment(find_experiment("scenes"), {})
-    from matplotlib.backends.backend_agg import FigureCanvasAgg
     from matplotlib.figure import Figure
 
     figure = Figure()
     axes = figure.add_subplot(xlabel="1", ylabel="2", title="3")
     axes.plot([1, 2], label="4")
     axes.legend()
-    FigureCanvasAgg(figure).print_png(io.BytesIO())
+    figure.savefig(io.BytesIO())
     from mlflow.entities import Dataset, DatasetInput, LoggedModelOutput, Metric, Param, RunTag
     from mlflow.tracking import MlflowClient
 
