@@ -404,6 +404,8 @@ class DecodingConfig(Section):
     neighbour_weight: float = Field(default=4.0, gt=0, le=100)
     """Weight of the mean similarity to the captions of neighbours, in which n-grams have CIDEr-D's weights; the mean
     similarity to the captioner's own captions has weight 1."""
+    copy_neighbours: bool = False
+    """Whether ``consensus`` may also choose a caption of a neighbour, as a person has written it."""
     length_penalty: float = Field(default=0.0, ge=0, le=10)
     """Exponent of the length in beam search, which ranks hypotheses by log-probability / length ** exponent. 0 prefers
     short captions; 1 ranks by the mean over the words."""
@@ -430,7 +432,10 @@ class DecodingConfig(Section):
 
     def _describe_consensus(self) -> str:
         own = f"the consensus of a beam of {self.beam_width} and {self.samples} samples"
-        return own if not self.neighbours else f"{own} with the captions of {self.neighbours} similar train photos"
+        if not self.neighbours:
+            return own
+        copied = ", which may be chosen too" if self.copy_neighbours else ""
+        return f"{own} with the captions of {self.neighbours} similar train photos{copied}"
 
 
 class RegistryConfig(Section):

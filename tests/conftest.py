@@ -25,6 +25,11 @@ _CHROMIUM_FLAGS = (
 )
 
 
+def pytest_collection_modifyitems(items: list[pytest.Item]) -> None:
+    """Begin with the tests that take longest, so that no process of pytest's works on one of them alone at the end."""
+    items.sort(key=lambda item: item.path.name != "test_keras.py")
+
+
 def pytest_runtest_setup(item: pytest.Item) -> None:
     """Skip the tests marked ``gpu`` on a machine without a GPU."""
     if item.get_closest_marker("gpu") is not None:

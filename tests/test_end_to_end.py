@@ -147,12 +147,15 @@ def test_captions_of_similar_train_photos_are_compared_with(trained: Trained, tm
     folder, _ = trained
     consensus = ("--decoding.method", "consensus", "--decoding.samples", "5")
     words = (*consensus, "--decoding.neighbours", "5")
+    copies = ("--decoding.copy_neighbours", "true")
     # A bundle without captions of train photos: evaluate takes those of the data, caption cannot.
     champion = ("--model", "models:/capexp-scenes@champion")
     alone = json.loads(folder.run("evaluate", *champion, *consensus).stdout)
     scores = json.loads(folder.run("evaluate", *champion, *words).stdout)
     assert scores["cross_entropy"] == alone["cross_entropy"]
     assert scores["cider"] > alone["cider"]
+    copied = json.loads(folder.run("evaluate", *champion, *words, *copies).stdout)
+    assert copied["copied_from_train"] > scores["copied_from_train"]
     photo = str(scenes / "Scenes_Dataset" / "scene_0286.jpg")
     refused = folder.run("caption", *champion, *words, photo, status=2)
     assert "holds no captions of train photos; train it with decoding.neighbours" in refused.stderr

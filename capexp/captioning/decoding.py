@@ -9,7 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 import torch
-from torch import Tensor
+from numpy.typing import NDArray
+from torch import Tensor, nn
 
 from capexp.captioning.consensus import Tokens, agreement
 from capexp.captioning.decoder import Decoder
@@ -194,7 +195,8 @@ def _consensus(
 
     The most probable caption is often an unusual one. This function compares with the beam's hypotheses and with
     captions sampled from the decoder. With ``config.neighbours`` it also compares with the reference captions of
-    similar train photos, as Devlin et al. (2015) do; in this comparison n-grams have CIDEr-D's weights.
+    similar train photos, as Devlin et al. (2015) do; in this comparison n-grams have CIDEr-D's weights. With
+    ``config.copy_neighbours`` these captions are ranked too, and the best of all take the place of the beam.
     """
 
     def parts(captions: int) -> tuple[Tensor, ...]:
@@ -226,13 +228,92 @@ def _consensus(
             part = slice(start, start + _COMPARED)
             near = neighbours.captions_near(features[part].cpu().numpy(), config.neighbours)
             captions, weights = [texts for texts, _ in near], [of_texts for _, of_texts in near]
+            if config.copy_neighbours:
+                candidates[part] = [
+                    [*own, *_new_captions(theirs, own, vocabulary, config)]
+                    for own, theirs in zip(candidates[part], captions, strict=True)
+                ]
+                similarities[part] = agreement(candidates[part], others[part])
             sums = agreement(candidates[part], captions, weights, neighbours.frequencies)
             similarities[part] = [
                 (own + config.neighbour_weight * of_photo).round(12)  # the last digits depend on the other photos
                 for own, of_photo in zip(similarities[part], sums, strict=True)
             ]
     ranks = [np.argsort(-similarity, kind="stable") for similarity in similarities]
+    if config.copy_neighbours:
+        return _with_probabilities(decoder, features, vocabulary, config, beams, candidates, ranks)
     return [tuple(beam[i] for i in rank) for beam, rank in zip(beams, ranks, strict=True)]
+
+
+def _new_captions(
+    captions: list[Tokens], known: list[Tokens], vocabulary: Vocabulary, config: DecodingConfig
+) -> list[Tokens]:
+    """Return those captions, each once, that are not known and that the decoder might have emitted."""
+    forbidden = set(vocabulary.never_emitted)
+
+    def is_possible(caption: Tokens) -> bool:
+        trigrams = list(zip(caption, caption[1:], caption[2:], strict=False))
+        return (
+            0 < len(caption) <= config.maximum_length
+            and forbidden.isdisjoint(caption)
+            and (config.repeat_trigrams or len(set(trigrams)) == len(trigrams))
+        )
+
+    already = set(known)
+    return [caption for caption in dict.fromkeys(captions) if caption not in already and is_possible(caption)]
+
+
+def _with_probabilities(
+    decoder: Decoder,
+    features: Tensor,
+    vocabulary: Vocabulary,
+    config: DecodingConfig,
+    beams: list[tuple[Hypothesis, ...]],
+    candidates: list[list[Tokens]],
+    ranks: list[NDArray[np.int64]],
+) -> list[tuple[Hypothesis, ...]]:
+    """Return the best candidates of each photo, as many as its beam has, with their log-probabilities.
+
+    The candidates of a photo are its beam and then other captions, whose log-probabilities are computed here.
+    """
+    best = [rank[: len(beam)] for rank, beam in zip(ranks, beams, strict=True)]
+    others = [(photo, candidates[photo][i]) for photo, rank in enumerate(best) for i in rank if i >= len(beams[photo])]
+    values = iter(_caption_probabilities(decoder, features, vocabulary, config, others))
+    return [
+        tuple(beam[i] if i < len(beam) else Hypothesis(own[i], next(values)) for i in rank)
+        for beam, own, rank in zip(beams, candidates, best, strict=True)
+    ]
+
+
+@torch.inference_mode()
+def _caption_probabilities(
+    decoder: Decoder,
+    features: Tensor,
+    vocabulary: Vocabulary,
+    config: DecodingConfig,
+    captions: list[tuple[int, Tokens]],
+) -> list[float]:
+    """Return the log-probability of each caption, of the photo at its position in ``features``.
+
+    It includes EOS, but not after ``maximum_length`` words.
+    """
+    found: list[float] = []
+    forbidden = torch.tensor(vocabulary.never_emitted, device=features.device)
+    size = max((64 if features.is_cuda else 1) * _LOGITS // len(vocabulary), 1)
+    for start in range(0, len(captions), size):
+        part = captions[start : start + size]  # N
+        photos = torch.tensor([photo for photo, _ in part], device=features.device)
+        ended = [torch.tensor([*tokens, EOS][: config.maximum_length]) for _, tokens in part]
+        targets = nn.utils.rnn.pad_sequence(ended, batch_first=True, padding_value=PAD).to(features.device)  # (N, T)
+        words, total = torch.full_like(photos, BOS), torch.zeros(len(part), device=features.device)
+        state = decoder.start(features).select(photos)
+        for step in range(targets.shape[1]):
+            logits, state = decoder.step(state, words)
+            log_probabilities = _log_probabilities(logits, forbidden, targets[:, :step], config)  # (N, V)
+            words = targets[:, step]
+            total += torch.where(words == PAD, 0.0, log_probabilities.gather(1, words.unsqueeze(1)).squeeze(1))
+        found += total.tolist()
+    return found
 
 
 @torch.no_grad()

@@ -10,14 +10,14 @@ import numpy as np
 import pytest
 import torch
 from small import data, identity
-from test_plain_decoding import WORDS, decoder_of, plain_beam, plain_samples, words_of
+from test_plain_decoding import WORDS, decoder_of, log_probabilities, plain_beam, plain_samples, words_of
 
 from capexp.captioning.bundle import TrainingRecord
 from capexp.captioning.captioner import Captioner
 from capexp.captioning.consensus import Tokens, agreement
 from capexp.captioning.decoding import decode
 from capexp.captioning.neighbours import Neighbours, pool, whiten
-from capexp.data.vocabulary import EOS, build_vocabulary
+from capexp.data.vocabulary import EOS, UNK, build_vocabulary
 from capexp.errors import InputError
 from capexp.metrics.cider import CiderReferences
 from capexp.settings import DecodingConfig, ModelConfig, VocabularyConfig
@@ -195,6 +195,45 @@ def test_captions_are_chosen_as_counted_one_by_one(weight: float) -> None:
     assert found != decode(decoder, features, WORDS, config.model_copy(update={"neighbours": 0}))
 
 
+@pytest.mark.parametrize("kind", ["merge", "attention", "ensemble"])
+def test_captions_of_neighbours_may_be_chosen_with_the_probability_that_they_have(kind: str) -> None:
+    decoder, positions = decoder_of(kind)
+    neighbours, features = some_neighbours(positions=positions)
+    changes = {"copy_neighbours": True, "repeat_trigrams": False, "maximum_length": 7}
+    config = CONSENSUS.model_copy(update=changes)
+    found = decode(decoder, features, WORDS, config, neighbours)
+    own_beams = decode(decoder, features, WORDS, config.model_copy(update={"copy_neighbours": False}), neighbours)
+    copied = 0
+    for photo, hypotheses, own in zip(features, found, own_beams, strict=True):
+        ((near, weights),) = neighbours.captions_near(photo[None].numpy(), config.neighbours)
+        beam = [words_of(said) for said, _ in plain_beam(decoder, photo, config, config.beam_width)]
+        samples = [words_of(said) for said, _ in plain_samples(decoder, photo, config, config.samples)]
+        scores = {}
+        for one in {*beam, *(caption for caption in near if len(caption) <= 7)}:
+            likes = [plain_similarity(one, other) for other in beam + samples]
+            others = [plain_similarity(one, other, neighbours.captions) for other in near]
+            scores[one] = sum(likes) / len(likes) + config.neighbour_weight * float(np.dot(others, weights))
+        assert [h.tokens for h in hypotheses] == sorted(scores, key=lambda one: -scores[one])[: len(beam)]
+        for hypothesis in hypotheses:
+            said = (*hypothesis.tokens, EOS)[:7]
+            expected = sum(
+                float(log_probabilities(decoder, photo, said[:step], config)[word]) for step, word in enumerate(said)
+            )
+            assert hypothesis.log_probability == pytest.approx(expected, rel=1e-4)
+        copied += hypotheses[0].tokens not in {h.tokens for h in own}
+    assert copied > 0
+
+
+def test_captions_that_could_not_be_generated_are_not_copied() -> None:
+    decoder, positions = decoder_of("merge")
+    _, features = some_neighbours(positions=positions)
+    impossible = ((UNK, 4), (), (4, 5, 6, 4, 5, 6), tuple(range(4, 13)))
+    neighbours = Neighbours(pool(np.ones((1, positions, 5), np.float32)), (impossible,))
+    config = CONSENSUS.model_copy(update={"repeat_trigrams": False})
+    copies = config.model_copy(update={"copy_neighbours": True})
+    assert decode(decoder, features, WORDS, copies, neighbours) == decode(decoder, features, WORDS, config, neighbours)
+
+
 @pytest.fixture
 def captioner() -> Captioner:
     split, features = data("train", 30, seed=1)
@@ -233,7 +272,8 @@ def test_a_bundle_without_them_is_as_it_was_before_they_were_known(captioner: Ca
     bundle = captioner.save(tmp_path / "bundle")
     assert not (bundle / "neighbours.safetensors").exists()
     assert (
-        not {"neighbours", "neighbour_weight"} & json.loads((bundle / "captioner.json").read_text())["decoding"].keys()
+        not {"neighbours", "neighbour_weight", "copy_neighbours"}
+        & json.loads((bundle / "captioner.json").read_text())["decoding"].keys()
     )
 
 
@@ -258,7 +298,9 @@ def test_an_ensemble_has_its_own(captioner: Captioner, tmp_path: Path) -> None:
     assert [one.text for one in again.caption_features(part)] == [one.text for one in captioner.caption_features(part)]
 
 
-def test_captions_do_not_depend_on_the_other_photos(captioner: Captioner) -> None:
+@pytest.mark.parametrize("copies", [False, True])
+def test_captions_do_not_depend_on_the_other_photos(captioner: Captioner, copies: bool) -> None:
+    captioner.decoding = captioner.decoding.model_copy(update={"copy_neighbours": copies})
     _, features = data("dev", 70, seed=2)
     (part,) = features.parts(70)
     together = captioner.caption_features(part)

@@ -210,7 +210,7 @@ def test_fc2_of_the_caffe_net_is_the_same_from_every_form_and_equals_keras(
         *(torch.zeros(1000, 4096, dtype=torch.half), torch.zeros(1000, dtype=torch.half)),
     ]
     del arrays
-    for names in ("146", "036", ("fc6", "fc7", "fc8")):
+    for names in ("146", ("fc6", "fc7", "fc8")):
         layers = [name if len(name) > 1 else f"classifier.{name}" for name in names]
         parameters = [f"{layer}.{kind}" for layer in layers for kind in ("weight", "bias")]
         whole = in_bgr(state) | dict(zip(parameters, dense, strict=True))

@@ -325,7 +325,7 @@ def test_an_ensemble_begun_twice_at_once_is_refused_the_member_that_the_first_tr
 
 
 @SLOW
-@pytest.mark.parametrize("name", cases("study", of=("single", "study")))
+@pytest.mark.parametrize("name", cases("single", of=("single", "study")))
 def test_ctrl_c_under_mlflow_run_tags_the_run_and_the_one_under_it(tmp_path: Path, name: str) -> None:
     folder, kind = make(tmp_path), KINDS[name]
     folder.environment["MLFLOW_TRACKING_URI"] = f"sqlite:///{tmp_path}/mlflow.db"
