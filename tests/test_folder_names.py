@@ -88,8 +88,13 @@ def checkout_in(path: Path) -> Folder:
     for target in ("installed", "installed-test"):
         (path / ".venv" / target).unlink(missing_ok=True)
         (path / ".venv" / target).touch()  # newer than what make compares it with
+    return folder_of_make(path)
+
+
+def folder_of_make(path: Path) -> Folder:
+    """A folder in which the variables of the tests around, and of the make that runs them, are not set."""
     folder = Folder(path)
-    outside = ("PYTHONPATH", "PYTEST_", "MAKE", "MFLAGS")  # of the tests around
+    outside = ("PYTHONPATH", "PYTEST_", "MAKE", "MFLAGS")
     folder.environment = {key: value for key, value in folder.environment.items() if not key.startswith(outside)}
     return folder
 
@@ -116,7 +121,7 @@ def test_make_demo_and_make_test_work_in_a_checkout_with_a_difficult_name(tmp_pa
 
 
 def test_make_refuses_a_checkout_in_which_mlflow_cannot_be_installed(tmp_path: Path) -> None:
-    folder = Folder(tmp_path / "100%")
+    folder = folder_of_make(tmp_path / "100%")
     folder.path.mkdir()
     shutil.copy(ROOT / "Makefile", folder.path)
     (folder.path / "conda.yaml").touch()
