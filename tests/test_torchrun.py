@@ -156,15 +156,10 @@ def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Fo
     (folder.path / "captions.txt").write_text("".join(f"{name}#0\ta thing\n" for name in names))
     (folder.path / "train.txt").write_text("\n".join(names[:6]))
     (folder.path / "dev.txt").write_text("\n".join(names[6:]))
-    settings: tuple[str, ...] = (
-        "--experiment",
-        "own-photos",
-        "--captions.root",
-        ".",
-        "--features.weights",
-        str(random_vgg16),
+    settings = (
+        *("--experiment", "own-photos", "--captions.root", "."),
+        *("--features.weights", str(random_vgg16), "--features.mirror", "true"),
     )
-    settings += ("--features.mirror", "true")
     ranks(folder, "extract", *settings, "--features.cache", "together", "--training.device", "cpu")
     folder.run("extract", *settings, "--features.cache", "alone", "--training.device", "cpu")
     made, _ = folder.path.glob("together/*.features")
