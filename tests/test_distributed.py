@@ -70,8 +70,8 @@ def test_several_processes_come_to_what_one_comes_to(tmp_path: Path, count: int)
         with_dropout = trained(training(KINDS[0], dropout=0.2), steps, tmp_path / "dropout" / steps)
         assert with_dropout[-1][1] == pytest.approx(told[f"dropout {steps}"][-1][1], rel=0.1)
         assert (with_dropout == [tuple(epoch) for epoch in told[f"dropout {steps}"]]) == (count == 1)
-    rewards = told["rewards"]
-    assert rewards[-1] > rewards[0]
+        rewards = told[f"rewards {steps}"]
+        assert rewards[-1] > rewards[0]
     assert told["threads"] == [], "none is left to meet the interpreter's end"
     assert not [path for path in (tmp_path / "rank1").rglob("*") if path.suffix in (".pt", ".safetensors")]
 

@@ -316,7 +316,6 @@ def _caption_probabilities(
     return found
 
 
-@torch.no_grad()
 def sample_captions(
     decoder: Decoder,
     features: Tensor,
@@ -330,13 +329,35 @@ def sample_captions(
     Return ``(B * count, T)`` from features ``(B, P, F)``: the words, EOS, then PAD. The captions of a photo are
     adjacent rows. Raises FloatingPointError if the decoder's logits are not finite.
 
-    On a CPU the decoder runs only on captions that are not finished. If ``fixed``, which is the default on other
-    devices, it runs on all of them for ``maximum_length`` steps: all shapes are known beforehand, and nothing waits for
-    the device before the end. Random numbers are drawn for all captions in both cases, so both draw the same ones.
+    ``fixed`` is as in :func:`sample_by_step`; by default it is true on a GPU, so that nothing waits before the end.
     """
-    rows, device = len(features) * count, features.device
+    device = features.device
     fixed = device.type != "cpu" if fixed is None else fixed
     forbidden = on_device(torch.tensor(vocabulary.never_emitted), device)
+    return finished_samples(*sample_by_step(decoder, features, forbidden, count, maximum_length, fixed))
+
+
+def finished_samples(samples: Tensor, is_finite: Tensor) -> Tensor:
+    """Return the samples of :func:`sample_by_step` as those of :func:`sample_captions`."""
+    if not is_finite:
+        raise FloatingPointError("logits are not finite")
+    longest = int((samples != PAD).any(1).sum())
+    return samples[:longest].t().contiguous()
+
+
+@torch.no_grad()
+def sample_by_step(
+    decoder: Decoder, features: Tensor, forbidden: Tensor, count: int, maximum_length: int, fixed: bool
+) -> tuple[Tensor, Tensor]:
+    """Sample captions as :func:`sample_captions`; return them by step, and whether all logits were finite.
+
+    They are ``(maximum_length, B * count)``. ``forbidden`` are the entries that are never emitted.
+
+    The decoder runs only on captions that are not finished. If ``fixed``, it runs on all of them for ``maximum_length``
+    steps: all shapes are known beforehand, nothing waits for a GPU, and a CUDA graph can capture it. Random numbers are
+    drawn for all captions in both cases, so both draw the same ones.
+    """
+    rows, device = len(features) * count, features.device
     samples = torch.full((maximum_length, rows), PAD, device=device)
     active = torch.arange(rows, device=device)  # (M,): the captions that the state holds
     ended = torch.zeros(rows, dtype=torch.bool, device=device)
@@ -364,10 +385,7 @@ def sample_captions(
                 state, words, active = state.select(unfinished), words[unfinished], active[unfinished]
         if step < maximum_length - 1:
             logits, state = decoder.step(state, words)
-    if not is_finite:
-        raise FloatingPointError("logits are not finite")
-    longest = int((samples != PAD).any(1).sum())
-    return samples[:longest].t().contiguous()
+    return samples, is_finite
 
 
 def _uniform(features: Tensor, config: DecodingConfig, count: int) -> np.ndarray:

@@ -194,31 +194,36 @@ class CaptionBatches:
             torch.from_numpy(lengths).to(device),
         )
 
-    def padding(self) -> float:
-        """Return how many inputs padded batches have, padding included, per real input."""
-        _, captions, lengths = self.padded_indices(0, 0)
-        return float((captions[0].size * lengths.max((1, 2))).sum() / self.targets)
+    def padding(self, photos: int | None = None) -> float:
+        """Return how many inputs padded batches have, padding included, per real input.
+
+        With ``photos`` it is about batches of so many photos, as :meth:`photo_batches` has them.
+        """
+        indices = self.padded_indices(0, 0, photos=photos)
+        return float((indices.captions[0].size * indices.lengths.max((1, 2))).sum() / self.targets)
 
     def padded_indices(
-        self, seed: int, number: int, ranks: int = 1
-    ) -> tuple[NDArray[np.int64], NDArray[np.int64], NDArray[np.int64]]:
-        """Return the batches of :meth:`epoch` as indices, padded; N is a multiple of ``ranks``.
+        self, seed: int, number: int, world: World = ALONE, photos: int | None = None
+    ) -> "PaddedIndices":
+        """Return the batches of :meth:`epoch` as indices, padded; N is a multiple of the number of ranks.
 
-        Return the views ``(S, N)``, the captions ``(S, N, K)`` and the captions' lengths ``(S, N, K)``, where K is the
-        largest number of captions in a unit. The index after the last caption means "no caption".
+        With ``photos`` they are the batches of :meth:`photo_batches`, so many photos each, with all their captions.
         """
-        order = self._order(seed, number)
-        units = np.pad(order, (0, -len(order) % self._batch_units)).reshape(-1, self._batch_units)  # (S, N)
+        bounds, size = (self._bounds, self._batch_units) if photos is None else (self._photo_bounds, photos)
+        order = _permutation(len(bounds) - 1, seed, number)
+        size = min(size, len(order))
+        units = np.pad(order, (0, -len(order) % size)).reshape(-1, size)  # (S, N)
         is_unit = np.arange(units.size).reshape(units.shape) < len(order)
-        columns = ((0, 0), (0, -self._batch_units % ranks))
+        columns = ((0, 0), (0, -size % world.size))
         units, is_unit = np.pad(units, columns), np.pad(is_unit, columns)
-        counts = np.diff(self._bounds)
+        counts = np.diff(bounds)
         nth = np.arange(counts.max())  # (K,)
         is_caption = is_unit[..., None] & (nth < counts[units][..., None])
         no_caption = len(self._lengths)
-        captions = np.where(is_caption, self._bounds[units][..., None] + nth, no_caption)
-        views = self.features.draw_views(seed, number)[self._photos[self._bounds[units]]]
-        return views, captions, np.append(self._lengths, 0)[captions]
+        captions = np.where(is_caption, bounds[units][..., None] + nth, no_caption)
+        seen = self._photos[bounds[units]]
+        views = self.features.draw_views(seed, number)[seen]
+        return PaddedIndices(seen, views, captions, np.append(self._lengths, 0)[captions])
 
     def _order(self, seed: int, number: int) -> NDArray[np.int64]:
         """Return the units of an epoch in their random order."""
@@ -250,10 +255,20 @@ class CaptionBatches:
         )
 
 
+class PaddedIndices(NamedTuple):
+    """The padded batches of an epoch as indices, of all ranks; K is the largest number of captions in a unit."""
+
+    photos: NDArray[np.int64]  # (S, N): positions in the split
+    views: NDArray[np.int64]  # (S, N): rows in the features
+    captions: NDArray[np.int64]  # (S, N, K); the index after the last caption means "no caption"
+    lengths: NDArray[np.int64]  # (S, N, K): the numbers of inputs
+
+
 @dataclass(frozen=True)
 class PaddedEpoch:
     """A rank's shards of the padded batches of an epoch, as indices on a device."""
 
+    photos: list[list[int]]  # (S, up to N): positions in the split, without padding
     views: Tensor  # (S, N): rows in the features
     captions: Tensor  # (S, N * K)
     shares: Tensor  # (S,): this rank's targets divided by the targets of all ranks
@@ -289,23 +304,32 @@ class PaddedBatches:
         """The number of inputs of the longest caption of the split."""
         return self.batches.longest - 1
 
-    def epoch(self, seed: int, number: int, world: World = ALONE) -> PaddedEpoch:
+    def epoch(self, seed: int, number: int, world: World = ALONE, photos: int | None = None) -> PaddedEpoch:
         """Return the same batches of an epoch as :meth:`CaptionBatches.epoch`, padded; each rank gets its shards.
 
+        With ``photos`` they are the batches of :meth:`CaptionBatches.photo_batches` with all captions of their photos.
         An empty shard is replaced by the first unit of its batch too, with share 0.
         """
-        views, captions, lengths = self.batches.padded_indices(seed, number, world.size)
-        own_views, own_captions = (value[:, world.rank :: world.size].copy() for value in (views, captions))
-        targets = lengths[:, world.rank :: world.size].sum((1, 2))  # (S,)
+        whole = self.batches.padded_indices(seed, number, world, photos)
+        own = [value[:, world.rank :: world.size].copy() for value in whole]
+        targets = own[-1].sum((1, 2))  # (S,)
         is_empty = targets == 0
-        own_views[is_empty, 0], own_captions[is_empty, 0] = views[is_empty, 0], captions[is_empty, 0]
-        shares = (targets / lengths.sum((1, 2))).astype(np.float32)
+        for value, all_of_them in zip(own, whole, strict=True):
+            value[is_empty, 0] = all_of_them[is_empty, 0]
+        seen, views, captions, lengths = own
+        shares = (targets / whole.lengths.sum((1, 2))).astype(np.float32)
         views_on_device, captions_on_device, shares_on_device = (
             on_device(torch.from_numpy(value), self.features.device)
-            for value in (own_views, own_captions.reshape(len(captions), -1), shares)
+            for value in (views, captions.reshape(len(captions), -1), shares)
         )
-        longest = lengths.max((1, 2)).tolist()
-        return PaddedEpoch(views_on_device, captions_on_device, shares_on_device, targets.tolist(), longest)
+        return PaddedEpoch(
+            [row[of_row.any(1)].tolist() for row, of_row in zip(seen, lengths, strict=True)],
+            views_on_device,
+            captions_on_device,
+            shares_on_device,
+            targets.tolist(),
+            whole.lengths.max((1, 2)).tolist(),
+        )
 
     def gather(self, views: Tensor, captions: Tensor, length: int) -> PaddedBatch:
         """Return a batch of views ``(N,)`` and captions ``(B,)``, padded to ``length`` steps."""

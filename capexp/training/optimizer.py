@@ -1,6 +1,7 @@
 """AdamW as torch has it, without the seconds that importing torch's compiler takes."""
 
 import inspect
+from typing import Any
 
 import torch
 from torch.optim import Optimizer
@@ -19,3 +20,13 @@ class AdamW(torch.optim.AdamW):
     state_dict = inspect.unwrap(Optimizer.state_dict)
     load_state_dict = inspect.unwrap(Optimizer.load_state_dict)
     step = torch.no_grad()(inspect.unwrap(torch.optim.AdamW.step))
+
+    def load_other(self, state: dict[str, Any]) -> None:
+        """Load the state of an optimizer of another kind of steps; raise ValueError if its parameters do not fit.
+
+        The learning rate and ``capturable`` of this optimizer are kept.
+        """
+        kept = [(group["lr"], group["capturable"]) for group in self.param_groups]
+        self.load_state_dict(state)
+        for group, (rate, capturable) in zip(self.param_groups, kept, strict=True):
+            group["lr"], group["capturable"] = rate, capturable

@@ -7,7 +7,7 @@ import math
 from abc import ABC, abstractmethod
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from functools import partial
 
 import numpy as np
 import torch
@@ -16,6 +16,7 @@ from torch import Tensor, nn
 from capexp.captioning.decoder import Decoder, RecurrentDecoder
 from capexp.data.batches import on_device
 from capexp.settings import SelfCriticalConfig, TrainingConfig
+from capexp.training.graphs import Graphs
 from capexp.training.loop import Training
 from capexp.training.optimizer import AdamW
 
@@ -67,16 +68,6 @@ class Steps(ABC):
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
         """Yield the steps of an epoch without the first ``done``; each step is computed when it is requested."""
 
-    def load_optimizer(self, state: dict[str, Any]) -> None:
-        """Load the state of an optimizer of either kind of steps; raise ValueError if its parameters do not fit.
-
-        The learning rate and ``capturable`` of this optimizer are kept.
-        """
-        kept = [(group["lr"], group["capturable"]) for group in self.optimizer.param_groups]
-        self.optimizer.load_state_dict(state)
-        for group, (rate, capturable) in zip(self.optimizer.param_groups, kept, strict=True):
-            group["lr"], group["capturable"] = rate, capturable
-
     def rate(self, number: int, step: int) -> float:
         """Return the learning rate of a step of an epoch; both are counted from 1."""
         return learning_rate(self.training.config, number - 1 + (step - 1) / len(self.training.train))
@@ -113,13 +104,9 @@ class PackedSteps(Steps):
 class CapturedSteps(Steps):
     """Steps on padded batches, on a GPU that holds all captions and features; steps are replayed as CUDA graphs.
 
-    The CPU takes longer to launch the kernels of a step than the GPU to run them. So a step is captured once, and
-    replayed by one call (Ng et al., "Accelerating PyTorch with CUDA graphs", 2021).
-
     A captured step has fixed shapes. So every photo is padded to the largest number of captions per photo, and the
     length of the captions is rounded up to one of a few lengths. The decoder reads the padding, but the loss does not
-    count it.
-    There is one graph per length. The first step of each length runs without a graph.
+    count it. There is one graph per length.
 
     Each rank takes its shard of every batch, and the all-reduce is part of the graph. NCCL requires that all ranks
     capture and replay it together. So the length is that of the longest caption of all ranks.
@@ -130,18 +117,14 @@ class CapturedSteps(Steps):
     def __init__(self, training: Training, decoder: RecurrentDecoder) -> None:
         device, config, batches = training.device, training.config, training.train
         self._rate = torch.full((), config.learning_rate, device=device)
-        self._uses_graphs = device.type == "cuda"
-        super().__init__(training, decoder, self._rate, capturable=self._uses_graphs)
+        self._graphs = Graphs(device)
+        super().__init__(training, decoder, self._rate, capturable=self._graphs.is_used)
         self._batches = batches.padded(device)
         # Overwritten in place, because graphs read from fixed addresses:
         self._epoch = self._batches.epoch(0, 0, training.world)
         self._rates = torch.empty(len(batches), device=device)
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
         self._loss, self._mean = torch.zeros((), device=device), torch.zeros((), device=device)
-        self._graphs: dict[int, torch.cuda.CUDAGraph | None] = {}
-        if self._uses_graphs:
-            self._pool = torch.cuda.graph_pool_handle()
-            self._stream = torch.cuda.Stream(device)  # type: ignore[no-untyped-call]
 
     def of_epoch(self, number: int, done: int = 0) -> Iterator[Step]:
         """Yield the steps, as :meth:`Steps.of_epoch`."""
@@ -154,47 +137,11 @@ class CapturedSteps(Steps):
         self._rates.copy_(on_device(torch.tensor(rates), device))
         self._next.fill_(done)
         seeds = np.random.SeedSequence([seed, number, world.rank]).generate_state(len(rates), np.uint64).tolist()
-        generator = torch.cuda.default_generators[device.index or 0] if self._uses_graphs else torch.default_generator
         for step in range(done, len(rates)):
-            generator.manual_seed(seeds[step])
-            self._take(_rounded(epoch.lengths[step], self._batches.longest))
+            self._graphs.generator.manual_seed(seeds[step])
+            length = rounded_length(epoch.lengths[step], self._batches.longest)
+            self._graphs.run(length, partial(self._work, length), release=self.optimizer.zero_grad)
             yield Step(self._loss, epoch.targets[step], self._mean)
-
-    def _take(self, length: int) -> None:
-        """Take the next step, with a CUDA graph if there is one for this length.
-
-        The first step of a length runs without a graph. The second captures the graph and replays it; later steps only
-        replay it.
-        """
-        if not self._uses_graphs:
-            self._work(length)
-            return
-        graph = self._graphs.get(length)
-        if length in self._graphs and graph is None:
-            graph = self._graphs[length] = self._capture(length)
-        if graph is not None:
-            graph.replay()
-            return
-        self._graphs[length] = None
-        current = torch.cuda.current_stream(self.training.device)
-        self._stream.wait_stream(current)
-        with torch.cuda.stream(self._stream):
-            self._work(length)
-        current.wait_stream(self._stream)
-
-    def _capture(self, length: int) -> torch.cuda.CUDAGraph:
-        """Capture a step of this length as a CUDA graph. Capturing does not run the step."""
-        graph = torch.cuda.CUDAGraph()
-        self.optimizer.zero_grad()  # so that gradients are allocated in the graph's own memory
-        torch.cuda.synchronize(self.training.device)
-        torch.cuda.empty_cache()  # the graph's own memory cannot reuse what the step without a graph allocated
-        with torch.cuda.stream(self._stream):
-            graph.capture_begin(self._pool, capture_error_mode="thread_local")
-            try:
-                self._work(length)
-            finally:
-                graph.capture_end()
-        return graph
 
     def _work(self, length: int) -> None:
         """Compute the next step of the epoch, of captions with at most ``length`` inputs."""
@@ -203,8 +150,7 @@ class CapturedSteps(Steps):
         self._rate.copy_(rate)
         features, words, targets, real = self._batches.gather(views, captions, length)
         with self.training.autocast():
-            state = self.decoder.start(features).repeat(len(captions) // len(features))
-            outputs, _ = self.decoder.read(state, words, (len(captions),) * length)  # (M, H)
+            outputs = padded_outputs(self.decoder, features, words, length)  # (M, H)
             loss, smoothed = self.decoder.vocabulary.cross_entropy(
                 outputs, targets, self.training.config.label_smoothing, real
             )
@@ -218,7 +164,14 @@ class CapturedSteps(Steps):
         self._next.add_(1)
 
 
-def _rounded(length: int, longest: int) -> int:
+def padded_outputs(decoder: RecurrentDecoder, features: Tensor, words: Tensor, length: int) -> Tensor:
+    """Return the outputs ``(M, H)`` for padded words ``(M,)``, M = T * B, with as many captions for each photo."""
+    captions = len(words) // length  # B
+    state = decoder.start(features).repeat(captions // len(features))
+    return decoder.read(state, words, (captions,) * length)[0]
+
+
+def rounded_length(length: int, longest: int) -> int:
     """Round a length up, to at most four different lengths between two powers of two, and not above ``longest``.
 
     Each length needs a graph of its own.
@@ -233,12 +186,19 @@ def choose_steps(training: Training, decoder: RecurrentDecoder) -> Steps:
     Steps are also packed if padded batches would have five or more words, padding included, per real word. That happens
     if the lengths of captions, or the numbers of captions per photo, differ a lot.
     """
+    return (CapturedSteps if can_pad(training) else PackedSteps)(training, decoder)
+
+
+def can_pad(training: Training, photos: int | None = None) -> bool:
+    """Return whether the GPU of every rank holds the features, and padded batches do not consist mostly of padding.
+
+    ``photos`` is as in :meth:`capexp.data.batches.CaptionBatches.padding`.
+    """
     batches, device, world = training.train, training.device, training.world
-    if device.type == "cuda":
-        (preloaded,) = world.sum(batches.preload(device))  # all ranks must take the same kind of steps
-        if preloaded == world.size and batches.padding() < _PADDING_LIMIT:
-            return CapturedSteps(training, decoder)
-    return PackedSteps(training, decoder)
+    if device.type != "cuda":
+        return False
+    (preloaded,) = world.sum(batches.preload(device))  # all ranks must take the same kind of steps
+    return preloaded == world.size and batches.padding(photos) < _PADDING_LIMIT
 
 
 def seed_step(seed: int, number: int, step: int, rank: int) -> None:

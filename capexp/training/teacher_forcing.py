@@ -94,7 +94,7 @@ class CrossEntropy(Objective):
         """Load a state to continue from."""
         self._decoder.load_state_dict(state.decoder)
         self.training.decoder.load_state_dict(state.average or state.decoder)
-        self.steps.load_optimizer(state.optimizer)
+        self.steps.optimizer.load_other(state.optimizer)
 
     @torch.no_grad()
     def _update_average(self, steps: int) -> None:

@@ -1,5 +1,7 @@
 """Sampled captions per second in the self-critical phase: a whole step, and its sampling and its rewards alone.
 
+On a GPU the step is also taken one operation after another, instead of by CUDA graphs.
+
     python experiments/benchmarks/bench_self_critical.py                 on this machine, three rounds
     python experiments/benchmarks/bench_self_critical.py --device cuda
     python experiments/benchmarks/bench_self_critical.py --profile       where the time of a step goes, by operation
@@ -10,6 +12,7 @@ ends its captions after as many words as people do, on average.
 """
 
 import sys
+from collections.abc import Callable
 from functools import partial
 from pathlib import Path
 
@@ -29,7 +32,8 @@ from capexp.data.vocabulary import EOS
 from capexp.distributed import choose_device
 from capexp.settings import DecodingConfig, ModelConfig, SelfCriticalConfig, TrainingConfig
 from capexp.training.loop import Training
-from capexp.training.self_critical import Reward, SelfCritical
+from capexp.training.policy_steps import PackedPolicySteps, Reward
+from capexp.training.self_critical import SelfCritical
 
 ENTRIES, UNITS, POSITIONS, FEATURES, WORDS = 2540, 512, 49, 512, 10.8
 CONFIG = SelfCriticalConfig(epochs=1, learning_rate=1e-4, photos=25, samples=CAPTIONS, cross_entropy=0.2)
@@ -68,6 +72,7 @@ def main() -> None:
     device, steps = choose_device(arguments.device), arguments.steps
     training = prepare(CONFIG.photos * steps, device)
     objective, vocabulary = SelfCritical(training, 0), training.captioner.vocabulary
+    packed = SelfCritical(training, 0, PackedPolicySteps)
     reward = Reward(training.train.split.references, vocabulary)
     start = training.decoder.state_dict()
     start = {name: value.clone() for name, value in start.items()}
@@ -82,7 +87,7 @@ def main() -> None:
     drawn = sample()
     captions = sum(map(len, drawn))
 
-    def whole() -> float:
+    def whole(objective: SelfCritical = objective) -> float:
         objective.train_epoch(1)
         training.decoder.load_state_dict(start)  # else captions would become longer or shorter
         return captions
@@ -100,13 +105,15 @@ def main() -> None:
         return
     settings = {"steps": steps, "targets": int(sum((samples != 0).sum() for samples in drawn))}
     record = bench.Record("self-critical", "captions", device, settings)
-    record.race(
-        {"whole": whole, "sampling": sampling, "rewards": rewards},
-        [("sampling", "whole"), ("rewards", "whole")],
-        arguments.rounds,
-    )
+    contestants: dict[str, Callable[[], float]] = {"whole": whole, "sampling": sampling, "rewards": rewards}
+    pairs = [("sampling", "whole"), ("rewards", "whole")]
+    if not isinstance(objective.steps, PackedPolicySteps):
+        contestants["whole, one operation after another"] = partial(whole, packed)
+        pairs.append(("whole", "whole, one operation after another"))
+    record.race(contestants, pairs, arguments.rounds)
     seconds = {name: captions / steps / rate for name, rate in record.rates.items()}
-    seconds["learning"] = seconds["whole"] - seconds["sampling"] - seconds["rewards"]
+    if isinstance(objective.steps, PackedPolicySteps):  # else sampling is faster in the whole than alone
+        seconds["learning"] = seconds["whole"] - seconds["sampling"] - seconds["rewards"]
     for name, value in seconds.items():
         print(f"{name}: {1000 * value:.1f} ms a step, {6000 / CONFIG.photos * value:.1f} s an epoch of 6,000 photos")
     record.finish(arguments.output)

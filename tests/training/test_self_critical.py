@@ -2,7 +2,7 @@
 
 import math
 import warnings
-from collections.abc import Generator, Iterable
+from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import replace
 from pathlib import Path
@@ -30,7 +30,8 @@ from capexp.settings import DecodingConfig, ModelConfig, Schedule, SelfCriticalC
 from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.loop import Epoch, Training, fit
 from capexp.training.optimizer import AdamW
-from capexp.training.self_critical import Reward, SelfCritical, advantages, dev_cider, policy_loss
+from capexp.training.policy_steps import PolicySteps, Reward, advantages, choose_policy_steps, policy_loss
+from capexp.training.self_critical import SelfCritical, dev_cider
 
 BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
 COLOURS, THINGS = ("red", "blue", "green", "black"), ("dog", "cat", "car", "ball", "bird")
@@ -220,6 +221,8 @@ class Task:
         world: World = ALONE,
         learning_rate: float = 0.03,
         schedule: Schedule = "constant",
+        make_steps: Callable[[Training, int], PolicySteps] = choose_policy_steps,
+        device: torch.device = CPU,
     ) -> Generator[Epoch, None, None]:
         config = TrainingConfig(
             precision="float32",
@@ -237,8 +240,9 @@ class Task:
             CaptionBatches(split, WORDS, features, 8, "photos")
             for split, features in (data("train", 64, 1), data("dev", 20, 2))
         )
-        training = Training(self.captioner, train, dev, config, seed=1, device=CPU, world=world)
-        return fit(training, SelfCritical(training, len(before)), self.checkpoints if world.is_main else None, before)
+        training = Training(self.captioner, train, dev, config, seed=1, device=device, world=world)
+        objective = SelfCritical(training, len(before), make_steps)
+        return fit(training, objective, self.checkpoints if world.is_main else None, before)
 
 
 def told(epochs: Iterable[Epoch]) -> list[tuple[int, float | None, float | None, float, bool]]:

@@ -8,6 +8,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from recorded import RecordedGraphs, as_on_a_gpu
 from small import CPU, identity
 
 from capexp.captioning.captioner import Captioner
@@ -17,9 +18,10 @@ from capexp.data.features import Features
 from capexp.data.vocabulary import build_vocabulary
 from capexp.distributed import ALONE, World
 from capexp.settings import DecodingConfig, ModelConfig, Order, TrainingConfig, VocabularyConfig
+from capexp.training import steps
 from capexp.training.checkpoints import TrainingState
 from capexp.training.loop import Training
-from capexp.training.steps import CapturedSteps, PackedSteps, _rounded, choose_steps
+from capexp.training.steps import CapturedSteps, PackedSteps, choose_steps, rounded_length
 from capexp.training.teacher_forcing import CrossEntropy
 
 devices = pytest.mark.parametrize("device", [CPU, pytest.param(torch.device("cuda"), marks=pytest.mark.gpu)], ids=str)
@@ -140,6 +142,20 @@ def test_captured_steps_are_the_same_when_taken_again(device: torch.device) -> N
     assert once != pytest.approx([step.loss.item() for step in others.of_epoch(1)], rel=1e-4)
 
 
+@kinds
+def test_what_a_graph_replays_is_what_the_step_computes(decoder: str, order: Order) -> None:
+    """Held against a recorder on the CPU, with dropout: nothing of an earlier step is left in a replay."""
+    task = Task(decoder, order, dropout=0.3)
+    with as_on_a_gpu(steps):
+        replayed = task.captured(CPU)
+        found = per_token(replayed, 2)
+        assert isinstance(replayed.steps, CapturedSteps)
+        assert isinstance(replayed.steps._graphs, RecordedGraphs)
+        assert any(replayed.steps._graphs.recorded.values())
+    with as_on_a_gpu():
+        assert found == per_token(task.captured(CPU), 2)
+
+
 def test_steps_are_packed_on_a_cpu_and_on_a_gpu_without_room_for_the_features(monkeypatch: pytest.MonkeyPatch) -> None:
     monkeypatch.setattr("capexp.data.batches._free_memory", lambda device: 1000)
     for device in (CPU, torch.device("cuda")):
@@ -178,7 +194,7 @@ def test_a_batch_is_no_larger_than_all_captions_are() -> None:
 
 def test_there_are_few_lengths_and_none_is_beyond_the_longest() -> None:
     for longest in (1, 2, 7, 30, 1000):
-        rounded = [_rounded(length, longest) for length in range(1, longest + 1)]
+        rounded = [rounded_length(length, longest) for length in range(1, longest + 1)]
         assert all(length <= one <= min(longest, 1.5 * length + 1) for length, one in enumerate(rounded, 1))
         assert len(set(rounded)) <= 4 * longest.bit_length()
 

@@ -7,6 +7,7 @@ import hashlib
 import json
 import sys
 from dataclasses import replace
+from functools import partial
 from pathlib import Path
 
 import small
@@ -18,6 +19,7 @@ from torch.profiler import ProfilerActivity, profile
 from capexp.distributed import ALONE, World, choose_device
 from capexp.settings import Order
 from capexp.training.loop import Training, fit
+from capexp.training.policy_steps import CapturedPolicySteps, PackedPolicySteps
 from capexp.training.steps import CapturedSteps, PackedSteps
 from capexp.training.teacher_forcing import CrossEntropy
 
@@ -57,7 +59,7 @@ def all_reduces(made: Training) -> dict[str, int]:
     steps = CapturedSteps(made, made.decoder)
     next(steps.of_epoch(1))  # without a graph, so that NCCL is connected
     with profile(activities=[ProfilerActivity.CPU]) as captured:
-        graph = steps._capture(made.train.longest - 1)
+        graph = steps._graphs._capture(partial(steps._work, made.train.longest - 1), steps.optimizer.zero_grad)
     with profile(activities=[ProfilerActivity.CPU, ProfilerActivity.CUDA]) as replayed:
         graph.replay()
         torch.cuda.synchronize()
@@ -89,12 +91,13 @@ def main(folder: Path, device_name: str = "cpu") -> None:
         made = training(KINDS[0], 0.0, device, world)
         told["chosen"] = type(CrossEntropy(made).steps).__name__
         told["all-reduces"] = all_reduces(made)
-    refined = test_self_critical.Task(own / "self-critical", cross_entropy=0.1)
-    if not world.is_main:  # as after a resume: rank 0 alone reads bundles
-        refined.captioner.record = None
-    epochs = list(refined.started(3, world=world))
-    told["rewards"] = [epoch.reward for epoch in epochs]
-    told["self-critical weights"] = digest(refined.captioner.decoder)
+    for steps, make_steps in (("packed", PackedPolicySteps), ("captured", CapturedPolicySteps)):
+        refined = test_self_critical.Task(own / f"self-critical {steps}", cross_entropy=0.1)
+        if not world.is_main:  # as after a resume: rank 0 alone reads bundles
+            refined.captioner.record = None
+        epochs = list(refined.started(3, world=world, make_steps=make_steps, device=device))
+        told[f"rewards {steps}"] = [epoch.reward for epoch in epochs]
+        told[f"self-critical {steps} weights"] = digest(refined.captioner.decoder)
     world.stop()
     threads = [path.read_text() for path in Path("/proc/self/task").glob("*/comm")]
     told["threads"] = [name for name in threads if "gloo" in name]

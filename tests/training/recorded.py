@@ -1,0 +1,103 @@
+"""CUDA graphs' rules on a CPU: operations are recorded once with their tensors, and run again without any Python."""
+
+from collections.abc import Hashable, Iterator
+from contextlib import contextmanager
+from typing import Any
+
+import pytest
+import torch
+from torch import Tensor, nn
+from torch.utils._python_dispatch import TorchDispatchMode
+from torch.utils._pytree import tree_leaves, tree_map_only
+
+from capexp.captioning import attention, vocabulary_layer
+from capexp.captioning.decoder import Decoder
+from capexp.training import graphs, policy_steps, steps
+
+_aten = torch.ops.aten
+_WAITING = {
+    _aten._local_scalar_dense.default, _aten.nonzero.default, _aten._unique2.default, _aten.equal.default,
+    _aten.lift_fresh.default, _aten.masked_select.default,
+}  # fmt: skip
+"""Operations that would wait for a GPU, or copy from memory of the CPU that is gone at a replay."""
+
+
+class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
+    """The operations of a piece of work, in their order."""
+
+    def __init__(self) -> None:
+        super().__init__()  # type: ignore[no-untyped-call]
+        self._operations: list[tuple[Any, tuple[Any, ...], dict[str, Any], list[Any]]] = []
+
+    def __torch_dispatch__(
+        self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
+    ) -> Any:
+        result = function(*args, **(kwargs or {}))
+        if function in _WAITING and not isinstance(result, bool):  # a CPU's branch; a replay checks that it stays
+            raise AssertionError(f"{function} cannot be captured")
+        # Other tensors on the same memory, because some operations change a tensor's shape in place.
+        args, kwargs, kept = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, tree_leaves(result)))
+        self._operations.append((function, args, kwargs, kept))
+        return result
+
+    @torch.no_grad()
+    def replay(self) -> None:
+        """Run all operations again on the same tensors."""
+        for function, args, kwargs, before in self._operations:
+            inputs = {_storage(value) for value in tree_leaves((args, kwargs)) if isinstance(value, Tensor)}
+            for old, new in zip(before, tree_leaves(function(*args, **kwargs)), strict=True):
+                if isinstance(old, bool | int | float):
+                    assert new == old, f"{function}: {old} is part of the graph, but it would be {new} now"
+                elif isinstance(old, Tensor) and _storage(old) not in inputs:
+                    # Neither a view nor an operation in place.
+                    assert new.shape == old.shape, f"{function}: {tuple(old.shape)}, but {tuple(new.shape)} now"
+                    old.copy_(new)
+
+
+def _storage(value: Tensor) -> int:
+    return value.untyped_storage().data_ptr()
+
+
+class RecordedGraphs(graphs.Graphs):
+    """Runs each kind of work first as it is, then records it, and then only replays it."""
+
+    def __init__(self, device: torch.device) -> None:
+        super().__init__(device)
+        self.recorded: dict[Hashable, Recording | None] = {}
+
+    def run(self, kind: Hashable, work: graphs.Work, release: graphs.Work | None = None) -> None:
+        recording = self.recorded.get(kind)
+        if recording is not None:
+            recording.replay()
+        elif kind not in self.recorded:
+            self.recorded[kind] = None
+            work()
+        else:
+            if release is not None:
+                release()
+            self.recorded[kind] = Recording()
+            with self.recorded[kind]:  # type: ignore[union-attr]
+                work()
+
+
+@contextmanager
+def as_on_a_gpu(*modules: Any) -> Iterator[None]:
+    """Steps of these modules record their work; decoders compute in a GPU's ways, with fixed shapes."""
+
+    def undistinguished(values: Tensor) -> tuple[Tensor, None]:
+        return values, None
+
+    def is_by_word(device: torch.device) -> bool:
+        return False
+
+    def clip(decoder: Decoder, most: float) -> None:
+        nn.utils.clip_grad_norm_(decoder.parameters(), most)
+
+    with pytest.MonkeyPatch.context() as patch:
+        for module in (steps, policy_steps):
+            patch.setattr(module, "clip", clip)
+        for module in modules:
+            patch.setattr(module, "Graphs", RecordedGraphs)
+        patch.setattr(attention, "distinct", undistinguished)
+        patch.setattr(vocabulary_layer, "_is_by_word", is_by_word)
+        yield
