@@ -57,6 +57,40 @@ def data(name: SplitName, photos: int, seed: int, pool: Pool = "mean") -> tuple[
     return Split(name, Path(), names, texts), Features(features, np.arange(photos))
 
 
+class Noise:
+    """Photos of random features, most with a mirrored view, and of some random captions each, which differ in length.
+
+    ``captions`` and ``words`` are the largest numbers of captions of a photo, and of words of a caption.
+    """
+
+    def __init__(
+        self, decoder: str, photos: int, captions: int, words: int, entries: int, dropout: float = 0.0
+    ) -> None:
+        rng = np.random.default_rng(0)
+        known = [f"word{i}" for i in range(entries)]
+        texts = tuple(
+            tuple(" ".join(rng.choice(known, rng.integers(1, words + 1))) for _ in range(rng.integers(1, captions + 1)))
+            for _ in range(photos)
+        )
+        self.vocabulary = build_vocabulary((one for photo in texts for one in photo), VocabularyConfig(minimum_count=1))
+        self.split = Split("train", Path(), tuple(f"{i}.jpg" for i in range(photos)), texts)
+        places = 9 if decoder == "attention" else 1
+        plain, mirrored = (
+            Features(rng.random((photos, places, 512), np.float32).astype(np.float16), np.arange(photos))
+            for _ in range(2)
+        )
+        self.features = plain.with_mirrored(mirrored)
+        self.encoder = identity("max3", 144) if decoder == "attention" else identity("mean")
+        self.model = ModelConfig.model_validate(
+            {"decoder": decoder, "embedding_size": 24, "lstm_units": 24, "attention_size": 8, "dropout": dropout}
+        )
+
+    def captioner(self, maximum_length: int = 30) -> Captioner:
+        """An untrained one."""
+        decoding = DecodingConfig(maximum_length=maximum_length)
+        return Captioner.fresh(self.model, self.vocabulary, self.encoder, decoding, seed=1)
+
+
 def small(decoder: Kind = "merge", order: Order = "captions", dropout: float = 0.2, batch_size: int = 16) -> Training:
     """A training by ``CONFIG`` that has not begun; a new one at each call."""
     pool: Pool = "mean" if decoder == "merge" else "max2"

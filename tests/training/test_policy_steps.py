@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from recorded import RecordedGraphs, as_on_a_gpu
-from small import CPU, identity
+from small import CPU, Noise
 
-from capexp.captioning.captioner import Captioner
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.vocabulary import build_vocabulary
 from capexp.distributed import ALONE, World
-from capexp.settings import DecodingConfig, ModelConfig, SelfCriticalConfig, TrainingConfig, VocabularyConfig
+from capexp.settings import SelfCriticalConfig, TrainingConfig, VocabularyConfig
 from capexp.training import policy_steps
 from capexp.training.checkpoints import TrainingState
 from capexp.training.loop import Training
@@ -35,28 +34,12 @@ decoders = pytest.mark.parametrize("decoder", ["merge", "attention"])
 
 
 class Task:
-    """Photos of one to four captions each, some with a mirrored view; the last batch is not full."""
+    """Photos of one to four captions each; the last batch is not full."""
 
     def __init__(self, decoder: str, dropout: float = 0.0, photos: int = 53, batch: int = 5) -> None:
-        rng = np.random.default_rng(0)
-        words = [f"word{i}" for i in range(20)]
-        texts = tuple(
-            tuple(" ".join(rng.choice(words, rng.integers(1, 9))) for _ in range(rng.integers(1, 5)))
-            for _ in range(photos)
-        )
-        vocabulary = build_vocabulary((one for photo in texts for one in photo), VocabularyConfig(minimum_count=1))
-        split = Split("train", Path(), tuple(f"{i}.jpg" for i in range(photos)), texts)
-        places = 9 if decoder == "attention" else 1
-        plain, mirrored = (
-            Features(rng.random((photos, places, 512), np.float32).astype(np.float16), np.arange(photos))
-            for _ in range(2)
-        )
-        self.batches = CaptionBatches(split, vocabulary, plain.with_mirrored(mirrored), 16, "photos")
-        encoder = identity("max3", 144) if decoder == "attention" else identity("mean")
-        config = ModelConfig.model_validate(
-            {"decoder": decoder, "embedding_size": 24, "lstm_units": 24, "attention_size": 8, "dropout": dropout}
-        )
-        self.captioner = Captioner.fresh(config, vocabulary, encoder, DecodingConfig(maximum_length=8), seed=1)
+        noise = Noise(decoder, photos, captions=4, words=8, entries=20, dropout=dropout)
+        self.batches = CaptionBatches(noise.split, noise.vocabulary, noise.features, 16, "photos")
+        self.captioner = noise.captioner(maximum_length=8)
         self.batch = batch
 
     def training(

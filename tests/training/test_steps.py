@@ -9,15 +9,14 @@ import numpy as np
 import pytest
 import torch
 from recorded import RecordedGraphs, as_on_a_gpu
-from small import CPU, identity
+from small import CPU, Noise
 
-from capexp.captioning.captioner import Captioner
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.vocabulary import build_vocabulary
 from capexp.distributed import ALONE, World
-from capexp.settings import DecodingConfig, ModelConfig, Order, TrainingConfig, VocabularyConfig
+from capexp.settings import Order, TrainingConfig, VocabularyConfig
 from capexp.training import steps
 from capexp.training.checkpoints import TrainingState
 from capexp.training.loop import Training
@@ -36,29 +35,13 @@ CONFIG = TrainingConfig(
 
 
 class Task:
-    """Photos of one to five captions each, of one to 19 words, some with a mirrored view."""
+    """Photos of one to five captions each, of one to 19 words."""
 
-    def __init__(self, decoder: str, order: Order, dropout: float = 0.0, units: int = 24, photos: int = 50) -> None:
-        rng = np.random.default_rng(0)
-        words = [f"word{i}" for i in range(40)]
-        texts = tuple(
-            tuple(" ".join(rng.choice(words, rng.integers(1, 20))) for _ in range(rng.integers(1, 6)))
-            for _ in range(photos)
-        )
-        vocabulary = build_vocabulary((one for photo in texts for one in photo), VocabularyConfig(minimum_count=1))
-        split = Split("train", Path(), tuple(f"{i}.jpg" for i in range(photos)), texts)
-        places = 9 if decoder == "attention" else 1
-        plain, mirrored = (
-            Features(rng.random((photos, places, 512), np.float32).astype(np.float16), np.arange(photos))
-            for _ in range(2)
-        )
-        self.split, self.vocabulary, self.features = split, vocabulary, plain.with_mirrored(mirrored)
-        self.batches = CaptionBatches(split, vocabulary, self.features, CONFIG.batch_size, order)
-        encoder = identity("max3", 144) if decoder == "attention" else identity("mean")
-        config = ModelConfig.model_validate(
-            {"decoder": decoder, "embedding_size": units, "lstm_units": units, "attention_size": 8, "dropout": dropout}
-        )
-        self.captioner = Captioner.fresh(config, vocabulary, encoder, DecodingConfig(), seed=1)
+    def __init__(self, decoder: str, order: Order, dropout: float = 0.0) -> None:
+        noise = Noise(decoder, 50, captions=5, words=19, entries=40, dropout=dropout)
+        self.split, self.vocabulary, self.features = noise.split, noise.vocabulary, noise.features
+        self.batches = CaptionBatches(self.split, self.vocabulary, self.features, CONFIG.batch_size, order)
+        self.captioner = noise.captioner()
 
     def training(
         self, device: torch.device, config: TrainingConfig = CONFIG, world: World = ALONE, seed: int = 1
