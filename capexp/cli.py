@@ -330,8 +330,8 @@ def main(name: str, command: Callable[[], int]) -> NoReturn:
     # These log errors with a traceback; the command reports them in one line.
     for logger in ("mlflow.store.db.utils", "mlflow.system_metrics.system_metrics_monitor"):
         logging.getLogger(logger).setLevel(logging.CRITICAL)
-    # Importing torch and MLflow creates a million objects that stay. Collecting garbage among them would take a tenth of
-    # the processor time of a short run.
+    # Importing torch and MLflow creates a million objects that stay. Looking for garbage among them would take a tenth
+    # of the processor time of a short run.
     gc.set_threshold(50_000)
     # OpenMP threads sleep while they wait, instead of spinning, so that two runs on one machine can share its cores.
     os.environ.setdefault("OMP_WAIT_POLICY", "PASSIVE")

@@ -256,7 +256,10 @@ class CaptionBatches:
 
 
 class PaddedIndices(NamedTuple):
-    """The padded batches of an epoch as indices, of all ranks; K is the largest number of captions in a unit."""
+    """The padded batches of an epoch as indices, of all ranks; K is the largest number of captions in a unit.
+
+    A unit is a caption, or a photo with all its captions.
+    """
 
     photos: NDArray[np.int64]  # (S, N): positions in the split
     views: NDArray[np.int64]  # (S, N): rows in the features

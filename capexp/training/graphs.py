@@ -62,3 +62,11 @@ class Graphs:
             finally:
                 graph.capture_end()
         return graph
+
+    def mark(self) -> Callable[[], None]:
+        """Return a function that waits until the GPU has finished what it has been given so far, and no more."""
+        if not self.is_used:
+            return lambda: None
+        event = torch.cuda.Event()  # type: ignore[no-untyped-call]
+        event.record()
+        return event.synchronize

@@ -62,7 +62,7 @@ class Reward:
 
 
 class PolicyStep(NamedTuple):
-    """The results of a step on this rank; zeros if another rank has the same photos."""
+    """The results of a step on this rank; zeros if it only repeats a photo of another rank's."""
 
     nats: float
     """The summed cross-entropy of the sampled targets."""
@@ -177,8 +177,8 @@ class CapturedPolicySteps(PolicySteps):
 
     There are three kinds of work: sampling; the gradient of the reference captions, which the GPU computes while the
     CPU computes the rewards; and the gradient of the sampled captions with the update. A step waits for the GPU twice:
-    for the samples, and for the loss at its end. The captions are those that packed steps sample, as long as the
-    weights are the same; dropout masks are others.
+    for the samples, and for the loss at its end. With the same weights, full batches give the captions that packed
+    steps sample; dropout masks are others.
 
     Every photo is padded to the largest number of captions per photo, and batches to the same number of photos. Lengths
     are rounded up, as in :class:`capexp.training.steps.CapturedSteps`. The all-reduce is part of a graph, which all
@@ -190,9 +190,9 @@ class CapturedPolicySteps(PolicySteps):
     def __init__(self, training: Training, before: int) -> None:
         device, settings = training.device, training.config.self_critical
         self._rate = torch.full((), settings.learning_rate, device=device)
-        # Graphs add to the same gradients, whose addresses therefore stay the same.
         self._graphs = Graphs(device)
         super().__init__(training, before, self._rate, capturable=self._graphs.is_used)
+        # All graphs add to the same gradients, whose addresses therefore stay the same.
         for group in self.optimizer.param_groups:
             for value in group["params"]:
                 value.grad = torch.zeros_like(value)
@@ -205,6 +205,11 @@ class CapturedPolicySteps(PolicySteps):
         self._next = torch.zeros(1, dtype=torch.int64, device=device)
         self._samples = torch.zeros(self._longest, rows, dtype=torch.int64, device=device)
         self._is_finite = torch.ones((), dtype=torch.bool, device=device)
+        # Copies in memory of the CPU that a GPU can write to while the CPU goes on:
+        self._host_samples, self._host_is_finite = (
+            torch.empty_like(value, device="cpu", pin_memory=self._graphs.is_used)
+            for value in (self._samples, self._is_finite)
+        )
         self._advantages = torch.zeros(rows, device=device)
         self._share = torch.zeros((), device=device)  # of this rank's sampled targets in those of all ranks
         self._reference_loss = torch.zeros((), device=device)  # with its share and weight
@@ -222,10 +227,14 @@ class CapturedPolicySteps(PolicySteps):
             seed_step(training.seed, number, step + 1, world.rank)
             self._rate.fill_(self.rate(number, step))
             self._graphs.run("sample", self._sample)
+            self._host_samples.copy_(self._samples, non_blocking=True)
+            self._host_is_finite.copy_(self._is_finite, non_blocking=True)
+            wait_for_samples = self._graphs.mark()
             if settings.cross_entropy:
                 length = rounded_length(epoch.lengths[step], self._batches.longest)
                 self._graphs.run(("references", length), partial(self._learn_references, length))
-            samples = finished_samples(self._samples.cpu(), self._is_finite)[: len(photos) * settings.samples]
+            wait_for_samples()
+            samples = finished_samples(self._host_samples, self._host_is_finite)[: len(photos) * settings.samples]
             rewards = self.reward.of(np.repeat(photos, settings.samples).tolist(), samples.tolist())
             self._advantages[: len(rewards)].copy_(on_device(advantages(rewards, settings.samples), training.device))
             is_own = epoch.targets[step] > 0

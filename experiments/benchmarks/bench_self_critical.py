@@ -72,7 +72,7 @@ def main() -> None:
     device, steps = choose_device(arguments.device), arguments.steps
     training = prepare(CONFIG.photos * steps, device)
     objective, vocabulary = SelfCritical(training, 0), training.captioner.vocabulary
-    packed = SelfCritical(training, 0, PackedPolicySteps)
+    packed = SelfCritical(prepare(CONFIG.photos * steps, device), 0, PackedPolicySteps)
     reward = Reward(training.train.split.references, vocabulary)
     start = training.decoder.state_dict()
     start = {name: value.clone() for name, value in start.items()}
@@ -89,7 +89,7 @@ def main() -> None:
 
     def whole(objective: SelfCritical = objective) -> float:
         objective.train_epoch(1)
-        training.decoder.load_state_dict(start)  # else captions would become longer or shorter
+        objective.training.decoder.load_state_dict(start)  # else captions would become longer or shorter
         return captions
 
     def sampling() -> float:

@@ -1,5 +1,6 @@
 """CUDA graphs' rules on a CPU: operations are recorded once with their tensors, and run again without any Python."""
 
+import inspect
 from collections.abc import Hashable, Iterator
 from contextlib import contextmanager
 from typing import Any
@@ -16,14 +17,28 @@ from capexp.training import graphs, policy_steps, steps
 
 _aten = torch.ops.aten
 _WAITING = {
-    _aten._local_scalar_dense.default, _aten.nonzero.default, _aten._unique2.default, _aten.equal.default,
-    _aten.lift_fresh.default, _aten.masked_select.default,
+    _aten._local_scalar_dense.default, _aten.equal.default, _aten.nonzero.default, _aten.masked_select.default,
+    _aten._unique2.default, _aten.bincount.default, _aten.repeat_interleave.Tensor, _aten.lift_fresh.default,
 }  # fmt: skip
 """Operations that would wait for a GPU, or copy from memory of the CPU that is gone at a replay."""
+_INDEXING = {_aten.index.Tensor, _aten.index_put.default, _aten.index_put_.default}
+
+
+def _can_be_captured(function: Any, args: tuple[Any, ...]) -> bool:
+    if function in _INDEXING:
+        return not any(isinstance(index, Tensor) and index.dtype == torch.bool for index in args[1])
+    # Asks on a CPU alone whether the gradient is 1; a replay checks that the answer is the same.
+    callers = [frame for frame in inspect.stack() if frame.filename == vocabulary_layer.__file__]
+    is_on_a_cpu_alone = bool(callers) and callers[0].function == "backward"
+    return function not in _WAITING or is_on_a_cpu_alone
 
 
 class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
-    """The operations of a piece of work, in their order."""
+    """The operations of a piece of work, in their order.
+
+    It finds values of the CPU that a graph would keep, and waits for the GPU. It does not find what is particular to a
+    GPU: memory that is used again, streams, and kernels that cannot be captured.
+    """
 
     def __init__(self) -> None:
         super().__init__()  # type: ignore[no-untyped-call]
@@ -33,8 +48,7 @@ class Recording(TorchDispatchMode):  # type: ignore[no-untyped-call]
         self, function: Any, types: Any, args: tuple[Any, ...] = (), kwargs: dict[str, Any] | None = None
     ) -> Any:
         result = function(*args, **(kwargs or {}))
-        if function in _WAITING and not isinstance(result, bool):  # a CPU's branch; a replay checks that it stays
-            raise AssertionError(f"{function} cannot be captured")
+        assert function not in _WAITING | _INDEXING or _can_be_captured(function, args), f"{function} is not captured"
         # Other tensors on the same memory, because some operations change a tensor's shape in place.
         args, kwargs, kept = tree_map_only(Tensor, Tensor.detach, (args, kwargs or {}, tree_leaves(result)))
         self._operations.append((function, args, kwargs, kept))

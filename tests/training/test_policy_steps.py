@@ -7,6 +7,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+import test_self_critical
 import torch
 from recorded import RecordedGraphs, as_on_a_gpu
 from small import CPU, Noise
@@ -157,15 +158,20 @@ def test_what_ranks_take_is_each_photo_once() -> None:
 
 
 @devices
-def test_over_an_epoch_the_mean_reward_is_within_its_spread_over_seeds(device: torch.device) -> None:
-    task = Task("attention", dropout=0.5, photos=100, batch=10)
-    by_kind = [
-        [SelfCritical(task.training(device, seed=seed), 0, kind).train_epoch(1).reward or 0.0 for seed in range(1, 5)]
-        for kind in (PackedPolicySteps, CapturedPolicySteps)
-    ]
-    packed, captured = map(np.array, by_kind)
-    assert packed.std() > 0
-    assert abs(packed.mean() - captured.mean()) < 2 * packed.std()
+def test_rewards_grow_with_captured_steps_as_with_packed_ones(device: torch.device, tmp_path: Path) -> None:
+    """Over three seeds; with other dropout masks, so with other captions."""
+
+    def rewards(kind: type[PolicySteps], seed: int) -> list[float]:
+        task = test_self_critical.Task(tmp_path / kind.__name__ / str(seed), cross_entropy=0.0)
+        epochs = list(task.started(5, make_steps=kind, device=device, seed=seed))
+        return [epoch.reward or 0.0 for epoch in epochs]
+
+    packed, captured = (
+        np.array([rewards(kind, seed) for seed in (1, 2, 3)]) for kind in (PackedPolicySteps, CapturedPolicySteps)
+    )
+    assert (captured[:, -1] > captured[:, 0] + 0.1).all()
+    difference = abs(packed.mean(0) - captured.mean(0))  # of each epoch
+    assert (difference <= 2 * np.maximum(packed.std(0), captured.std(0))).all()
 
 
 @devices
@@ -211,4 +217,4 @@ def test_a_step_on_a_gpu_waits_for_samples_and_loss_only(decoder: str) -> None:
     finally:
         torch.cuda.set_sync_debug_mode("default")
     told = [f"{Path(one.filename).name}:{one.lineno}" for one in waits if "called a synchronizing" in str(one.message)]
-    assert len(told) <= 3 * objective.steps.count + 2, told
+    assert len(told) <= 2 * objective.steps.count + 2, told

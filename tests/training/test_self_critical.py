@@ -223,6 +223,7 @@ class Task:
         schedule: Schedule = "constant",
         make_steps: Callable[[Training, int], PolicySteps] = choose_policy_steps,
         device: torch.device = CPU,
+        seed: int = 1,
     ) -> Generator[Epoch, None, None]:
         config = TrainingConfig(
             precision="float32",
@@ -240,7 +241,7 @@ class Task:
             CaptionBatches(split, WORDS, features, 8, "photos")
             for split, features in (data("train", 64, 1), data("dev", 20, 2))
         )
-        training = Training(self.captioner, train, dev, config, seed=1, device=device, world=world)
+        training = Training(self.captioner, train, dev, config, seed, device=device, world=world)
         objective = SelfCritical(training, len(before), make_steps)
         return fit(training, objective, self.checkpoints if world.is_main else None, before)
 
