@@ -115,6 +115,37 @@ def test_the_first_steps_gradient_is_the_same_to_one_part_in_a_hundred_thousand(
         assert float((our - their).norm()) <= 1e-5 * float(their.norm()) + 1e-8
 
 
+class Beside(World):
+    """Beside ranks that have sampled 100 targets together."""
+
+    def sum(self, *values: float) -> list[float]:
+        return [value + 100 for value in values]
+
+    def sum_gradients(self, module: torch.nn.Module, loss: torch.Tensor) -> torch.Tensor:
+        return loss
+
+
+@pytest.mark.parametrize("world", [Beside(1, 3), Beside(2, 3)], ids="{0.rank} of {0.size}".format)
+@pytest.mark.parametrize("batch", [6, 2])
+def test_a_ranks_gradient_has_the_weight_of_its_targets(world: World, batch: int) -> None:
+    task = Task("attention", batch=batch)
+    packed, captured = (
+        kind(task.training(CPU, cross_entropy=0, world=world), 0) for kind in (PackedPolicySteps, CapturedPolicySteps)
+    )
+    theirs, ours = (drawn(steps, 1) for steps in (packed, captured))
+    is_idle = batch == 2 and world.rank == 2  # it repeats the photo of another rank
+    assert ours[0][0] == pytest.approx(theirs[0][0], rel=1e-5)
+    assert (ours[0][0].captions == 0) == is_idle
+    for steps in (packed, captured):
+        values = [value.grad for value in steps.training.decoder.parameters() if value.grad is not None]
+        assert all((value == 0).all() for value in values) == is_idle
+    pairs = zip(packed.training.decoder.parameters(), captured.training.decoder.parameters(), strict=True)
+    for their, our in pairs:
+        if their.grad is not None:
+            assert our.grad is not None
+            assert float((our.grad - their.grad).norm()) <= 1e-5 * float(their.grad.norm())
+
+
 @decoders
 def test_what_a_graph_replays_is_what_the_step_computes(decoder: str) -> None:
     """Held against a recorder on the CPU, with dropout: nothing of an earlier step is left in a replay."""
