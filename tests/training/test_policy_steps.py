@@ -188,6 +188,7 @@ def test_what_ranks_take_is_each_photo_once() -> None:
             torch.testing.assert_close(features.float(), shard.features)
 
 
+@pytest.mark.slow
 @devices
 def test_rewards_grow_with_captured_steps_as_with_packed_ones(device: torch.device, tmp_path: Path) -> None:
     """Over three seeds; with other dropout masks, so with other captions."""
