@@ -148,8 +148,8 @@ def _write(folder: Path, settings: Settings, vocabulary: Vocabulary, decoder: St
     folder.mkdir(parents=True)
     # Earlier versions of the project do not know these settings.
     unknown: dict[str, Any] = {} if settings.splits is not None else {"splits": True}
-    if not settings.decoding.neighbours:
-        unknown["decoding"] = {"neighbours", "neighbour_weight", "copy_neighbours"}
+    decoding = set() if settings.decoding.neighbours else {"neighbours", "neighbour_weight", "copy_neighbours"}
+    unknown["decoding"] = decoding | (set() if settings.decoding.likelihood_weight else {"likelihood_weight"})
     text = settings.model_dump_json(indent=2, exclude=unknown)
     (folder / _SETTINGS).write_text(text + "\n", encoding="utf-8")
     (folder / _VOCABULARY).write_text(vocabulary.to_json() + "\n", encoding="utf-8")

@@ -196,7 +196,8 @@ def _consensus(
     The most probable caption is often an unusual one. This function compares with the beam's hypotheses and with
     captions sampled from the decoder. With ``config.neighbours`` it also compares with the reference captions of
     similar train photos, as Devlin et al. (2015) do; in this comparison n-grams have CIDEr-D's weights. With
-    ``config.copy_neighbours`` these captions are ranked too, and the best of all take the place of the beam.
+    ``config.copy_neighbours`` these captions are ranked too, and the best of all take the place of the beam. At the end
+    the beam is put in order by similarity and log-probability, as ``config.likelihood_weight`` says.
     """
 
     def parts(captions: int) -> tuple[Tensor, ...]:
@@ -239,10 +240,18 @@ def _consensus(
                 (own + config.neighbour_weight * of_photo).round(12)  # the last digits depend on the other photos
                 for own, of_photo in zip(similarities[part], sums, strict=True)
             ]
-    ranks = [np.argsort(-similarity, kind="stable") for similarity in similarities]
+    ranks = [
+        np.argsort(-similarity, kind="stable")[: len(beam)]
+        for beam, similarity in zip(beams, similarities, strict=True)
+    ]
     if config.copy_neighbours:
-        return _with_probabilities(decoder, features, vocabulary, config, beams, candidates, ranks)
-    return [tuple(beam[i] for i in rank) for beam, rank in zip(beams, ranks, strict=True)]
+        best = _with_probabilities(decoder, features, vocabulary, config, beams, candidates, ranks)
+    else:
+        best = [tuple(beam[i] for i in rank) for beam, rank in zip(beams, ranks, strict=True)]
+    return [
+        _by_likelihood(hypotheses, similarity[rank], config.likelihood_weight)
+        for hypotheses, similarity, rank in zip(best, similarities, ranks, strict=True)
+    ]
 
 
 def _new_captions(
@@ -272,17 +281,26 @@ def _with_probabilities(
     candidates: list[list[Tokens]],
     ranks: list[NDArray[np.int64]],
 ) -> list[tuple[Hypothesis, ...]]:
-    """Return the best candidates of each photo, as many as its beam has, with their log-probabilities.
+    """Return the candidates of each photo that are given by ``ranks``, with their log-probabilities.
 
     The candidates of a photo are its beam and then other captions, whose log-probabilities are computed here.
     """
-    best = [rank[: len(beam)] for rank, beam in zip(ranks, beams, strict=True)]
-    others = [(photo, candidates[photo][i]) for photo, rank in enumerate(best) for i in rank if i >= len(beams[photo])]
+    others = [(photo, candidates[photo][i]) for photo, rank in enumerate(ranks) for i in rank if i >= len(beams[photo])]
     values = iter(_caption_probabilities(decoder, features, vocabulary, config, others))
     return [
         tuple(beam[i] if i < len(beam) else Hypothesis(own[i], next(values)) for i in rank)
-        for beam, own, rank in zip(beams, candidates, best, strict=True)
+        for beam, own, rank in zip(beams, candidates, ranks, strict=True)
     ]
+
+
+def _by_likelihood(
+    hypotheses: tuple[Hypothesis, ...], similarity: NDArray[np.float64], weight: float
+) -> tuple[Hypothesis, ...]:
+    """Return hypotheses ordered by their similarities plus ``weight`` times their log-probabilities, the best first."""
+    if not weight:
+        return hypotheses
+    scores = similarity + weight * np.array([hypothesis.log_probability for hypothesis in hypotheses])
+    return tuple(hypotheses[i] for i in np.argsort(-scores, kind="stable"))
 
 
 @torch.inference_mode()

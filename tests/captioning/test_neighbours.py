@@ -203,6 +203,8 @@ def test_captions_of_neighbours_may_be_chosen_with_the_probability_that_they_hav
     config = CONSENSUS.model_copy(update=changes)
     found = decode(decoder, features, WORDS, config, neighbours)
     own_beams = decode(decoder, features, WORDS, config.model_copy(update={"copy_neighbours": False}), neighbours)
+    likely = decode(decoder, features, WORDS, config.model_copy(update={"likelihood_weight": 0.3}), neighbours)
+    assert [photo[0].tokens for photo in likely] != [photo[0].tokens for photo in found]
     copied = 0
     for photo, hypotheses, own in zip(features, found, own_beams, strict=True):
         ((near, weights),) = neighbours.captions_near(photo[None].numpy(), config.neighbours)
@@ -220,6 +222,9 @@ def test_captions_of_neighbours_may_be_chosen_with_the_probability_that_they_hav
                 float(log_probabilities(decoder, photo, said[:step], config)[word]) for step, word in enumerate(said)
             )
             assert hypothesis.log_probability == pytest.approx(expected, rel=1e-4)
+        # With a weight of the likelihood, the same captions in another order.
+        total = {h.tokens: scores[h.tokens] + 0.3 * h.log_probability for h in hypotheses}
+        assert [h.tokens for h in likely.pop(0)] == sorted(total, key=lambda one: -total[one])
         copied += hypotheses[0].tokens not in {h.tokens for h in own}
     assert copied > 0
 
@@ -272,7 +277,7 @@ def test_a_bundle_without_them_is_as_it_was_before_they_were_known(captioner: Ca
     bundle = captioner.save(tmp_path / "bundle")
     assert not (bundle / "neighbours.safetensors").exists()
     assert (
-        not {"neighbours", "neighbour_weight", "copy_neighbours"}
+        not {"neighbours", "neighbour_weight", "copy_neighbours", "likelihood_weight"}
         & json.loads((bundle / "captioner.json").read_text())["decoding"].keys()
     )
 

@@ -33,6 +33,9 @@ CONFIGS = {
         method="consensus", beam_width=3, samples=5, temperature=0.7, top_p=0.9, repeat_trigrams=False,
         maximum_length=12,
     ),
+    "consensus with likelihood": DecodingConfig(
+        method="consensus", beam_width=6, samples=20, maximum_length=8, likelihood_weight=0.1
+    ),
 }  # fmt: skip
 Ended = tuple[Tokens, float]  # a caption's words, EOS included, and its log-probability
 
@@ -123,7 +126,8 @@ def plain(decoder: Decoder, photo: torch.Tensor, config: DecodingConfig) -> list
     candidates = [words_of(said) for said, _ in beam]
     samples = [words_of(said) for said, _ in plain_samples(decoder, photo, config, config.samples)]
     (similarity,) = agreement([candidates], [candidates + samples])
-    return [beam[i] for i in np.argsort(-similarity, kind="stable")]
+    score = similarity + config.likelihood_weight * np.array([total for _, total in beam])
+    return [beam[i] for i in np.argsort(-score, kind="stable")]
 
 
 @pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
