@@ -1,6 +1,7 @@
 """A training small enough for a second: photos whose features tell what their captions say."""
 
-from collections.abc import Generator
+import warnings
+from collections.abc import Callable, Generator
 from dataclasses import replace
 from pathlib import Path
 from typing import Literal
@@ -130,3 +131,16 @@ def with_epochs(epochs: int, **others: object) -> TrainingConfig:
 def losses(epochs: list[Epoch]) -> list[tuple[float, float]]:
     """Train and dev loss of each epoch."""
     return [(epoch.train_loss, epoch.dev_loss) for epoch in epochs]
+
+
+def waits_for_gpu(work: Callable[[], object]) -> list[str]:
+    """The places where the CPU waits for the GPU while some work is done."""
+    torch.cuda.set_sync_debug_mode("warn")
+    try:
+        with warnings.catch_warnings(record=True) as found:
+            warnings.simplefilter("always")
+            work()
+    finally:
+        torch.cuda.set_sync_debug_mode("default")
+    waits = [one for one in found if "called a synchronizing" in str(one.message)]
+    return [f"{Path(one.filename).name}:{one.lineno}" for one in waits]

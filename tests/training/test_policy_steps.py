@@ -1,7 +1,6 @@
 """Steps of the self-critical phase come to the same, packed or captured, in a GPU's graphs or without."""
 
 import copy
-import warnings
 from itertools import chain, islice
 from pathlib import Path
 
@@ -10,7 +9,7 @@ import pytest
 import test_self_critical
 import torch
 from recorded import RecordedGraphs, as_on_a_gpu
-from small import CPU, Noise
+from small import CPU, Noise, waits_for_gpu
 
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
@@ -241,12 +240,5 @@ def test_a_step_on_a_gpu_waits_for_samples_and_loss_only(decoder: str) -> None:
     assert isinstance(objective.steps, CapturedPolicySteps)
     for number in (1, 2):  # what is captured is waited for
         objective.train_epoch(number)
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            objective.train_epoch(3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    told = [f"{Path(one.filename).name}:{one.lineno}" for one in waits if "called a synchronizing" in str(one.message)]
+    told = waits_for_gpu(lambda: objective.train_epoch(3))
     assert len(told) <= 2 * objective.steps.count + 2, told

@@ -1,7 +1,6 @@
 """Laws of training on the score itself."""
 
 import math
-import warnings
 from collections.abc import Callable, Generator, Iterable
 from contextlib import suppress
 from dataclasses import replace
@@ -10,7 +9,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
-from small import CPU, checkpoints_in, identity
+from small import CPU, checkpoints_in, identity, waits_for_gpu
 from teacher_forcing import logits_of
 
 from capexp.captioning.bundle import TrainingRecord
@@ -131,14 +130,8 @@ def test_captions_are_those_that_torch_draws_with_no_caption_left_out(fixed: boo
 def test_sampling_on_a_gpu_waits_only_at_its_end() -> None:
     decoder, photos = small().cuda(), torch.rand(30, 4, 5).cuda()
     sample_captions(decoder, photos, WORDS, 4, 8)
-    with warnings.catch_warnings(record=True) as waits:
-        warnings.simplefilter("always")
-        torch.cuda.set_sync_debug_mode("warn")
-        try:
-            sample_captions(decoder, photos, WORDS, 4, 8)
-        finally:
-            torch.cuda.set_sync_debug_mode("default")
-    assert len([wait for wait in waits if "synchroniz" in str(wait.message)]) <= 2
+    waits = waits_for_gpu(lambda: sample_captions(decoder, photos, WORDS, 4, 8))
+    assert len(waits) <= 2, waits
 
 
 @pytest.mark.parametrize("fixed", [False, True])

@@ -1,7 +1,6 @@
 """Steps come to the same, however they are taken: from packed batches, from padded ones, from a GPU's graphs."""
 
 import copy
-import warnings
 from dataclasses import replace
 from pathlib import Path
 
@@ -9,7 +8,7 @@ import numpy as np
 import pytest
 import torch
 from recorded import RecordedGraphs, as_on_a_gpu
-from small import CPU, Noise
+from small import CPU, Noise, waits_for_gpu
 
 from capexp.data.batches import CaptionBatches
 from capexp.data.captions import Split
@@ -189,14 +188,7 @@ def test_an_epoch_on_a_gpu_waits_for_it_at_its_looks_at_the_loss_only(decoder: s
     objective = CrossEntropy(task.training(device))
     assert isinstance(objective.steps, CapturedSteps)
     per_token(objective, 2)  # what is captured is waited for
-    torch.cuda.set_sync_debug_mode("warn")
-    try:
-        with warnings.catch_warnings(record=True) as waits:
-            warnings.simplefilter("always")
-            objective.train_epoch(3)
-    finally:
-        torch.cuda.set_sync_debug_mode("default")
-    told = [f"{Path(one.filename).name}:{one.lineno}" for one in waits if "called a synchronizing" in str(one.message)]
+    told = waits_for_gpu(lambda: objective.train_epoch(3))
     assert len(told) <= 2, told
 
 
