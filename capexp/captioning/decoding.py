@@ -356,7 +356,10 @@ def sample_captions(
 
 
 def finished_samples(samples: Tensor, is_finite: Tensor) -> Tensor:
-    """Return the samples of :func:`sample_by_step` as those of :func:`sample_captions`."""
+    """Return sampled captions ``(B * count, T)`` from the words by step ``(maximum_length, B * count)``.
+
+    T is the length of the longest caption. Raises FloatingPointError if ``is_finite`` is false.
+    """
     if not is_finite:
         raise FloatingPointError("logits are not finite")
     longest = int((samples != PAD).any(1).sum())

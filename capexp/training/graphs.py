@@ -64,7 +64,7 @@ class Graphs:
         return graph
 
     def mark(self) -> Callable[[], None]:
-        """Return a function that waits until the GPU has finished what it has been given so far, and no more."""
+        """Return a function that waits until the GPU has done all work that was launched before this call."""
         if not self.is_used:
             return lambda: None
         event = torch.cuda.Event()  # type: ignore[no-untyped-call]

@@ -5,7 +5,7 @@ H hidden.
 """
 
 from abc import ABC, abstractmethod
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator
 from functools import partial
 from typing import NamedTuple
 
@@ -18,47 +18,11 @@ from capexp.captioning.decoder import Packed, RecurrentDecoder
 from capexp.captioning.decoding import finished_samples, sample_by_step, sample_captions
 from capexp.data.batches import on_device
 from capexp.data.vocabulary import BOS, EOS, PAD, Vocabulary
-from capexp.metrics.cider import CiderReferences
-from capexp.metrics.scores import is_split_alone, tokenize
 from capexp.training.graphs import Graphs
 from capexp.training.loop import Training
 from capexp.training.optimizer import AdamW
+from capexp.training.reward import Reward, advantages
 from capexp.training.steps import can_pad, clip, learning_rate, padded_outputs, rounded_length, seed_step
-
-_END = ""  # a token for the end of a caption, which is rewarded too: otherwise captions learn to end with "in a"
-
-
-class Reward:
-    """The reward of a caption: its CIDEr-D, with the end as a token. The references' n-grams are counted once."""
-
-    def __init__(self, references: Sequence[Sequence[str]], vocabulary: Vocabulary) -> None:
-        rule, words = vocabulary.tokens, enumerate(vocabulary.words, start=vocabulary.first_word)
-        self._vocabulary = vocabulary
-        self._references = CiderReferences(
-            [[(*tokenize(caption, rule), _END) for caption in captions] for captions in references]
-        )
-        self._end = self._references.token_ids([_END])
-        # The scorer's tokens of each entry whose tokens do not depend on the entries beside it.
-        self._tokens: dict[int, list[int]] = {EOS: [], PAD: []} | {
-            entry: self._references.token_ids(tokenize(word, rule))
-            for entry, word in words
-            if is_split_alone(word, rule)
-        }
-
-    def of(self, photos: Sequence[int], captions: Sequence[Sequence[int]]) -> Tensor:
-        """Return the CIDEr-D, from 0 to 10, of captions given as entries of the vocabulary, PAD and EOS included.
-
-        ``photos`` are the positions of their photos in the split.
-        """
-        scores = self._references.score(photos, [self._token_ids(caption) for caption in captions])
-        return torch.from_numpy(scores[:, 0].astype(np.float32))
-
-    def _token_ids(self, caption: Sequence[int]) -> list[int]:
-        tokens = self._tokens
-        if all(entry in tokens for entry in caption):
-            return [token for entry in caption for token in tokens[entry]] + self._end
-        text = self._vocabulary.decode(entry for entry in caption if entry not in (EOS, PAD))
-        return self._references.token_ids(tokenize(text, self._vocabulary.tokens)) + self._end
 
 
 class PolicyStep(NamedTuple):
@@ -310,13 +274,6 @@ def choose_policy_steps(training: Training, before: int) -> PolicySteps:
     """Return the fastest steps, on the same conditions as :func:`capexp.training.steps.choose_steps`."""
     kind = CapturedPolicySteps if can_pad(training, training.config.self_critical.photos) else PackedPolicySteps
     return kind(training, before)
-
-
-def advantages(rewards: Tensor, samples: int) -> Tensor:
-    """Return each reward minus the mean reward of the photo's other captions, ``(B,)``; they sum to 0 per photo."""
-    by_photo = rewards.view(-1, samples)  # (N, K)
-    others = (by_photo.sum(1, keepdim=True) - by_photo) / (samples - 1)
-    return (by_photo - others).flatten()
 
 
 def policy_loss(

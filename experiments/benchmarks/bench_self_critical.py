@@ -32,7 +32,8 @@ from capexp.data.vocabulary import EOS
 from capexp.distributed import choose_device
 from capexp.settings import DecodingConfig, ModelConfig, SelfCriticalConfig, TrainingConfig
 from capexp.training.loop import Training
-from capexp.training.policy_steps import PackedPolicySteps, Reward
+from capexp.training.policy_steps import PackedPolicySteps
+from capexp.training.reward import Reward
 from capexp.training.self_critical import SelfCritical
 
 ENTRIES, UNITS, POSITIONS, FEATURES, WORDS = 2540, 512, 49, 512, 10.8

@@ -29,7 +29,8 @@ from capexp.settings import DecodingConfig, ModelConfig, Schedule, SelfCriticalC
 from capexp.training.checkpoints import Checkpoints, TrainingState
 from capexp.training.loop import Epoch, Training, fit
 from capexp.training.optimizer import AdamW
-from capexp.training.policy_steps import PolicySteps, Reward, advantages, choose_policy_steps, policy_loss
+from capexp.training.policy_steps import PolicySteps, choose_policy_steps, policy_loss
+from capexp.training.reward import Reward, advantages
 from capexp.training.self_critical import SelfCritical, dev_cider
 
 BEFORE = (Epoch(1, 2.0, 2.0, 0.001, 1.0, 1.0, True, 0),)
