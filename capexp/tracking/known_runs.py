@@ -5,6 +5,7 @@ import subprocess
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
+from typing import cast
 
 import mlflow
 from mlflow.entities import Run, RunStatus
@@ -105,27 +106,33 @@ def fetch_artifacts(run_id: str, name: str) -> Path | None:
 
 
 def nested_runs(parent: str, condition: str | None = None) -> list[Run]:
-    """Return the runs under a parent that fulfil a condition in MLflow's filter syntax, at most 1,000, newest first."""
+    """Return the runs under a parent that fulfil a condition in MLflow's filter syntax, newest first."""
     run = _find(parent)
     if run is None:
         return []
-    filter_string = f"tags.`{PARENT}` = '{parent}'" + (f" and {condition}" if condition else "")
-    with store_faults():
-        return list(MlflowClient().search_runs([run.info.experiment_id], filter_string, max_results=1000))
+    conditions = [f"tags.`{PARENT}` = '{parent}'", *([condition] if condition else [])]
+    return _search(conditions, [run.info.experiment_id])
 
 
 def runs_of(params: Mapping[str, str], tags: Mapping[str, str]) -> list[FoundRun]:
-    """Return the runs with these params and tags in all experiments, newest first.
-
-    At most 1,000 experiments are searched and at most 1,000 runs returned: the defaults of MLflow's searches.
-    """
+    """Return the runs with these params and tags in all experiments, newest first."""
     conditions = [f"params.`{name}` = '{value}'" for name, value in params.items()]
     conditions += [f"tags.`{name}` = '{value}'" for name, value in tags.items()]
-    client = MlflowClient()
-    with store_faults():
-        experiments = [experiment.experiment_id for experiment in client.search_experiments()]
-        runs = client.search_runs(experiments, " and ".join(conditions), order_by=["attributes.start_time DESC"])
+    runs = _search(conditions)
     return [FoundRun(str(run.info.run_id), run.info.status == "FINISHED", dict(run.data.tags)) for run in runs]
+
+
+def _search(conditions: Sequence[str], experiments: list[str] | None = None) -> list[Run]:
+    """Return all runs that fulfil the conditions, newest first; without ``experiments`` in all of them."""
+    with store_faults():
+        runs = mlflow.search_runs(  # unlike the client's search it reads all pages of the answer
+            experiments,
+            " and ".join(conditions),
+            order_by=["attributes.start_time DESC"],
+            output_format="list",
+            search_all_experiments=experiments is None,
+        )
+    return cast(list[Run], runs)
 
 
 def adopted_run() -> str | None:

@@ -394,8 +394,8 @@ def artifact_faults(run_id: str) -> Iterator[None]:
     except OSError as error:
         location = error.filename or mlflow.get_artifact_uri()
         raise Outage(
-            f"{location}: MLflow's artifacts cannot be written ({error.strerror or error}); free space or fix it, then "
-            f"python -m capexp.train --resume {run_id}"
+            f"{location}: MLflow's artifacts cannot be read or written ({error.strerror or error}); free space or fix "
+            f"it, then python -m capexp.train --resume {run_id}"
         ) from error
 
 

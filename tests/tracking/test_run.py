@@ -1,6 +1,7 @@
 """Laws of a run's beginning and end: whenever an interrupt comes, it leaves no run behind that seems to go on."""
 
 import signal
+import sqlite3
 from collections import UserDict
 from collections.abc import Iterator, Mapping
 from contextlib import nullcontext
@@ -11,6 +12,7 @@ import mlflow
 import pytest
 from mlflow.tracking import MlflowClient
 
+from capexp.tracking.known_runs import PARENT, nested_runs, runs_of
 from capexp.tracking.outbox import JOURNAL
 from capexp.tracking.run import TrackedRun, tracked_run
 
@@ -68,3 +70,24 @@ def test_a_run_that_was_killed_before_its_first_entry_has_nothing_to_send_and_no
     tracked = TrackedRun(run.info.run_id, folder, in_background=False)
     assert tracked.send_rest(lambda content: content) == (0, None, None)
     assert MlflowClient().get_run(run.info.run_id).info.status == "RUNNING"
+
+
+def test_more_runs_are_found_than_mlflow_returns_at_once(folder: Path) -> None:
+    client = MlflowClient()
+    experiment = client.create_experiment("many")
+    parent = client.create_run(experiment).info.run_id
+    nested = client.create_run(experiment, tags={PARENT: parent}).info.run_id
+    client.log_param(nested, "seed", "1")
+    with sqlite3.connect(folder / "mlflow.db") as database:  # far faster than by the client
+        for table in ("runs", "tags", "params"):
+            rows = database.execute(f"select * from {table} where run_uuid = ?", [nested])
+            names = [column[0] for column in rows.description]
+            copies = [
+                [f"{i:032}" if name == "run_uuid" else value for name, value in zip(names, row, strict=True)]
+                for row in rows.fetchall()
+                for i in range(1000)
+            ]
+            marks = ", ".join("?" for _ in names)
+            database.executemany(f"insert into {table} ({', '.join(names)}) values ({marks})", copies)
+    assert len({run.info.run_id for run in nested_runs(parent)}) == 1001
+    assert len({run.run_id for run in runs_of({"seed": "1"}, {PARENT: parent})}) == 1001
