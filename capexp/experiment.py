@@ -39,7 +39,8 @@ _FORBIDDEN = re.compile(r"[\x00-\x1f\x7f\ud800-\udfff]")
 # Settings that must be equal in an ensemble and all its members.
 _SHARED = (
     *("vocabulary.cleaning", "vocabulary.tokens", "vocabulary.minimum_count", "vocabulary.unknown"),
-    *("features.layer", "features.pool", "features.size", "features.resize", "features.mirror"),
+    *("features.layer", "features.pool", "features.size", "features.resize"),
+    *("features.mirror", "features.crops"),
 )
 # The values of these settings in experiments that were recorded before the settings existed, where they differ from
 # today's defaults.

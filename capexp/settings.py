@@ -232,7 +232,11 @@ class FeaturesConfig(Section):
     batch_size: int = Field(default=32, ge=1, le=100_000)
     """Photos per batch of the extraction."""
     mirror: bool = False
-    """Whether, in each epoch, train photos are mirrored at random (left to right, with probability 1/2)."""
+    """Whether a train photo's mirror image (left to right) is one of its views. In each epoch each photo is one of its
+    views by chance: the photo itself, its mirror image, or one of its crops."""
+    crops: int = Field(default=0, ge=0, le=99)
+    """Random crops of each train photo that are further views of it: 0.6 to 1 of its area, mirrored with probability
+    1/2, and with brightness, contrast and colour changed by up to a fifth."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -255,6 +259,8 @@ class FeaturesConfig(Section):
     def _layer_fits(self) -> "FeaturesConfig":
         if not self.from_photos and self.mirror:
             raise ValueError("features.mirror: the file of features.file has no mirrored photos; set it to false")
+        if not self.from_photos and self.crops:
+            raise ValueError(f"features.crops = {self.crops}: the file of features.file has no crops; set it to 0")
         if self.weights == UNKNOWN_WEIGHTS:
             if self.from_photos:
                 raise ValueError(

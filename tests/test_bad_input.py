@@ -392,6 +392,8 @@ ROWS = {
     "features of mirrored photos": Row(
         ("features.mirror", "has no mirrored photos"), arguments=FILE + "x.pkl --features.mirror true"
     ),
+    "crops of features": Row(("features.crops = 2", "has no crops"), arguments=FILE + "x.pkl --features.crops 2"),
+    "too many crops": Row(("features.crops = 100",), arguments="--features.crops 100"),
     "photos that would not be opened": Row(
         ("--decode", "features.file"), lambda: features("features.pkl"), FILE + "features.pkl --dry-run --decode"
     ),

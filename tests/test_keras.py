@@ -27,7 +27,8 @@ from capexp.data.caption_files import read_captions
 from capexp.data.captions import Split
 from capexp.data.features import Features
 from capexp.data.inert_pickle import read_arrays, read_tokenizer
-from capexp.data.photos import read_photo, squash
+from capexp.data.photo_transform import PhotoTransform
+from capexp.data.photos import read_photo
 from capexp.data.vgg16 import load_encoder
 from capexp.data.vocabulary import BOS, EOS, Vocabulary, tokenize
 from capexp.errors import InputError
@@ -234,7 +235,7 @@ def test_the_encoder_is_the_tutorials(keras_features: Path) -> None:
     for layer, theirs in wanted.items():
         config = FeaturesConfig(layer=layer, weights=str(keras_features / "vgg16.h5"), resize="nearest")  # type: ignore[arg-type]
         encoder = load_encoder(config).prepare(CPU, "float32")
-        pixels = [squash(read_photo(path), 224, "nearest") for path in paths]
+        pixels = [PhotoTransform(224, "nearest")(read_photo(path)) for path in paths]
         ours = encoder.encode(pixels).astype(np.float32).reshape(len(paths), -1)
         if layer == "conv5_3":
             theirs = np.maximum(theirs, 0)  # Keras's layer has its ReLU too

@@ -9,7 +9,8 @@ import pytest
 
 from capexp.data.cache import FeatureCache
 from capexp.data.captions import SPLITS, read_splits
-from capexp.data.photos import digest_photos, read_photo, squash
+from capexp.data.photo_transform import PhotoTransform
+from capexp.data.photos import digest_photos, read_photo
 from capexp.data.vgg16 import identify, load_encoder
 from capexp.data.vocabulary import tokenize
 from capexp.experiment import find_experiment, load_experiment
@@ -73,5 +74,5 @@ def test_the_committed_features_are_vgg16s(vgg16: Path) -> None:
     cache = FeatureCache(EXPERIMENT.features.cache, encoder.identity)
     paths = read_splits(EXPERIMENT.captions, ("test",))["test"].paths()[:3]
     held = cache.open(digest_photos(paths)).gather(np.arange(3))
-    computed = encoder.encode([squash(read_photo(path), 224) for path in paths])
+    computed = encoder.encode([PhotoTransform(224)(read_photo(path)) for path in paths])
     np.testing.assert_allclose(held.astype(np.float32), computed.astype(np.float32), rtol=1e-2, atol=2e-3)

@@ -16,6 +16,7 @@ from tracking_server import free_port
 from user_folder import Folder, wait_for
 
 from capexp.data.cache import FeatureCache
+from capexp.data.photo_transform import MIRROR
 from capexp.data.photos import digest_photos
 from capexp.data.vgg16 import identify
 from capexp.settings import FeaturesConfig
@@ -167,13 +168,13 @@ def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Fo
         {"layer": "conv5_3", "pool": made.name.split("-")[1], "weights": str(random_vgg16)}
     )
     digests = digest_photos([folder.path / "photos" / name for name in names])
-    for identity, count in ((identify(config), 9), (identify(config).mirrored(), 6)):
+    for identity, count in ((identify(config), 9), (identify(config).of_view(MIRROR), 6)):
         ours, theirs = (
             FeatureCache(folder.path / one, identity).open(digests[:count]).gather(np.arange(count))
             for one in ("together", "alone")
         )
         np.testing.assert_array_equal(ours, theirs)
-    assert (FeatureCache(folder.path / "alone", identify(config).mirrored()).lookup(digests[6:]) < 0).all()
+    assert (FeatureCache(folder.path / "alone", identify(config).of_view(MIRROR)).lookup(digests[6:]) < 0).all()
     (folder.path / "photos" / names[1]).write_bytes(b"?")
     (folder.path / "photos" / names[4]).write_bytes(b"??")
     _, err = ranks(folder, "extract", *settings, "--features.cache", "together", status=2)

@@ -27,7 +27,7 @@ from capexp.data.captions import PhotosBySplit
 from capexp.data.dataset import Dataset
 from capexp.data.encoder_check import Reference
 from capexp.data.feature_files import FileIdentity
-from capexp.data.photos import Photo, read_photo, squash
+from capexp.data.photos import Photo, read_photo
 from capexp.data.vgg16 import Encoder, EncoderIdentity, load_encoder
 from capexp.data.vgg16_weights import NETS, net_of
 from capexp.data.vocabulary import PAD, UNK, Vocabulary
@@ -319,7 +319,7 @@ class Captioner:
             faults: dict[int, InputError] = {}
             for i, photo in enumerate(batch):
                 try:
-                    pixels[i] = squash(read_photo(photo), self.encoder_identity.size, self.encoder_identity.resize)
+                    pixels[i] = self.encoder_identity.photo_transform(read_photo(photo))
                 except InputError as error:
                     faults[i] = error
             # Caption those that were read, and put captions and errors in the order of the photos.

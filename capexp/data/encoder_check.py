@@ -13,7 +13,7 @@ from numpy.typing import NDArray
 
 from capexp.data.captions import PhotoFiles, Split
 from capexp.data.features import Features
-from capexp.data.photos import read_photo, squash
+from capexp.data.photos import read_photo
 from capexp.data.vgg16 import Encoder
 from capexp.errors import InputError
 
@@ -66,7 +66,7 @@ class Reference:
             except InputError:  # a damaged photo checks nothing
                 continue
             checked += 1
-            (computed,) = encoder.encode([squash(photo, encoder.identity.size, encoder.identity.resize)])
+            (computed,) = encoder.encode([encoder.identity.photo_transform(photo)])
             cosine, ratio = compare_features(computed, self.features[name])
             if cosine < _COSINE:
                 fault = f"whose cosine with those of features.file is {cosine:.4f}, below {_COSINE}"

@@ -36,20 +36,18 @@ def compute_features(photos: Iterable[Path], encoder: Encoder, batch_size: int, 
     """
     if encoder.device.type == "cpu" and processes == 0:
         return _core_by_core(photos, encoder, batch_size)
-    size, resize = encoder.identity.size, encoder.identity.resize
-    if processes:
-        decoded = decode_by_processes(photos, size, processes, resize)
-    else:
-        decoded = decode_by_threads(photos, size, resize)
+    transform = encoder.identity.photo_transform
+    decoded = decode_by_processes(photos, transform, processes) if processes else decode_by_threads(photos, transform)
     return _batch_by_batch(decoded, encoder, batch_size)
 
 
 def _core_by_core(photos: Iterable[Path], encoder: Encoder, batch_size: int) -> Results:
     """Have each of torch's threads take a few photos at a time from file to features."""
     threads = torch.get_num_threads()
+    transform = encoder.identity.photo_transform
 
     def work(batch: list[Path]) -> list[Result]:
-        decoded = [decode_photo(photo, encoder.identity.size, encoder.identity.resize) for photo in batch]
+        decoded = [decode_photo(photo, transform) for photo in batch]
         readable = [pixels for pixels in decoded if not isinstance(pixels, InputError)]
         features = iter(encoder.encode(readable) if readable else ())
         return [pixels if isinstance(pixels, InputError) else next(features) for pixels in decoded]

@@ -24,6 +24,7 @@ from pydantic import ValidationError
 from capexp.data.caption_files import decoded_lines, read_bytes, read_captions
 from capexp.data.captions import Names
 from capexp.data.feature_formats import EXAMPLES, MOST_VALUES, Content, faults, open_content
+from capexp.data.photo_transform import PhotoTransform
 from capexp.data.vgg16 import EncoderIdentity
 from capexp.errors import InputError, listed
 from capexp.files import listed_or_filed
@@ -64,6 +65,11 @@ class FileIdentity:
     def shape(self) -> tuple[int, int]:
         """(P, F): the number of grid positions, and of features at each."""
         return self.positions, self.feature_size
+
+    @property
+    def photo_transform(self) -> PhotoTransform:
+        """How the encoder of the file's features makes pixels of photos, as the training's settings say."""
+        return PhotoTransform(self.size, self.resize)
 
     @property
     def label(self) -> str:

@@ -1,7 +1,7 @@
 """Photos' features by position in a list of photos, read from the memory-mapped cache file on demand.
 
-A view of a photo is the photo itself or its mirror image. Of N photos, view i is photo i; with mirror images, view
-N + i is the mirror image of photo i.
+A view of a photo is the photo itself, its mirror image or a crop. Of N photos, view i is photo i; with other views,
+view N + i is the first other view of photo i, view 2N + i the second, and so on.
 
 Shapes: B views, P grid positions, F feature.
 """
@@ -12,37 +12,37 @@ from collections.abc import Iterator
 import numpy as np
 from numpy.typing import NDArray
 
-_MIRROR = 7  # makes this draw independent of the shuffling of captions with the same seed and epoch
+_VIEWS = 7  # makes this draw independent of the shuffling of captions with the same seed and epoch
 
 
 class Features:
-    """The features of a list of photos, and of their mirror images if there are any."""
+    """The features of a list of photos, and of other views of them if there are any."""
 
     def __init__(
         self,
         records: NDArray[np.float16],
         rows: NDArray[np.int64],
         mapping: mmap.mmap | None = None,
-        mirrored: "Features | None" = None,
+        others: "tuple[Features, ...]" = (),
     ) -> None:
         """``records`` are the cache's features, ``rows`` the row of each photo, ``mapping`` their memory map if any."""
         self._records = records
         self._rows = rows
         self._mapping = mapping
-        self._mirrored = mirrored
+        self._others = others
 
-    def with_mirrored(self, mirrored: "Features") -> "Features":
-        """Return these features with the mirror images' features added."""
-        assert len(mirrored) == len(self) and mirrored.shape == self.shape
-        return Features(self._records, self._rows, self._mapping, mirrored)
+    def with_view(self, view: "Features") -> "Features":
+        """Return these features with those of another view of each photo added."""
+        assert len(view) == len(self) and view.shape == self.shape
+        return Features(self._records, self._rows, self._mapping, (*self._others, view))
 
     def draw_views(self, seed: int, epoch: int) -> NDArray[np.int64]:
-        """Return the view of each photo in an epoch: the photo, or by chance its mirror image if there is one."""
+        """Return the view of each photo in an epoch: one of its views by chance."""
         photos = np.arange(len(self))
-        if self._mirrored is None:
+        if not self._others:
             return photos
-        is_mirrored = np.random.default_rng([seed, epoch, _MIRROR]).random(len(self)) < 0.5
-        return photos + len(self) * is_mirrored
+        drawn = np.random.default_rng([seed, epoch, _VIEWS]).random(len(self)) * self.views
+        return photos + len(self) * (self.views - 1 - drawn.astype(np.int64))
 
     def __len__(self) -> int:
         """Return the number of photos."""
@@ -56,23 +56,26 @@ class Features:
 
     @property
     def views(self) -> int:
-        """The number of views of each photo: 1, or 2 with mirror images."""
-        return 1 if self._mirrored is None else 2
+        """The number of views of each photo, itself included."""
+        return 1 + len(self._others)
 
     def slice(self, start: int, stop: int) -> "Features":
-        """Return the features of the photos from ``start`` to ``stop``, without mirror images."""
+        """Return the features of the photos from ``start`` to ``stop``, without other views."""
         return Features(self._records, self._rows[start:stop], self._mapping)
 
     def gather(self, views: NDArray[np.int64]) -> NDArray[np.float16]:
         """Return the features of some views, (B, P, F)."""
-        if self._mirrored is None or (is_photo := views < len(self)).all():
-            gathered: NDArray[np.float16] = self._records[self._rows[views]]
+        kinds, photos = np.divmod(views, len(self)) if self._others else (np.zeros_like(views), views)
+        if not kinds.any():
+            gathered: NDArray[np.float16] = self._records[self._rows[photos]]
             release_pages(self._mapping)
             return gathered
-        both = np.empty((len(views), *self.shape), np.float16)
-        both[is_photo] = self.gather(views[is_photo])
-        both[~is_photo] = self._mirrored.gather(views[~is_photo] - len(self))
-        return both
+        mixed = np.empty((len(views), *self.shape), np.float16)
+        for kind in np.unique(kinds):
+            chosen = kinds == kind
+            source = self if kind == 0 else self._others[kind - 1]
+            mixed[chosen] = source.gather(photos[chosen])
+        return mixed
 
     def parts(self, size: int) -> Iterator[NDArray[np.float16]]:
         """Yield the features of all photos, ``size`` at a time, (B, P, F)."""
@@ -82,8 +85,8 @@ class Features:
     def parts_of_views(self, size: int) -> Iterator[NDArray[np.float16]]:
         """Yield the features of all views, ``size`` at a time, (B, P, F)."""
         yield from self.parts(size)
-        if self._mirrored is not None:
-            yield from self._mirrored.parts(size)
+        for view in self._others:
+            yield from view.parts(size)
 
 
 def release_pages(mapping: mmap.mmap | None) -> None:

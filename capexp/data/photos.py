@@ -10,7 +10,7 @@ from concurrent.futures import ThreadPoolExecutor
 from contextlib import AbstractContextManager, nullcontext
 from functools import cache
 from pathlib import Path
-from typing import TYPE_CHECKING, BinaryIO
+from typing import BinaryIO
 
 import numpy as np
 from numpy.typing import NDArray
@@ -19,9 +19,6 @@ from PIL import Image, ImageOps, UnidentifiedImageError
 from capexp.data.progress import progress_bar
 from capexp.errors import InputError, listed
 from capexp.files import PICTURE_ENDINGS, listed_or_filed
-
-if TYPE_CHECKING:  # a process that decodes photos has no use for pydantic
-    from capexp.settings import PhotoResize
 
 log = logging.getLogger(__name__)
 
@@ -186,17 +183,6 @@ def _is_readable(path: Path) -> bool:
     except InputError:
         return False
     return True
-
-
-def squash(image: Image.Image, size: int, resize: "PhotoResize" = "bilinear") -> NDArray[np.uint8]:
-    """Squash the whole photo to a square of ``size`` pixels; return ``(size, size, 3)``.
-
-    ``bilinear`` is antialiased; ``nearest`` is exactly what Keras's ``load_img`` does.
-    """
-    if image.size != (size, size):
-        method = Image.Resampling.NEAREST if resize == "nearest" else Image.Resampling.BILINEAR
-        image = image.resize((size, size), method)
-    return np.asarray(image)
 
 
 def digest_photos(paths: list[Path]) -> list[bytes]:

@@ -14,21 +14,19 @@ from functools import partial
 from itertools import islice
 from multiprocessing.shared_memory import SharedMemory
 from pathlib import Path
-from typing import TYPE_CHECKING, Final
+from typing import Final
 
 import numpy as np
 from numpy.typing import NDArray
 
-from capexp.data.photos import read_photo, squash
+from capexp.data.photo_transform import PhotoTransform
+from capexp.data.photos import read_photo
 from capexp.data.prefetch import prefetch
 from capexp.distributed import follow_parent
 from capexp.errors import InputError, Outage
 
-if TYPE_CHECKING:
-    from capexp.settings import PhotoResize
-
 Pixels = NDArray[np.uint8] | InputError
-"""A photo squashed to (size, size, 3), or the error of a photo that cannot be read."""
+"""A photo's pixels (size, size, 3), or the error of a photo that cannot be read."""
 
 TASKS_PER_WORKER: Final = 2  # for each thread or process: one that it works on, one that waits
 PHOTOS_PER_TASK: Final = 16  # photos in one task of a process
@@ -52,24 +50,22 @@ def decoding_processes(photos: int, size: int) -> int:
     return processes
 
 
-def decode_photo(photo: Path, size: int, resize: "PhotoResize" = "bilinear") -> Pixels:
-    """Return a photo squashed to a square, or the error of a photo that cannot be read."""
+def decode_photo(photo: Path, transform: PhotoTransform) -> Pixels:
+    """Return a photo's pixels, or the error of a photo that cannot be read."""
     try:
-        return squash(read_photo(photo), size, resize)
+        return transform(read_photo(photo))
     except InputError as error:
         return error
 
 
-def decode_by_threads(photos: Iterable[Path], size: int, resize: "PhotoResize" = "bilinear") -> Iterator[Pixels]:
+def decode_by_threads(photos: Iterable[Path], transform: PhotoTransform) -> Iterator[Pixels]:
     """Yield the pixels of photos, in order, decoded by threads."""
     with ThreadPoolExecutor() as pool:
-        decode = partial(decode_photo, size=size, resize=resize)
+        decode = partial(decode_photo, transform=transform)
         yield from prefetch(pool, decode, photos, TASKS_PER_WORKER * PHOTOS_PER_TASK)
 
 
-def decode_by_processes(
-    photos: Iterable[Path], size: int, processes: int, resize: "PhotoResize" = "bilinear"
-) -> Iterator[Pixels]:
+def decode_by_processes(photos: Iterable[Path], transform: PhotoTransform, processes: int) -> Iterator[Pixels]:
     """Yield the pixels of photos, in order, decoded by processes that end with this one, however it ends.
 
     Pixels are passed through shared memory: reading them from pipes would take this process longer than all its other
@@ -79,12 +75,12 @@ def decode_by_processes(
         Outage: a process was killed.
     """
     tasks = TASKS_PER_WORKER * processes
-    shape = (tasks, PHOTOS_PER_TASK, size, size, 3)
+    shape = (tasks, PHOTOS_PER_TASK, transform.size, transform.size, 3)
     memory = SharedMemory(create=True, size=int(np.prod(shape)))
     slots = np.ndarray(shape, np.uint8, memory.buf)
     try:
         context = multiprocessing.get_context("spawn")
-        with ProcessPoolExecutor(processes, context, _open_memory, (memory.name, shape, resize)) as pool:
+        with ProcessPoolExecutor(processes, context, _open_memory, (memory.name, shape, transform)) as pool:
             # Task i writes to slot i % tasks, which is free again: prefetch has at most `tasks` tasks in flight.
             numbered = ((i % tasks, batch) for i, batch in enumerate(batched(photos, PHOTOS_PER_TASK)))
             for i, faults in enumerate(prefetch(pool, _decode_to_slot, numbered, tasks)):
@@ -114,16 +110,16 @@ class _Slots:
 
     memory: SharedMemory
     pixels: NDArray[np.uint8]  # (tasks, PHOTOS_PER_TASK, size, size, 3)
-    resize: "PhotoResize"
+    transform: PhotoTransform
 
 
-def _open_memory(name: str, shape: tuple[int, ...], resize: "PhotoResize") -> None:
+def _open_memory(name: str, shape: tuple[int, ...], transform: PhotoTransform) -> None:
     """Open the shared memory in a process that decodes; leave Ctrl-C to the parent, and exit when the parent dies."""
     signal.signal(signal.SIGINT, signal.SIG_IGN)
     follow_parent(partial(os._exit, 1))
     _Slots.memory = SharedMemory(name)
     _Slots.pixels = np.ndarray(shape, np.uint8, _Slots.memory.buf)
-    _Slots.resize = resize
+    _Slots.transform = transform
 
 
 def _decode_to_slot(task: tuple[int, list[Path]]) -> list[InputError | None]:
@@ -131,7 +127,7 @@ def _decode_to_slot(task: tuple[int, list[Path]]) -> list[InputError | None]:
     slot, photos = task
     faults: list[InputError | None] = []
     for row, photo in zip(_Slots.pixels[slot], photos, strict=False):
-        pixels = decode_photo(photo, len(row), _Slots.resize)
+        pixels = decode_photo(photo, _Slots.transform)
         if isinstance(pixels, InputError):
             faults.append(pixels)
         else:

@@ -15,6 +15,7 @@ from capexp.data.captions import Split
 from capexp.data.encoder_check import Reference
 from capexp.data.feature_files import FeatureFile, FileIdentity
 from capexp.data.features import Features
+from capexp.data.photo_transform import MIRROR, crop_view
 from capexp.data.photos import digest_photos
 from capexp.data.vgg16 import Encoder, EncoderIdentity, encoder_at_hand, identify, load_encoder
 from capexp.distributed import ALONE, World, choose_device
@@ -61,7 +62,7 @@ def open_source(experiment: Experiment) -> Source:
 
 
 class PhotoSource(Source):
-    """Photos, from which the encoder computes features; with ``features.mirror`` from mirrored train photos too."""
+    """Photos, from which the encoder computes features; of train photos also from their other views."""
 
     @cached_property
     def identity(self) -> EncoderIdentity:
@@ -69,11 +70,17 @@ class PhotoSource(Source):
         return identify(self.config)
 
     def passes(self, splits: Sequence[Split]) -> Iterator[tuple[list[Split], EncoderIdentity]]:
-        """Yield all splits with the encoder; with ``features.mirror``, train with the encoder of mirrored photos."""
+        """Yield all splits with the encoder, and train with the encoder of each other view."""
         yield list(splits), self.identity
         train = [split for split in splits if split.name == "train"]
-        if self.config.mirror and train:
-            yield train, self.identity.mirrored()
+        if train:
+            for view in self._other_views():
+                yield train, self.identity.of_view(view)
+
+    def _other_views(self) -> list[str]:
+        """Return the views of a train photo besides the photo itself."""
+        crops = [crop_view(number) for number in range(1, self.config.crops + 1)]
+        return [MIRROR, *crops] if self.config.mirror else crops
 
     def count_uncached(self, splits: Sequence[Split]) -> int:
         """Return the number of photos whose features the cache lacks."""
@@ -89,7 +96,7 @@ class PhotoSource(Source):
     ) -> dict[SplitName, Features]:
         """Return the features of splits, from the cache or computed now; each rank computes a shard.
 
-        With ``features.mirror`` the train features include those of the mirrored photos.
+        The train features include those of the photos' other views.
         """
         config = self.config
         features: dict[SplitName, Features] = {}
@@ -97,7 +104,7 @@ class PhotoSource(Source):
 
             def load(encoder: EncoderIdentity = encoder) -> Encoder:
                 log.info("computing features with %s on %s", encoder, self.device)
-                return load_encoder(config, encoder.is_mirrored).prepare(self.device, config.precision)
+                return load_encoder(config, encoder.view).prepare(self.device, config.precision)
 
             cache = FeatureCache(config.cache, encoder)
             if world.size > 1:
@@ -106,7 +113,7 @@ class PhotoSource(Source):
             else:
                 cached = cache_features(_paths(group), cache, load, config.batch_size, recompute)
             for name, part in _by_split(group, cached):
-                features[name] = features[name].with_mirrored(part) if encoder.is_mirrored else part
+                features[name] = features[name].with_view(part) if encoder.view else part
         return features
 
 

@@ -10,16 +10,18 @@ Shapes: B batch, P grid positions, F feature.
 
 import hashlib
 import json
+import re
 from collections.abc import Callable
 from dataclasses import asdict, dataclass, replace
 from pathlib import Path
-from typing import Final, Literal
+from typing import Final
 
 import numpy as np
 import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
+from capexp.data.photo_transform import PHOTO, PhotoTransform
 from capexp.data.vgg16_weights import (
     NETS,
     PREPROCESSING,
@@ -46,16 +48,9 @@ from capexp.settings import (
     pooled,
 )
 
-Transform = Literal[
-    "squash-bilinear-antialias", "squash-bilinear-antialias-mirror", "squash-nearest", "squash-nearest-mirror"
-]
-"""How photos are resized to a square, and whether they are mirrored."""
-_TRANSFORMS: Final[dict[tuple[PhotoResize, bool], Transform]] = {
-    ("bilinear", False): "squash-bilinear-antialias",
-    ("bilinear", True): "squash-bilinear-antialias-mirror",
-    ("nearest", False): "squash-nearest",
-    ("nearest", True): "squash-nearest-mirror",
-}  # by resize and whether mirrored
+_RESIZES: Final[dict[PhotoResize, str]] = {"bilinear": "squash-bilinear-antialias", "nearest": "squash-nearest"}
+"""How an identity's transform begins, by ``features.resize``."""
+_TRANSFORM = re.compile(f"({'|'.join(_RESIZES.values())})(-(mirror|crop[1-9][0-9]?))?")
 
 
 @dataclass(frozen=True)
@@ -70,11 +65,14 @@ class EncoderIdentity:
     weights: str
     """Where to get the weights; has no effect on :meth:`key`."""
     size: PhotoSize = PHOTO_SIZE
-    transform: Transform = "squash-bilinear-antialias"
+    transform: str = _RESIZES["bilinear"]
+    """How photos are resized to a square; for a view other than the photo itself, followed by its name."""
 
     def __post_init__(self) -> None:
-        """Raise ValueError if photos of this size have no features of this layer and pool."""
+        """Raise ValueError if there is no such transform, or if photos of this size lack this layer and pool."""
         check_grid(self.layer, self.pool, self.size)
+        if _TRANSFORM.fullmatch(self.transform) is None:
+            raise ValueError(f"transform '{self.transform}' is unknown")
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -82,18 +80,27 @@ class EncoderIdentity:
         return grid_shape(self.layer, self.pool, self.size)
 
     @property
-    def is_mirrored(self) -> bool:
-        """Whether photos are mirrored, left to right, before they are encoded."""
-        return self.transform.endswith("-mirror")
+    def photo_transform(self) -> PhotoTransform:
+        """How photos become pixels."""
+        for resize, beginning in _RESIZES.items():
+            if self.transform.startswith(beginning):
+                return PhotoTransform(self.size, resize, self.transform.removeprefix(beginning).removeprefix("-"))
+        raise AssertionError(self.transform)  # checked when it was made
 
     @property
     def resize(self) -> PhotoResize:
         """How photos are resized."""
-        return "nearest" if self.transform.startswith("squash-nearest") else "bilinear"
+        return self.photo_transform.resize
 
-    def mirrored(self) -> "EncoderIdentity":
-        """Return the identity of the same encoder for mirrored photos."""
-        return replace(self, transform=_TRANSFORMS[self.resize, True])
+    @property
+    def view(self) -> str:
+        """The view of photos that is encoded."""
+        return self.photo_transform.view
+
+    def of_view(self, view: str) -> "EncoderIdentity":
+        """Return the identity of the same encoder for a view of photos."""
+        resize = _RESIZES[self.resize]
+        return replace(self, transform=f"{resize}-{view}" if view else resize)
 
     @property
     def label(self) -> str:
@@ -111,10 +118,10 @@ class EncoderIdentity:
         return hashlib.sha256(json.dumps(self.record(), sort_keys=True).encode()).hexdigest()[:16]
 
     def __str__(self) -> str:
-        mirrored = ", mirrored" if self.is_mirrored else ""
+        view = f", view {self.view}" if self.view else ""
         size = "" if self.size == PHOTO_SIZE else f" at {self.size} pixels"
         size += " by nearest neighbour" if self.resize == "nearest" else ""
-        return f"VGG16 {self.layer}{size}, pool {self.pool}, weights {self.weights_digest[:12]}{mirrored}"
+        return f"VGG16 {self.layer}{size}, pool {self.pool}, weights {self.weights_digest[:12]}{view}"
 
 
 # Photos that go through the convolutions together on a CPU: for more, the allocator maps new memory at each layer.
@@ -164,7 +171,7 @@ class Encoder(nn.Module):
         weight = next(self.parameters())
         # Bytes are moved to the device, a quarter of the size of floats.
         moved = photos.to(weight.device, non_blocking=True)
-        pixels = ((moved.flip(2) if self.identity.is_mirrored else moved).float() - self.mean) / self.std
+        pixels = (moved.float() - self.mean) / self.std
         x: Tensor = self.convolutions(pixels.permute(0, 3, 1, 2).to(weight.dtype))  # channels last in memory
         return x
 
@@ -215,8 +222,8 @@ def identify(config: FeaturesConfig) -> EncoderIdentity:
     return _identity(config, weights.net, digest_weights(weights.state))
 
 
-def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
-    """Return a config's encoder, or the one for mirrored photos; published weights are fetched at their first use."""
+def load_encoder(config: FeaturesConfig, view: str = PHOTO) -> Encoder:
+    """Return a config's encoder, for a view of photos; published weights are fetched at their first use."""
     weights = read_weights(config.weights, config.layer, config.net)
     identity = _identity(config, weights.net, digest_weights(weights.state))
     net = NETS.get(config.weights)
@@ -226,7 +233,7 @@ def load_encoder(config: FeaturesConfig, mirrored: bool = False) -> Encoder:
             f"features.weights = '{config.weights}': digest {identity.weights_digest[:12]}, expected {known[:12]}; "
             f"delete {published_file(config.weights)} to fetch it again, or give the path of a weights file"
         )
-    return Encoder(identity.mirrored() if mirrored else identity, weights.state)
+    return Encoder(identity.of_view(view), weights.state)
 
 
 def encoder_at_hand(config: FeaturesConfig) -> bool:
@@ -238,5 +245,5 @@ def _identity(config: FeaturesConfig, net: NetName, weights_digest: str) -> Enco
     """Return the identity of an encoder with the preprocessing of a net and weights of this digest."""
     mean, std = PREPROCESSING[net]
     name = config.weights if config.weights in NETS else Path(config.weights).name
-    transform = _TRANSFORMS[config.resize, False]
+    transform = _RESIZES[config.resize]
     return EncoderIdentity(config.layer, config.pool, mean, std, weights_digest, name, config.size, transform)

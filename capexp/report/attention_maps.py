@@ -8,7 +8,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.captioning.captioner import Captioner
-from capexp.data.photos import read_photo, squash
+from capexp.data.photos import read_photo
 from capexp.errors import InputError
 from capexp.files import writing
 
@@ -27,7 +27,7 @@ def require_attention(captioner: Captioner) -> None:
 def attention_of(captioner: Captioner, photo: Path | bytes, caption: str) -> NDArray[np.float32]:
     """Return the attention weights over the grid, ``(T, side, side)``, for each word of a photo's caption."""
     encoder = captioner.encoder_identity
-    pixels = squash(read_photo(photo), encoder.size, encoder.resize)
+    pixels = encoder.photo_transform(read_photo(photo))
     (maps,) = captioner.attention_maps(captioner.use_encoder().encode([pixels]), [caption])
     return maps
 

@@ -41,6 +41,7 @@ if TYPE_CHECKING or __name__ != "__mp_main__":  # the processes that decode impo
 
     from capexp.data.cache import FeatureCache, cache_features
     from capexp.data.extraction import _batch_by_batch
+    from capexp.data.photo_transform import PhotoTransform
     from capexp.data.photos import find_photos
     from capexp.data.pixels import decode_by_processes, decode_by_threads, decoding_processes
     from capexp.data.vgg16 import load_encoder
@@ -157,8 +158,9 @@ def measure(
         return len(few)
 
     def decoding() -> int:
+        transform = PhotoTransform(PHOTO_SIZE)
         decoded = (
-            decode_by_processes(photos, PHOTO_SIZE, processes) if processes else decode_by_threads(photos, PHOTO_SIZE)
+            decode_by_processes(photos, transform, processes) if processes else decode_by_threads(photos, transform)
         )
         return sum(1 for _ in decoded)
 

@@ -16,7 +16,8 @@ from safetensors.numpy import load_file
 
 from capexp.captioning.bundle import FORMAT_VERSIONS, TrainingRecord
 from capexp.captioning.captioner import Caption, Captioner
-from capexp.data.photos import read_photo, squash
+from capexp.data.photo_transform import PhotoTransform
+from capexp.data.photos import read_photo
 from capexp.data.vgg16 import EncoderIdentity, identify, load_encoder
 from capexp.data.vgg16_weights import NETS
 from capexp.data.vocabulary import Vocabulary
@@ -212,7 +213,7 @@ def test_photos_are_squashed_to_the_captioners_own_size(vgg16: Path, scenes: Pat
     photo = min((scenes / "Scenes_Dataset").iterdir())
     captioner.use_encoder(str(vgg16))
     encoder = load_encoder(config).prepare(torch.device("cpu"), "auto")
-    features = encoder.encode([squash(read_photo(photo), 336)])
+    features = encoder.encode([PhotoTransform(336)(read_photo(photo))])
     assert captioner.caption_photos([photo]) == captioner.caption_features(features)
 
 
@@ -223,10 +224,10 @@ def test_photos_are_resized_as_the_captioner_was_trained(random_vgg16: Path, sce
     photo = min((scenes / "Scenes_Dataset").iterdir())
     encoder = captioner.use_encoder(str(random_vgg16))
     assert encoder.identity == captioner.encoder_identity
-    features = encoder.encode([squash(read_photo(photo), 96, "nearest")])
+    features = encoder.encode([PhotoTransform(96, "nearest")(read_photo(photo))])
     assert captioner.caption_photos([photo]) == captioner.caption_features(features)
     assert captioner.caption_photos([photo]) != captioner.caption_features(
-        encoder.encode([squash(read_photo(photo), 96, "bilinear")])
+        encoder.encode([PhotoTransform(96, "bilinear")(read_photo(photo))])
     )
 
 

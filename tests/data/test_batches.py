@@ -165,12 +165,15 @@ def test_caption_without_a_known_word_has_one_target() -> None:
     assert (made.targets, made.longest) == (3, 3)
 
 
+@pytest.mark.parametrize("others", [1, 3])
 @pytest.mark.parametrize("preloaded", [False, True])
-def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
-    batches: CaptionBatches, preloaded: bool
+def test_an_epoch_sees_each_photo_in_one_of_its_views_by_chance_and_measuring_in_none_but_itself(
+    batches: CaptionBatches, preloaded: bool, others: int
 ) -> None:
-    both = Features(RECORDS, ROWS).with_mirrored(Features(-1 - RECORDS, ROWS))  # mirrored photo i's features are -1 - i
-    made = CaptionBatches(SPLIT, VOCABULARY, both, BATCH_SIZE, batches.order)
+    features = Features(RECORDS, ROWS)
+    for other in range(1, others + 1):
+        features = features.with_view(Features(RECORDS - 500 * other, ROWS))  # as view k photo i has features i - 500 k
+    made = CaptionBatches(SPLIT, VOCABULARY, features, BATCH_SIZE, batches.order)
     if preloaded:
         made.preload(torch.device("cpu"))
     epochs = []
@@ -179,8 +182,9 @@ def test_an_epoch_sees_each_photo_mirrored_or_not_by_chance_and_measuring_never(
         assert Counter(caption for caption, _ in seen) == Counter(CAPTIONS)
         views = {photo_of(caption): photo for caption, photo in seen}
         assert all(views[photo_of(caption)] == photo for caption, photo in seen), "one view of a photo in an epoch"
-        assert all(view in (photo, -1 - photo) for photo, view in views.items())
-        assert sum(view < 0 for view in views.values()) == pytest.approx(PHOTOS / 2, rel=0.4)
+        kinds = Counter((photo - view) / 500 for photo, view in views.items())
+        assert sorted(kinds) == list(range(others + 1))
+        assert max(kinds.values()) < 1.8 * PHOTOS / (others + 1)
         shares = [batch for rank in (0, 1) for batch in made.epoch(1, number, World(rank, 2)) if batch.share]
         assert sorted(seen) == sorted(read(shares))
         epochs.append(views)

@@ -22,7 +22,8 @@ from PIL import Image
 
 from capexp.data.cache import FeatureCache, cache_features
 from capexp.data.features import Features
-from capexp.data.photos import digest_photos, read_photo, squash
+from capexp.data.photo_transform import PhotoTransform
+from capexp.data.photos import digest_photos, read_photo
 from capexp.data.vgg16 import Encoder, load_encoder
 from capexp.errors import InputError, Outage
 from capexp.settings import FeaturesConfig
@@ -95,7 +96,7 @@ def digests_in(cache: FeatureCache) -> list[bytes]:
 def test_features_equal_the_encoders_own(cache: FeatureCache, photos: list[Path], encoder: Encoder) -> None:
     features = cache.open(digest_photos(photos))
     assert (len(features), features.shape) == (4, (1, 512))
-    own = encoder.encode([squash(read_photo(photos[2]), 224)])
+    own = encoder.encode([PhotoTransform(224)(read_photo(photos[2]))])
     # Alone or in a batch, the network may add in another order.
     np.testing.assert_allclose(features.gather(np.array([2])), own, rtol=2e-2, atol=1e-1)
     distances = np.abs(all_of(features)[:, 0].astype(float) - own[0].astype(float)).mean(1)  # (4,)

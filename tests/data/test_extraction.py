@@ -15,7 +15,8 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.data.extraction import Result, compute_features
-from capexp.data.photos import read_photo, squash
+from capexp.data.photo_transform import PhotoTransform
+from capexp.data.photos import read_photo
 from capexp.data.pixels import (
     PHOTOS_PER_TASK,
     TASKS_PER_WORKER,
@@ -70,7 +71,7 @@ def flat(batches: Iterator[list[Result]]) -> list[Result]:
 def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: Encoder) -> None:
     photos = write_photos(tmp_path / "photos", 5)
     photos[1].write_text("no picture")
-    own = iter(encoder.encode(list(pixels_of(decode_by_threads(photos, SIZE)))).astype(np.float32))
+    own = iter(encoder.encode(list(pixels_of(decode_by_threads(photos, PhotoTransform(SIZE))))).astype(np.float32))
     results = [flat(compute_features(photos, encoder, 3, processes)) for processes in (0, 2)]
     for i, (alone, shared) in enumerate(zip(*results, strict=True)):
         if i == 1:
@@ -88,10 +89,10 @@ def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: 
 @pytest.mark.parametrize("resize", ["bilinear", "nearest"])
 def test_processes_decode_as_threads_do(tmp_path: Path, resize: PhotoResize) -> None:
     photos = write_photos(tmp_path / "photos", 3 * PHOTOS_PER_TASK + 5)
-    by_threads = pixels_of(decode_by_threads(photos, SIZE, resize))
+    by_threads = pixels_of(decode_by_threads(photos, PhotoTransform(SIZE, resize)))
     assert len(by_threads) == len(photos) and not np.array_equal(by_threads[0], by_threads[1])
-    assert np.array_equal(by_threads[0], squash(read_photo(photos[0]), SIZE, resize))
-    assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, SIZE, 2, resize)))
+    assert np.array_equal(by_threads[0], PhotoTransform(SIZE, resize)(read_photo(photos[0])))
+    assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, PhotoTransform(SIZE, resize), 2)))
 
 
 @pytest.mark.usefixtures("three_threads")
@@ -99,8 +100,8 @@ def test_features_are_those_of_photos_resized_as_the_encoder_says(tmp_path: Path
     photos = write_photos(tmp_path / "photos", 3, 300, 200)
     config = FeaturesConfig(layer="conv5_3", pool="mean", size=SIZE, resize="nearest", weights=str(random_vgg16))
     encoder = load_encoder(config).prepare(torch.device("cpu"), "float32")
-    expected = encoder.encode([squash(read_photo(photo), SIZE, "nearest") for photo in photos])
-    other = encoder.encode([squash(read_photo(photo), SIZE, "bilinear") for photo in photos])
+    expected = encoder.encode([PhotoTransform(SIZE, "nearest")(read_photo(photo)) for photo in photos])
+    other = encoder.encode([PhotoTransform(SIZE, "bilinear")(read_photo(photo)) for photo in photos])
     for processes in (0, 2):
         for i, result in enumerate(flat(compute_features(photos, encoder, 3, processes))):
             assert not isinstance(result, InputError)
@@ -128,7 +129,11 @@ class Taken:
 def test_decoding_is_ahead_and_never_far_ahead(tmp_path: Path, processes: int, most: int) -> None:
     """So many photos are in memory at most, whatever their number, and when it ends early, nothing is left."""
     photos = Taken(write_photos(tmp_path / "photos", 1) * 10_000)
-    decoded = decode_by_processes(photos, SIZE, processes) if processes else decode_by_threads(photos, SIZE)
+    decoded = (
+        decode_by_processes(photos, PhotoTransform(SIZE), processes)
+        if processes
+        else decode_by_threads(photos, PhotoTransform(SIZE))
+    )
     ahead = []
     for taken in range(5 * most):
         next(decoded)
@@ -186,7 +191,7 @@ def test_few_photos_are_worth_no_processes(monkeypatch: pytest.MonkeyPatch) -> N
 
 
 def test_killed_process_is_an_outage(tmp_path: Path) -> None:
-    decoded = decode_by_processes(write_photos(tmp_path / "photos", 1) * 10_000, SIZE, 2)
+    decoded = decode_by_processes(write_photos(tmp_path / "photos", 1) * 10_000, PhotoTransform(SIZE), 2)
     next(decoded)
     child = next(child for child in psutil.Process().children() if "spawn_main" in " ".join(child.cmdline()))
     child.kill()
@@ -197,10 +202,11 @@ def test_killed_process_is_an_outage(tmp_path: Path) -> None:
 DECODE = """
 import sys
 from pathlib import Path
+from capexp.data.photo_transform import PhotoTransform
 from capexp.data.pixels import decode_by_processes
 
 if __name__ == "__main__":
-    for pixels in decode_by_processes([Path(sys.argv[1])] * 1_000_000, 224, 2):
+    for pixels in decode_by_processes([Path(sys.argv[1])] * 1_000_000, PhotoTransform(224), 2):
         print("decoded", flush=True)
 """
 

@@ -11,12 +11,11 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-import torch
 from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.data import photos
-from capexp.data.photos import digest_photos, find_photos, read_photo, require_readable, squash
+from capexp.data.photos import digest_photos, find_photos, read_photo, require_readable
 from capexp.errors import InputError
 
 RED, BLUE, WHITE = (255, 0, 0), (0, 0, 255), (255, 255, 255)
@@ -172,31 +171,6 @@ def test_missing_file_and_folder_are_refused_by_name(tmp_path: Path) -> None:
 def test_bytes_that_are_no_picture_are_refused_in_one_line() -> None:
     with pytest.raises(InputError, match=r"^the photo: [^\n]*not a picture[^\n]*$"):
         read_photo(b"nothing")
-
-
-def test_squash_leaves_a_photo_of_the_size_untouched() -> None:
-    pixels = noise(224, 224)
-    assert np.array_equal(squash(Image.fromarray(pixels), 224), pixels)
-
-
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (60, 900), (32, 32)])
-def test_squash_is_bilinear_and_antialiased_over_the_whole_photo(width: int, height: int) -> None:
-    image = Image.fromarray(noise(width, height))
-    squashed = squash(image, 224)
-    assert squashed.shape == (224, 224, 3) and squashed.dtype == np.uint8
-    assert np.array_equal(squashed, np.asarray(image.resize((224, 224), Image.Resampling.BILINEAR)))
-    pixels = torch.from_numpy(np.asarray(image).copy()).permute(2, 0, 1)[None].double()  # (1, 3, height, width)
-    exact = torch.nn.functional.interpolate(pixels, (224, 224), mode="bilinear", antialias=True)[0]
-    assert np.abs(exact.permute(1, 2, 0).numpy() - squashed).max() <= 2  # Pillow rounds after each direction
-
-
-@pytest.mark.parametrize(("width", "height"), [(500, 375), (375, 500), (60, 900), (32, 32), (224, 224)])
-def test_squash_by_nearest_neighbour_is_pillows_own_as_in_keras(width: int, height: int) -> None:
-    image = Image.fromarray(noise(width, height))
-    squashed = squash(image, 224, "nearest")
-    assert np.array_equal(squashed, np.asarray(image.resize((224, 224), Image.Resampling.NEAREST)))
-    colours = {tuple(colour) for colour in np.asarray(image).reshape(-1, 3)}
-    assert {tuple(colour) for colour in squashed.reshape(-1, 3)} <= colours, "no colour is mixed"
 
 
 def test_digest_is_sha256_of_the_file(tmp_path: Path) -> None:

@@ -16,6 +16,7 @@ from PIL import Image
 from pydantic import ValidationError
 from torch import Tensor, nn
 
+from capexp.data.photo_transform import MIRROR, PHOTO, PhotoTransform, crop_view
 from capexp.data.vgg16 import EncoderIdentity, encoder_at_hand, identify, load_encoder
 from capexp.data.vgg16_weights import NETS
 from capexp.errors import InputError
@@ -98,9 +99,10 @@ def test_bfloat16_stays_within_three_percent(vgg16: Path, scenes: Path) -> None:
 
 def test_features_of_mirrored_photos_are_those_of_photos_turned_round(vgg16: Path, scenes: Path) -> None:
     photos = two_photos(scenes)
-    encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=str(vgg16)), mirrored=True).prepare(CPU, "float32")
-    turned = [np.ascontiguousarray(photo[:, ::-1]) for photo in photos]
-    np.testing.assert_array_equal(encoder.encode(photos), encoded(str(vgg16), "none", "float32", turned))
+    encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=str(vgg16)), MIRROR).prepare(CPU, "float32")
+    turned = [encoder.identity.photo_transform(Image.fromarray(photo)) for photo in photos]
+    np.testing.assert_array_equal(turned, [photo[:, ::-1] for photo in photos])
+    np.testing.assert_array_equal(encoder.encode(turned), encoded(str(vgg16), "none", "float32", turned))
 
 
 def test_weights_digest_is_the_recorded_one_so_both_names_are_one_encoder(vgg16: Path) -> None:
@@ -131,27 +133,37 @@ def test_key_depends_on_all_that_decides_features_and_not_on_where_the_weights_l
         replace(made, std=(2.0, 1.0, 1.0)),
         replace(made, weights_digest="1" * 64),
         replace(made, size=336),
-        made.mirrored(),
+        made.of_view(MIRROR),
+        made.of_view(crop_view(1)),
+        made.of_view(crop_view(2)),
         replace(made, transform="squash-nearest"),
-        replace(made, transform="squash-nearest").mirrored(),
+        replace(made, transform="squash-nearest").of_view(MIRROR),
     )
     assert made.key() == replace(made, weights="b.pth").key()
-    assert len({made.key(), *(other.key() for other in others)}) == 10
+    assert len({made.key(), *(other.key() for other in others)}) == 12
 
 
 def test_keys_of_encoders_from_before_there_was_a_choice_of_resizing_are_the_same() -> None:
     """Caches and bundles that exist are found by these."""
     identity = identify(FeaturesConfig(layer="conv5_3", pool="mean", weights="IMAGENET1K_FEATURES"))
-    assert (identity.key(), identity.mirrored().key()) == ("c49d5d31a6c9b637", "5040383a03572e90")
+    assert (identity.key(), identity.of_view(MIRROR).key()) == ("c49d5d31a6c9b637", "5040383a03572e90")
 
 
 @pytest.mark.parametrize("resize", ["bilinear", "nearest"])
-def test_a_mirrored_encoder_resizes_as_the_other(resize: PhotoResize) -> None:
-    config = FeaturesConfig(layer="conv5_3", weights="IMAGENET1K_FEATURES", resize=resize)
-    identity = identify(config)
-    assert (identity.resize, identity.is_mirrored) == (resize, False)
-    assert (identity.mirrored().resize, identity.mirrored().is_mirrored) == (resize, True)
-    assert identity.mirrored().mirrored() == identity.mirrored()
+def test_the_encoder_of_a_view_resizes_as_the_other(resize: PhotoResize) -> None:
+    identity = identify(FeaturesConfig(layer="conv5_3", weights="IMAGENET1K_FEATURES", resize=resize))
+    assert identity.photo_transform == PhotoTransform(224, resize)
+    for view in (MIRROR, crop_view(1), crop_view(99)):
+        other = identity.of_view(view)
+        assert (other.view, other.photo_transform) == (view, PhotoTransform(224, resize, view))
+        assert other.of_view(view) == other
+        assert other.of_view(PHOTO) == identity
+
+
+@pytest.mark.parametrize("transform", ["", "squash", "squash-nearest-crop0", "squash-nearest-turned", "crop1"])
+def test_an_unknown_transform_is_refused(transform: str) -> None:
+    with pytest.raises(ValueError, match=f"transform '{transform}' is unknown"):
+        EncoderIdentity("conv5_3", "mean", OXFORD_MEAN, (1.0, 1.0, 1.0), "0" * 64, "a.pth", transform=transform)
 
 
 def refusal(weights: str | Path) -> str:

@@ -80,7 +80,7 @@ class Noise:
             Features(rng.random((photos, places, 512), np.float32).astype(np.float16), np.arange(photos))
             for _ in range(2)
         )
-        self.features = plain.with_mirrored(mirrored)
+        self.features = plain.with_view(mirrored)
         self.encoder = identity("max3", 144) if decoder == "attention" else identity("mean")
         self.model = ModelConfig.model_validate(
             {"decoder": decoder, "embedding_size": 24, "lstm_units": 24, "attention_size": 8, "dropout": dropout}
