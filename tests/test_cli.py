@@ -129,6 +129,7 @@ def test_help_imports_nothing_heavy(command: str) -> None:
     assert f"python -m capexp.{command}" in printed
 
 
+@pytest.mark.slow
 def test_a_caption_from_a_bundle_imports_neither_trackers_nor_compilers(tmp_path: Path, scenes: Path) -> None:
     photo = next(iter(sorted((scenes / "Scenes_Dataset").glob("*.jpg"))))
     assert imported("caption", "--model", str(bundle_with_encoder(tmp_path)), str(photo)) == "[]"

@@ -195,7 +195,9 @@ def test_captions_are_chosen_as_counted_one_by_one(weight: float) -> None:
     assert found != decode(decoder, features, WORDS, config.model_copy(update={"neighbours": 0}))
 
 
-@pytest.mark.parametrize("kind", ["merge", "attention", "ensemble"])
+@pytest.mark.parametrize(
+    "kind", ["merge", *(pytest.param(kind, marks=pytest.mark.slow) for kind in ("attention", "ensemble"))]
+)
 def test_captions_of_neighbours_may_be_chosen_with_the_probability_that_they_have(kind: str) -> None:
     decoder, positions = decoder_of(kind)
     neighbours, features = some_neighbours(positions=positions)

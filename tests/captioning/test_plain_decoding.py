@@ -6,6 +6,7 @@ from typing import Literal
 import numpy as np
 import pytest
 import torch
+from cases import combined
 from teacher_forcing import logits_of
 
 from capexp.captioning.consensus import Tokens, agreement
@@ -130,9 +131,9 @@ def plain(decoder: Decoder, photo: torch.Tensor, config: DecodingConfig) -> list
     return [beam[i] for i in np.argsort(-score, kind="stable")]
 
 
-@pytest.mark.parametrize("config", CONFIGS.values(), ids=CONFIGS)
-@pytest.mark.parametrize("kind", ["merge", "attention", "ensemble"])
-def test_captions_are_those_of_the_plain_way(kind: str, config: DecodingConfig) -> None:
+@pytest.mark.parametrize(("kind", "way"), combined(["attention", "merge", "ensemble"], list(CONFIGS)))
+def test_captions_are_those_of_the_plain_way(kind: str, way: str) -> None:
+    config = CONFIGS[way]
     decoder, positions = decoder_of(kind)
     features = 5 * torch.randn(5, positions, 5, generator=torch.Generator().manual_seed(4))
     found = decode(decoder, features, WORDS, config)

@@ -426,7 +426,10 @@ def test_a_name_that_stands_twice_is_refused(tmp_path: Path) -> None:
         unpack(tmp_path / "x.zip", tmp_path / "out", ("photos",))
 
 
-METHODS = [zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED, zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA]
+METHODS = [
+    *(zipfile.ZIP_STORED, zipfile.ZIP_DEFLATED),
+    *(pytest.param(method, marks=pytest.mark.slow) for method in (zipfile.ZIP_BZIP2, zipfile.ZIP_LZMA)),
+]
 
 
 @pytest.mark.parametrize("method", METHODS)

@@ -95,6 +95,7 @@ def test_processes_decode_as_threads_do(tmp_path: Path, resize: PhotoResize) -> 
     assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, PhotoTransform(SIZE, resize), 2)))
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("three_threads")
 def test_features_are_those_of_photos_resized_as_the_encoder_says(tmp_path: Path, random_vgg16: Path) -> None:
     photos = write_photos(tmp_path / "photos", 3, 300, 200)

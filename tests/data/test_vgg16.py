@@ -75,7 +75,14 @@ def test_published_weights_have_the_file_names_that_torchvision_gives_them() -> 
 
 @pytest.mark.parametrize(
     ("pool", "size", "positions"),
-    [("mean", 224, 1), ("max2", 224, 49), ("none", 224, 196), ("max3", 336, 49), ("mean", 336, 1), ("none", 96, 36)],
+    [
+        ("max2", 224, 49),
+        ("none", 96, 36),
+        *(
+            pytest.param(*values, marks=pytest.mark.slow)
+            for values in (("mean", 224, 1), ("none", 224, 196), ("max3", 336, 49), ("mean", 336, 1))
+        ),
+    ],
 )
 def test_features_equal_a_plain_torchvision_forward(
     vgg16: Path, scenes: Path, pool: Pool, size: int, positions: int

@@ -1,14 +1,16 @@
 """Laws of the training loop, on data small enough to train in a second."""
 
-from collections.abc import Callable, Generator
+from collections.abc import Callable, Generator, Sequence
 from contextlib import suppress
 from dataclasses import replace
 from functools import partial
 from itertools import count
 from pathlib import Path
+from typing import Any
 
 import pytest
 import torch
+from cases import combined
 from small import CONFIG, Kind, checkpoints_in, losses, small, started, with_epochs
 
 from capexp.captioning.captioner import Captioner
@@ -21,7 +23,9 @@ from capexp.training.loop import Epoch
 from capexp.training.steps import CapturedSteps, PackedSteps
 from capexp.training.teacher_forcing import CrossEntropy
 
-kinds = pytest.mark.parametrize(("decoder", "order"), [("merge", "captions"), ("attention", "photos")])
+KINDS = [("merge", "captions"), ("attention", "photos")]
+WAYS = {"packed": PackedSteps, "as on a GPU": CapturedSteps}
+kinds = pytest.mark.parametrize(("decoder", "order"), KINDS)
 
 
 class Task:
@@ -38,11 +42,18 @@ class Task:
         return list(self.started(config, seed))
 
 
-@pytest.fixture(params=[PackedSteps, CapturedSteps], ids=["packed", "as on a GPU"])
+@pytest.fixture
 def way(request: pytest.FixtureRequest, monkeypatch: pytest.MonkeyPatch) -> None:
-    """Each way to take steps."""
+    """A way to take steps, by its name."""
 
-    monkeypatch.setattr("small.CrossEntropy", partial(CrossEntropy, make_steps=request.param))
+    monkeypatch.setattr("small.CrossEntropy", partial(CrossEntropy, make_steps=WAYS[request.param]))
+
+
+def by_way(names: str, *axes: Sequence[Any]) -> pytest.MarkDecorator:
+    """Parametrise a test by decoder, order and further axes, in each way to take steps."""
+    return pytest.mark.parametrize(
+        f"way, decoder, order, {names}", combined(list(WAYS), KINDS, *axes), indirect=["way"]
+    )
 
 
 @kinds
@@ -67,9 +78,8 @@ def test_training_leaves_torchs_generator_as_it_was(tmp_path: Path) -> None:
     assert torch.equal(torch.rand(2), expected)
 
 
+@by_way("stop_after, average", [(1, 0.0), (2, 0.9), (3, 0.0)])
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize(("stop_after", "average"), [(1, 0.0), (2, 0.9), (3, 0.0)])
-@kinds
 def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
     tmp_path: Path, decoder: Kind, order: Order, average: float, stop_after: int
 ) -> None:
@@ -89,9 +99,8 @@ def test_stopped_and_resumed_it_gives_the_losses_of_the_undisturbed_training(
     assert (whole / "decoder.safetensors").read_bytes() == (parts / "decoder.safetensors").read_bytes()
 
 
+@by_way("average", [0.0, 0.9])
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("average", [0.0, 0.9])
-@kinds
 def test_stopped_after_every_state_it_gives_the_losses_of_the_undisturbed_training(
     tmp_path: Path, decoder: Kind, order: Order, average: float
 ) -> None:
@@ -138,9 +147,8 @@ def test_within_an_epoch_the_seconds_of_all_sittings_count(tmp_path: Path) -> No
     assert 0 < state["progress"]["seconds"] < epoch.seconds
 
 
+@by_way("average", [0.0, 0.9])
 @pytest.mark.usefixtures("way")
-@pytest.mark.parametrize("average", [0.0, 0.9])
-@kinds
 def test_the_bundle_on_disk_is_the_epoch_its_name_tells(
     tmp_path: Path, decoder: Kind, order: Order, average: float
 ) -> None:

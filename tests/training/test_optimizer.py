@@ -36,6 +36,7 @@ def test_its_steps_and_states_are_those_of_torchs_own(
             torchs.load_state_dict(own_state)
 
 
+@pytest.mark.slow
 def test_an_epoch_does_not_import_torchs_compiler() -> None:
     program = """
 import sys, torch

@@ -205,6 +205,7 @@ def test_rewards_grow_with_captured_steps_as_with_packed_ones(device: torch.devi
     assert (difference <= 2 * np.maximum(packed.std(0), captured.std(0))).all()
 
 
+@pytest.mark.slow
 @devices
 def test_an_optimizers_state_goes_from_steps_of_one_kind_to_the_other(device: torch.device) -> None:
     task = Task("attention")

@@ -258,6 +258,7 @@ def test_rewards_grow_and_dev_captions_with_them(tmp_path: Path) -> None:
     assert dev_cider(Captioner.load(best), *data("dev", 20, 2)) == max(ciders)
 
 
+@pytest.mark.slow
 def test_peoples_captions_hold_the_likelihood_that_the_score_alone_gives_away(tmp_path: Path) -> None:
     (alone, *_), (held, *_) = (list(Task(tmp_path / str(weight), weight).started(4))[::-1] for weight in (0.0, 0.5))
     assert held.dev_loss < 0.8 * alone.dev_loss
@@ -275,7 +276,7 @@ def test_where_nothing_is_better_the_first_phases_captioner_stays(tmp_path: Path
         assert Captioner.load(best).digest() == digest
 
 
-@pytest.mark.parametrize("stop_after", [1, 2])
+@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 2])
 def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)

@@ -7,6 +7,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from cases import combined
 from recorded import RecordedGraphs, as_on_a_gpu
 from small import CPU, Noise, waits_for_gpu
 
@@ -124,7 +125,7 @@ def test_captured_steps_are_the_same_when_taken_again(device: torch.device) -> N
     assert once != pytest.approx([step.loss.item() for step in others.of_epoch(1)], rel=1e-4)
 
 
-@kinds
+@pytest.mark.parametrize(("decoder", "order"), combined(["merge", "attention"], ["captions", "photos"]))
 def test_what_a_graph_replays_is_what_the_step_computes(decoder: str, order: Order) -> None:
     """Held against a recorder on the CPU, with dropout: nothing of an earlier step is left in a replay."""
     task = Task(decoder, order, dropout=0.3)
