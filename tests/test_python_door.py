@@ -23,7 +23,7 @@ WORDS = Vocabulary(("dog", "runs", "snow", "a", "the"), "standard", "token", "wo
 
 
 def saved(folder: Path, weights: Path, **model: object) -> Path:
-    config = FeaturesConfig(layer="conv5_3", pool="max2", weights=str(weights))
+    config = FeaturesConfig(layer="conv5_3", pool="max2", size=96, weights=str(weights))
     small = ModelConfig.model_validate({"embedding_size": 8, "lstm_units": 8} | model)
     captioner = Captioner.fresh(small, WORDS, identify(config), DecodingConfig(maximum_length=5), seed=3)
     return captioner.save(folder)
@@ -91,7 +91,7 @@ def test_an_attention_captioner_tells_where_it_looked(
 ) -> None:
     caption = captioner(photo)
     assert caption.attention is not None
-    assert caption.attention.shape == (len(caption.text.split()), 7, 7)
+    assert caption.attention.shape == (len(caption.text.split()), 3, 3)
     assert caption.attention.sum((1, 2)) == pytest.approx(1, abs=1e-5)
     config = FeaturesConfig(layer="conv5_3", pool="mean", weights=str(random_vgg16))
     small = ModelConfig(embedding_size=8, lstm_units=8)

@@ -207,13 +207,13 @@ def test_photos_get_captions_and_bad_ones_their_error(vgg16: Path, scenes: Path)
 
 
 def test_photos_are_squashed_to_the_captioners_own_size(vgg16: Path, scenes: Path) -> None:
-    config = FeaturesConfig(layer="conv5_3", pool="max3", size=336, weights=str(vgg16))
+    config = FeaturesConfig(layer="conv5_3", pool="max3", size=144, weights=str(vgg16))
     small = ModelConfig(decoder="attention", embedding_size=8, lstm_units=8)
     captioner = Captioner.fresh(small, WORDS, identify(config), DecodingConfig(maximum_length=6), 1)
     photo = min((scenes / "Scenes_Dataset").iterdir())
     captioner.use_encoder(str(vgg16))
     encoder = load_encoder(config).prepare(torch.device("cpu"), "auto")
-    features = encoder.encode([PhotoTransform(336)(read_photo(photo))])
+    features = encoder.encode([PhotoTransform(144)(read_photo(photo))])
     assert captioner.caption_photos([photo]) == captioner.caption_features(features)
 
 

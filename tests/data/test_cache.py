@@ -26,14 +26,15 @@ from capexp.data.photo_transform import PhotoTransform
 from capexp.data.photos import digest_photos, read_photo
 from capexp.data.vgg16 import Encoder, load_encoder
 from capexp.errors import InputError, Outage
-from capexp.settings import FeaturesConfig
+from capexp.settings import FeaturesConfig, PhotoSize
 
+SIZE: PhotoSize = 96  # of photos, for speed
 HEADER, RECORD = 4096, 32 + 4 + 2 * 512  # bytes: digest, checksum, features of pool "mean"
 
 
 @pytest.fixture(scope="module")
 def encoder(random_vgg16: Path) -> Encoder:
-    config = FeaturesConfig(layer="conv5_3", pool="mean", weights=str(random_vgg16))
+    config = FeaturesConfig(layer="conv5_3", pool="mean", size=SIZE, weights=str(random_vgg16))
     return load_encoder(config).prepare(torch.device("cpu"), "auto")
 
 
@@ -96,7 +97,7 @@ def digests_in(cache: FeatureCache) -> list[bytes]:
 def test_features_equal_the_encoders_own(cache: FeatureCache, photos: list[Path], encoder: Encoder) -> None:
     features = cache.open(digest_photos(photos))
     assert (len(features), features.shape) == (4, (1, 512))
-    own = encoder.encode([PhotoTransform(224)(read_photo(photos[2]))])
+    own = encoder.encode([PhotoTransform(SIZE)(read_photo(photos[2]))])
     # Alone or in a batch, the network may add in another order.
     np.testing.assert_allclose(features.gather(np.array([2])), own, rtol=2e-2, atol=1e-1)
     distances = np.abs(all_of(features)[:, 0].astype(float) - own[0].astype(float)).mean(1)  # (4,)

@@ -213,7 +213,12 @@ BOMBS = {
 }
 
 
-@pytest.mark.parametrize("name", BOMBS)
+SLOW_BOMBS = ("tuples in tuples as a key", "tuples in tuples as an order", "one list made a table often")
+
+
+@pytest.mark.parametrize(
+    "name", [pytest.param(name, marks=pytest.mark.slow if name in SLOW_BOMBS else ()) for name in BOMBS]
+)
 def test_claims_of_memory_and_time_are_refused(path: Path, name: str) -> None:
     start = time.thread_time()
     refusal(path, BOMBS[name])
