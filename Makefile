@@ -8,7 +8,7 @@ export PATH := $(CURDIR)/$(BIN):$(PATH)
 
 help:
 	@echo "make demo      train, track and register a captioner on the embedded scenes"
-	@echo "make test      the default tests, four to six minutes"
+	@echo "make test      the default tests, about three minutes"
 	@echo "make test-all  real data, real services and long runs too"
 	@echo "make bench     speed and memory against rivals and the arithmetic; tells what fell behind"
 	@echo "make soak      more cases of the slow tests, then kills and faults at random moments; more than an hour"
@@ -43,10 +43,11 @@ demo: .venv/installed
 	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
-# More tests at a time than two cores can run: some wait for a disk, a server or a process. Python keeps what pytest
-# has compiled, whatever the environment says.
+# More tests at a time than two cores can run: some wait for a disk, a server or a process, most of all slow ones. Python
+# keeps what pytest has compiled, whatever the environment says.
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest --dist worksteal --numprocesses $(AT_ONCE)
 AT_ONCE = 4
+test: AT_ONCE = 3
 
 test: .venv/installed-test
 	$(PYTEST) -m "not slow"

@@ -68,6 +68,7 @@ def test_store_experiment_data_features_and_bundle_may_all_have_such_names(
     assert {path.name for path in tmp_path.iterdir()} == {folder.path.name, elsewhere.name}
 
 
+@pytest.mark.slow
 @pytest.mark.parametrize("words", [("train",), ("tune", "--trials", "1")])
 def test_a_folder_that_mlflow_mistakes_is_refused_in_one_line(tmp_path: Path, words: tuple[str, ...]) -> None:
     folder = Folder(tmp_path / "a%20b")

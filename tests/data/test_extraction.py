@@ -67,6 +67,7 @@ def flat(batches: Iterator[list[Result]]) -> list[Result]:
     return [result for batch in batches for result in batch]
 
 
+@pytest.mark.slow
 @pytest.mark.usefixtures("three_threads")
 def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: Encoder) -> None:
     photos = write_photos(tmp_path / "photos", 5)

@@ -223,6 +223,7 @@ def test_p_is_below_a_twentieth_about_once_in_twenty_where_there_is_no_differenc
     assert 2 <= small <= 22
 
 
+@pytest.mark.slow
 @given(several_photos)
 @settings(max_examples=100, deadline=None)
 def test_the_tutorials_bleu_equals_nltk(photos: Photos) -> None:

@@ -276,7 +276,8 @@ def test_where_nothing_is_better_the_first_phases_captioner_stays(tmp_path: Path
         assert Captioner.load(best).digest() == digest
 
 
-@pytest.mark.parametrize("stop_after", [pytest.param(1, marks=pytest.mark.slow), 2])
+@pytest.mark.slow
+@pytest.mark.parametrize("stop_after", [1, 2])
 def test_stopped_and_resumed_it_gives_the_epochs_of_the_undisturbed_training(tmp_path: Path, stop_after: int) -> None:
     torch.manual_seed(3)
     expected = torch.rand(2)
