@@ -43,7 +43,7 @@ demo: .venv/installed
 	GOMP_SPINCOUNT=10000 MLFLOW_EXPERIMENT_NAME=scenes mlflow run . --env-manager local
 	@echo 'These commands are found with:  export PATH="$$PWD/.venv/bin:$$PATH"'
 
-# More tests at a time than two cores can run: some wait for a disk, a server or a process, most of all slow ones. Python
+# More tests at a time than two cores can run: some wait for a disk, a server or a process, above all slow ones. Python
 # keeps what pytest has compiled, whatever the environment says.
 PYTEST = OMP_NUM_THREADS=1 PYTHONDONTWRITEBYTECODE= python -m pytest --dist worksteal --numprocesses $(AT_ONCE)
 AT_ONCE = 4

@@ -232,11 +232,11 @@ class FeaturesConfig(Section):
     batch_size: int = Field(default=32, ge=1, le=100_000)
     """Photos per batch of the extraction."""
     mirror: bool = False
-    """Whether a train photo's mirror image (left to right) is one of its views. In each epoch each photo is one of its
-    views by chance: the photo itself, its mirror image, or one of its crops."""
+    """Whether each train photo's mirror image (left to right) is a further view of it. An epoch takes one view of each
+    photo by chance: itself, its mirror image, or one of its crops."""
     crops: int = Field(default=0, ge=0, le=99)
-    """Random crops of each train photo that are further views of it: 0.6 to 1 of its area, mirrored with probability
-    1/2, and with brightness, contrast and colour changed by up to a fifth."""
+    """Number of random crops of each train photo that are further views of it: 0.6 to 1 of its area, mirrored with
+    probability 1/2, and with brightness, contrast and colour changed by up to a fifth."""
 
     @property
     def shape(self) -> tuple[int, int]:
@@ -567,9 +567,9 @@ class Experiment(Section):
     name: str = Field(pattern=NAME)
     """Name of the run and of the experiment in MLflow."""
     seed: int = Field(default=1, ge=0, lt=2**31)
-    """Seed of initial weights, dropout, the order of each epoch, mirroring, the samples of the self-critical phase, the
-    study's sampler, the shuffled (image-blind) baseline and bootstrap intervals. The same seed gives the same
-    losses."""
+    """Seed of initial weights, dropout, the order of each epoch, the views of photos, the samples of the self-critical
+    phase, the study's sampler, the shuffled (image-blind) baseline and bootstrap intervals. The same seed gives the
+    same losses."""
     captions: CaptionsConfig
     vocabulary: VocabularyConfig = Field(default_factory=VocabularyConfig)
     features: FeaturesConfig = Field(default_factory=FeaturesConfig)

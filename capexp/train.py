@@ -157,6 +157,9 @@ def _print_dry_run(experiment: "Experiment", data: "Dataset") -> None:
     uncached = data.count_uncached()
     photos = sum(len(split.photos) for split in data.splits.values())
     print(f"dry run: settings and data are fine; {uncached:,} of {photos:,} photos have no features yet")
+    views = 1 + experiment.features.mirror + experiment.features.crops
+    if uncached and views > 1:
+        print(f"each train photo has {views} views, and features of each are computed")
     if not experiment.features.from_photos:
         print(f"features come from {data.encoder}")
     elif uncached and not encoder_at_hand(experiment.features):

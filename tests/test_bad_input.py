@@ -754,7 +754,7 @@ def runs() -> list[tuple[str, str]]:
     if not Path("mlflow.db").is_file() or not Path("mlflow.db").read_bytes().startswith(b"SQLite"):
         return []
     with closing(sqlite3.connect("mlflow.db")) as database:  # MLflow would take longer than most of the commands
-        return database.execute("select run_uuid, status from runs order by run_uuid").fetchall()
+        return database.execute("select run_uuid, status || lifecycle_stage from runs order by 1").fetchall()
 
 
 @pytest.mark.parametrize("name", ROWS)

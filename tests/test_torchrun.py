@@ -16,7 +16,7 @@ from tracking_server import free_port
 from user_folder import Folder, wait_for
 
 from capexp.data.cache import FeatureCache
-from capexp.data.photo_transform import MIRROR
+from capexp.data.photo_transform import MIRROR, PHOTO, crop_view
 from capexp.data.photos import digest_photos
 from capexp.data.vgg16 import identify
 from capexp.settings import FeaturesConfig
@@ -159,7 +159,7 @@ def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Fo
     (folder.path / "dev.txt").write_text("\n".join(names[6:]))
     settings = (
         *("--experiment", "own-photos", "--captions.root", "."),
-        *("--features.weights", str(random_vgg16), "--features.mirror", "true"),
+        *("--features.weights", str(random_vgg16), "--features.mirror", "true", "--features.crops", "1"),
     )
     ranks(folder, "extract", *settings, "--features.cache", "together", "--training.device", "cpu")
     folder.run("extract", *settings, "--features.cache", "alone", "--training.device", "cpu")
@@ -168,7 +168,8 @@ def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Fo
         {"layer": "conv5_3", "pool": made.name.split("-")[1], "weights": str(random_vgg16)}
     )
     digests = digest_photos([folder.path / "photos" / name for name in names])
-    for identity, count in ((identify(config), 9), (identify(config).of_view(MIRROR), 6)):
+    for view, count in ((PHOTO, 9), (MIRROR, 6), (crop_view(1), 6)):
+        identity = identify(config).of_view(view)
         ours, theirs = (
             FeatureCache(folder.path / one, identity).open(digests[:count]).gather(np.arange(count))
             for one in ("together", "alone")

@@ -25,7 +25,7 @@ from typing import Annotated, Any, Literal, TypeVar
 
 import numpy as np
 import torch
-from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError
+from pydantic import BaseModel, ConfigDict, Discriminator, Field, Tag, TypeAdapter, ValidationError, field_validator
 from safetensors import SafetensorError, safe_open
 from safetensors.numpy import save_file as save_arrays
 from safetensors.torch import load_file, save_file
@@ -89,6 +89,13 @@ class Settings(BaseModel):
     training: TrainingRecord | None
     splits: PhotosBySplit | None = None
     """The photos of each split, if they were drawn at random; left out of the file otherwise."""
+
+    @field_validator("encoder")
+    @classmethod
+    def _takes_photos_as_they_are(cls, encoder: EncoderIdentity | FileIdentity) -> EncoderIdentity | FileIdentity:
+        if isinstance(encoder, EncoderIdentity) and encoder.view:
+            raise ValueError(f"the encoder is for view {encoder.view} of photos")
+        return encoder
 
     @property
     def models(self) -> tuple[ModelConfig, ...]:

@@ -304,8 +304,7 @@ def _read(experiment: Experiment, captioner: Captioner, split: SplitName) -> Dat
     names: tuple[SplitName, ...] = (split,)
     if _lacks_neighbours(captioner):
         names = tuple(dict.fromkeys((split, "train")))
-        other_views = {"features.mirror": False, "features.crops": 0}  # which photos are not compared with
-        experiment = replace_settings(experiment, other_views)
+    experiment = replace_settings(experiment, {"features.mirror": False, "features.crops": 0})  # photos as they are
     return Dataset.read(experiment, names, captioner.vocabulary, captioner.splits)
 
 

@@ -1,8 +1,8 @@
 """Teacher-forced batches: captions in random order, with the features of their photos.
 
 Packed batches have no padding. Padded batches all have the same number of captions and are gathered on a device that
-holds all captions and features. Both can be sharded across ranks. A view is a photo or its mirror image
-(:mod:`capexp.data.features`).
+holds all captions and features. Both can be sharded across ranks. A view is a photo, its mirror image or a
+crop (:mod:`capexp.data.features`).
 
 Shapes: B captions, N photos, K captions of a photo, M targets, T steps, S batches of an epoch, P grid positions,
 F feature.

@@ -390,13 +390,18 @@ def _full_digest(stored: bytes) -> bytes:
 
 
 def cache_features(
-    photos: list[Path], cache: FeatureCache, load: Callable[[], Encoder], batch_size: int, recompute: bool = False
+    photos: list[Path],
+    cache: FeatureCache,
+    load: Callable[[], Encoder],
+    batch_size: int,
+    recompute: bool = False,
+    digests: list[bytes] | None = None,
 ) -> Features:
     """Return the features of photos; compute those that the cache lacks, or all of them with ``recompute``.
 
-    ``load`` is called only if features must be computed.
+    ``load`` is called only if features must be computed. ``digests`` are those of the photos, if they are known.
     """
-    digests = digest_photos(photos)
+    digests = digest_photos(photos) if digests is None else digests
     cache.clean_up()
     features = None if recompute else cache.find(digests)
     if features is None:

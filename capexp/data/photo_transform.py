@@ -14,6 +14,7 @@ if TYPE_CHECKING:  # a process that decodes photos has no use for pydantic
 
 PHOTO, MIRROR = "", "mirror"
 """Views of a photo: itself, and its mirror image (left to right)."""
+# Cached features are found by the names of views: crops that are made in another way must have other names.
 _CROP = "crop"  # begins the names of the views that are random crops
 _CROP_AREA = (0.6, 1.0)  # of the photo's area
 _CROP_LOG_RATIO = math.log(4 / 3)  # the largest logarithm of the crop's aspect ratio divided by the photo's
@@ -33,10 +34,11 @@ class PhotoTransform:
 
     def __call__(self, image: Image.Image) -> NDArray[np.uint8]:
         """Return the pixels ``(size, size, 3)``; the aspect ratio is not kept."""
-        if self.view.startswith(_CROP):
-            return np.asarray(self._crop(image, int(self.view.removeprefix(_CROP))))
-        pixels = np.asarray(self._squash(image))
-        return pixels[:, ::-1] if self.view == MIRROR else pixels
+        if self.view == PHOTO:
+            return np.asarray(self._squash(image))
+        if self.view == MIRROR:
+            return np.asarray(self._squash(image))[:, ::-1]
+        return np.asarray(self._crop(image, int(self.view.removeprefix(_CROP))))
 
     def _squash(self, image: Image.Image, box: tuple[float, float, float, float] | None = None) -> Image.Image:
         """Squash the image, or the part of it in a box (left, top, right, bottom), to the square."""

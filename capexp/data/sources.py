@@ -5,7 +5,7 @@ import logging
 from abc import ABC, abstractmethod
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import replace
-from functools import cached_property
+from functools import cached_property, lru_cache
 from pathlib import Path
 
 import torch
@@ -84,10 +84,10 @@ class PhotoSource(Source):
 
     def count_uncached(self, splits: Sequence[Split]) -> int:
         """Return the number of photos whose features the cache lacks."""
-        uncached: set[Path] = set()
+        digests, uncached = _digests(splits, ALONE), set[Path]()
         for group, identity in self.passes(splits):
             paths = _paths(group)
-            rows = FeatureCache(self.config.cache, identity).lookup(digest_photos(paths))
+            rows = FeatureCache(self.config.cache, identity).lookup([digests[path] for path in paths])
             uncached |= {path for path, row in zip(paths, rows, strict=True) if row < 0}
         return len(uncached)
 
@@ -99,21 +99,29 @@ class PhotoSource(Source):
         The train features include those of the photos' other views.
         """
         config = self.config
+
+        @lru_cache
+        def encoder() -> Encoder:
+            return load_encoder(config).prepare(self.device, config.precision)
+
         features: dict[SplitName, Features] = {}
-        for group, encoder in self.passes(splits):
+        digests = _digests(splits, world)
+        for group, identity in self.passes(splits):
 
-            def load(encoder: EncoderIdentity = encoder) -> Encoder:
-                log.info("computing features with %s on %s", encoder, self.device)
-                return load_encoder(config, encoder.view).prepare(self.device, config.precision)
+            def load(identity: EncoderIdentity = identity) -> Encoder:
+                log.info("computing features with %s on %s", identity, self.device)
+                return encoder().of_view(identity.view)
 
-            cache = FeatureCache(config.cache, encoder)
+            cache = FeatureCache(config.cache, identity)
+            photos = {path: digests[path] for path in _paths(group)}
             if world.size > 1:
                 assert not recompute, "refused by the command"
-                cached = _cache_by_shards(_paths(group), cache, load, config.batch_size, world)
+                cached = _cache_by_shards(photos, cache, load, config.batch_size, world)
             else:
-                cached = cache_features(_paths(group), cache, load, config.batch_size, recompute)
+                paths, known = list(photos), list(photos.values())
+                cached = cache_features(paths, cache, load, config.batch_size, recompute, digests=known)
             for name, part in _by_split(group, cached):
-                features[name] = features[name].with_view(part) if encoder.view else part
+                features[name] = features[name].with_view(part) if identity.view else part
         return features
 
 
@@ -214,16 +222,28 @@ def _paths(splits: Sequence[Split]) -> list[Path]:
     return [path for split in splits for path in split.paths()]
 
 
+def _digests(splits: Sequence[Split], world: World) -> dict[Path, bytes]:
+    """Return the digest of each photo of the splits; rank 0 reads the files for all ranks."""
+    paths = _paths(splits)
+    if world.size == 1:
+        return dict(zip(paths, digest_photos(paths), strict=True))
+    rows = world.broadcast(lambda: _as_tensor(digest_photos(paths))).numpy()
+    return {path: bytes(row) for path, row in zip(paths, rows, strict=True)}
+
+
 def _cache_by_shards(
-    paths: list[Path], cache: FeatureCache, load: Callable[[], Encoder], batch_size: int, world: World
+    photos: dict[Path, bytes], cache: FeatureCache, load: Callable[[], Encoder], batch_size: int, world: World
 ) -> Features:
-    """Return features as :func:`cache_features`; each rank computes a shard into its own file, rank 0 merges them."""
-    digests = [bytes(row) for row in world.broadcast(lambda: _as_tensor(digest_photos(paths))).numpy()]
+    """Return features as :func:`cache_features`; each rank computes a shard into its own file, rank 0 merges them.
+
+    ``photos`` are the photos with their digests.
+    """
+    digests = list(photos.values())
     if world.is_main:
         cache.clean_up()
     world.barrier()
     rows = cache.lookup(digests)
-    uncached = {digest: path for digest, path, row in zip(digests, paths, rows, strict=True) if row < 0}
+    uncached = {digest: path for (path, digest), row in zip(photos.items(), rows, strict=True) if row < 0}
     shard = world.shard(list(uncached.items()))
     fault: InputError | None = None  # raised after the barrier, at which the other ranks wait
     if shard:

@@ -8,6 +8,7 @@ larger ones, and may be pooled.
 Shapes: B batch, P grid positions, F feature.
 """
 
+import copy
 import hashlib
 import json
 import re
@@ -21,7 +22,7 @@ import torch
 from numpy.typing import NDArray
 from torch import Tensor, nn
 
-from capexp.data.photo_transform import PHOTO, PhotoTransform
+from capexp.data.photo_transform import PhotoTransform
 from capexp.data.vgg16_weights import (
     NETS,
     PREPROCESSING,
@@ -50,7 +51,7 @@ from capexp.settings import (
 
 _RESIZES: Final[dict[PhotoResize, str]] = {"bilinear": "squash-bilinear-antialias", "nearest": "squash-nearest"}
 """How an identity's transform begins, by ``features.resize``."""
-_TRANSFORM = re.compile(f"({'|'.join(_RESIZES.values())})(-(mirror|crop[1-9][0-9]?))?")
+_TRANSFORM = re.compile(f"({'|'.join(_RESIZES.values())})(-(mirror|crop[1-9][0-9]?))?")  # the views' names at its end
 
 
 @dataclass(frozen=True)
@@ -141,6 +142,12 @@ class Encoder(nn.Module):
         self.register_buffer("mean", torch.tensor(identity.mean), persistent=False)
         self.register_buffer("std", torch.tensor(identity.std), persistent=False)
 
+    def of_view(self, view: str) -> "Encoder":
+        """Return the same encoder, with the same network, for a view of photos."""
+        other = copy.copy(self)
+        other.identity = self.identity.of_view(view)
+        return other
+
     @property
     def device(self) -> torch.device:
         """The device of the network."""
@@ -222,8 +229,8 @@ def identify(config: FeaturesConfig) -> EncoderIdentity:
     return _identity(config, weights.net, digest_weights(weights.state))
 
 
-def load_encoder(config: FeaturesConfig, view: str = PHOTO) -> Encoder:
-    """Return a config's encoder, for a view of photos; published weights are fetched at their first use."""
+def load_encoder(config: FeaturesConfig) -> Encoder:
+    """Return a config's encoder; published weights are fetched at their first use."""
     weights = read_weights(config.weights, config.layer, config.net)
     identity = _identity(config, weights.net, digest_weights(weights.state))
     net = NETS.get(config.weights)
@@ -233,7 +240,7 @@ def load_encoder(config: FeaturesConfig, view: str = PHOTO) -> Encoder:
             f"features.weights = '{config.weights}': digest {identity.weights_digest[:12]}, expected {known[:12]}; "
             f"delete {published_file(config.weights)} to fetch it again, or give the path of a weights file"
         )
-    return Encoder(identity.of_view(view), weights.state)
+    return Encoder(identity, weights.state)
 
 
 def encoder_at_hand(config: FeaturesConfig) -> bool:

@@ -2,6 +2,7 @@
 
 import os
 import subprocess
+import sys
 from collections.abc import Callable, Mapping, Sequence, Set
 from dataclasses import dataclass
 from pathlib import Path
@@ -128,6 +129,7 @@ def _search(conditions: Sequence[str], experiments: list[str] | None = None) -> 
         runs = mlflow.search_runs(  # unlike the client's search it reads all pages of the answer
             experiments,
             " and ".join(conditions),
+            max_results=sys.maxsize,
             order_by=["attributes.start_time DESC"],
             output_format="list",
             search_all_experiments=experiments is None,

@@ -159,9 +159,11 @@ def test_another_format_version_is_named(bundle: Path) -> None:
         ({"size": 100}, "encoder.size: .* 16"),
         ({"layer": "fc2", "pool": "none", "size": 336}, "fc2 takes photos of 224"),
         ({"pool": "max3"}, "48 divides"),
+        ({"transform": "squash-nearest-crop1"}, "the encoder is for view crop1 of photos"),
+        ({"transform": "upright"}, "transform 'upright' is unknown"),
     ],
 )
-def test_photos_of_a_size_that_does_not_fit_are_refused(bundle: Path, changed: dict[str, object], told: str) -> None:
+def test_an_encoder_of_photos_that_are_not_given_is_refused(bundle: Path, changed: dict[str, object], told: str) -> None:
     settings, manifest = (json.loads((bundle / name).read_text()) for name in ("captioner.json", "manifest.json"))
     settings["encoder"] |= changed
     (bundle / "captioner.json").write_text(json.dumps(settings))

@@ -87,13 +87,14 @@ def test_features_are_the_encoders_own_whoever_decodes(tmp_path: Path, encoder: 
             np.testing.assert_allclose(shared, expected, rtol=2e-2, atol=1e-1)
 
 
-@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
-def test_processes_decode_as_threads_do(tmp_path: Path, resize: PhotoResize) -> None:
+@pytest.mark.parametrize(("resize", "view"), [("bilinear", "crop1"), ("nearest", "")])
+def test_processes_decode_as_threads_do(tmp_path: Path, resize: PhotoResize, view: str) -> None:
+    transform = PhotoTransform(SIZE, resize, view)
     photos = write_photos(tmp_path / "photos", 3 * PHOTOS_PER_TASK + 5)
-    by_threads = pixels_of(decode_by_threads(photos, PhotoTransform(SIZE, resize)))
+    by_threads = pixels_of(decode_by_threads(photos, transform))
     assert len(by_threads) == len(photos) and not np.array_equal(by_threads[0], by_threads[1])
-    assert np.array_equal(by_threads[0], PhotoTransform(SIZE, resize)(read_photo(photos[0])))
-    assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, PhotoTransform(SIZE, resize), 2)))
+    assert np.array_equal(by_threads[0], transform(read_photo(photos[0])))
+    assert np.array_equal(by_threads, pixels_of(decode_by_processes(photos, transform, 2)))
 
 
 @pytest.mark.slow

@@ -7,6 +7,7 @@ from numpy.typing import NDArray
 from PIL import Image
 
 from capexp.data.photo_transform import PhotoTransform, crop_view
+from capexp.settings import PhotoResize
 
 
 def noise(width: int, height: int) -> NDArray[np.uint8]:
@@ -77,6 +78,29 @@ def test_a_crop_depends_on_its_number_and_on_the_photo_alone() -> None:
     assert not np.array_equal(pixels[0], pixels[2])
     other = PhotoTransform(96, view=crop_view(1))(gradients((300, 200), shade=9))
     assert np.abs(pixels[0][..., :2].astype(int) - other[..., :2]).max() > 20, "another window"
+
+
+@pytest.mark.parametrize(("size", "view"), [((1, 1), 1), ((1, 500), 2), ((3, 2), 3), ((500, 1), 4)])
+@pytest.mark.parametrize("resize", ["bilinear", "nearest"])
+def test_photos_of_any_size_have_crops(size: tuple[int, int], view: int, resize: PhotoResize) -> None:
+    pixels = PhotoTransform(96, resize, crop_view(view))(gradients(size))
+    assert pixels.shape == (96, 96, 3)
+    assert 30 < pixels[..., 0].min() <= pixels[..., 0].max() < 240
+
+
+def test_crops_are_made_as_before() -> None:
+    """Cached features of crops are found by the crops' numbers."""
+    image = gradients((40, 30))
+    found = [PhotoTransform(2, view=crop_view(number))(image).tolist() for number in (1, 2)]
+    assert found == [
+        [[[116, 86, 30], [84, 84, 28]], [[119, 119, 34], [88, 117, 32]]],
+        [[[92, 90, 4], [138, 91, 5]], [[93, 140, 6], [140, 141, 6]]],
+    ]
+
+
+def test_an_unknown_view_is_no_photo() -> None:
+    with pytest.raises(ValueError, match="mirorr"):
+        PhotoTransform(96, view="mirorr")(gradients((40, 30)))
 
 
 def test_colours_of_crops_change_a_little() -> None:

@@ -106,7 +106,7 @@ def test_bfloat16_stays_within_three_percent(vgg16: Path, scenes: Path) -> None:
 
 def test_features_of_mirrored_photos_are_those_of_photos_turned_round(vgg16: Path, scenes: Path) -> None:
     photos = two_photos(scenes)
-    encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=str(vgg16)), MIRROR).prepare(CPU, "float32")
+    encoder = load_encoder(FeaturesConfig(layer="conv5_3", weights=str(vgg16))).prepare(CPU, "float32").of_view(MIRROR)
     turned = [encoder.identity.photo_transform(Image.fromarray(photo)) for photo in photos]
     np.testing.assert_array_equal(turned, [photo[:, ::-1] for photo in photos])
     np.testing.assert_array_equal(encoder.encode(turned), encoded(str(vgg16), "none", "float32", turned))
@@ -154,6 +154,7 @@ def test_keys_of_encoders_from_before_there_was_a_choice_of_resizing_are_the_sam
     """Caches and bundles that exist are found by these."""
     identity = identify(FeaturesConfig(layer="conv5_3", pool="mean", weights="IMAGENET1K_FEATURES"))
     assert (identity.key(), identity.of_view(MIRROR).key()) == ("c49d5d31a6c9b637", "5040383a03572e90")
+    assert identity.of_view(crop_view(1)).key() == "59e26e077499050f"
 
 
 @pytest.mark.parametrize("resize", ["bilinear", "nearest"])

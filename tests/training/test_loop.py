@@ -23,7 +23,7 @@ from capexp.training.loop import Epoch
 from capexp.training.steps import CapturedSteps, PackedSteps
 from capexp.training.teacher_forcing import CrossEntropy
 
-KINDS = [("merge", "captions"), ("attention", "photos")]
+KINDS = [("attention", "photos"), ("merge", "captions")]
 WAYS = {"packed": PackedSteps, "as on a GPU": CapturedSteps}
 kinds = pytest.mark.parametrize(("decoder", "order"), KINDS)
 
