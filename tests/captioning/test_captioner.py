@@ -163,7 +163,9 @@ def test_another_format_version_is_named(bundle: Path) -> None:
         ({"transform": "upright"}, "transform 'upright' is unknown"),
     ],
 )
-def test_an_encoder_of_photos_that_are_not_given_is_refused(bundle: Path, changed: dict[str, object], told: str) -> None:
+def test_an_encoder_of_photos_that_are_not_given_is_refused(
+    bundle: Path, changed: dict[str, object], told: str
+) -> None:
     settings, manifest = (json.loads((bundle / name).read_text()) for name in ("captioner.json", "manifest.json"))
     settings["encoder"] |= changed
     (bundle / "captioner.json").write_text(json.dumps(settings))
