@@ -163,7 +163,7 @@ def test_features_are_computed_by_all_and_are_those_that_one_computes(folder: Fo
     )
     ranks(folder, "extract", *settings, "--features.cache", "together", "--training.device", "cpu")
     folder.run("extract", *settings, "--features.cache", "alone", "--training.device", "cpu")
-    made, _ = folder.path.glob("together/*.features")
+    made, _, _ = folder.path.glob("together/*.features")
     config = FeaturesConfig.model_validate(
         {"layer": "conv5_3", "pool": made.name.split("-")[1], "weights": str(random_vgg16)}
     )
