@@ -272,7 +272,7 @@ if "LIMIT" in os.environ:  # as a disk with so much room
     signal.signal(signal.SIGXFSZ, signal.SIG_IGN)
     resource.setrlimit(resource.RLIMIT_FSIZE, (int(os.environ["LIMIT"]),) * 2)
 weights, folder, *photos = sys.argv[1:]
-encoder = load_encoder(FeaturesConfig(layer="conv5_3", pool="mean", weights=weights))
+encoder = load_encoder(FeaturesConfig(layer="conv5_3", pool="mean", size=96, weights=weights))
 paths = [Path(photo) for photo in photos]
 print("ready", flush=True)
 sys.stdin.readline()
