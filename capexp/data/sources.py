@@ -113,13 +113,13 @@ class PhotoSource(Source):
                 return encoder().of_view(identity.view)
 
             cache = FeatureCache(config.cache, identity)
-            photos = {path: digests[path] for path in _paths(group)}
+            paths = _paths(group)
+            of_group = [digests[path] for path in paths]
             if world.size > 1:
                 assert not recompute, "refused by the command"
-                cached = _cache_by_shards(photos, cache, load, config.batch_size, world)
+                cached = _cache_by_shards(paths, of_group, cache, load, config.batch_size, world)
             else:
-                paths, known = list(photos), list(photos.values())
-                cached = cache_features(paths, cache, load, config.batch_size, recompute, digests=known)
+                cached = cache_features(paths, cache, load, config.batch_size, recompute, of_group)
             for name, part in _by_split(group, cached):
                 features[name] = features[name].with_view(part) if identity.view else part
         return features
@@ -232,18 +232,19 @@ def _digests(splits: Sequence[Split], world: World) -> dict[Path, bytes]:
 
 
 def _cache_by_shards(
-    photos: dict[Path, bytes], cache: FeatureCache, load: Callable[[], Encoder], batch_size: int, world: World
+    paths: list[Path],
+    digests: list[bytes],
+    cache: FeatureCache,
+    load: Callable[[], Encoder],
+    batch_size: int,
+    world: World,
 ) -> Features:
-    """Return features as :func:`cache_features`; each rank computes a shard into its own file, rank 0 merges them.
-
-    ``photos`` are the photos with their digests.
-    """
-    digests = list(photos.values())
+    """Return features as :func:`cache_features`; each rank computes a shard into its own file, rank 0 merges them."""
     if world.is_main:
         cache.clean_up()
     world.barrier()
     rows = cache.lookup(digests)
-    uncached = {digest: path for (path, digest), row in zip(photos.items(), rows, strict=True) if row < 0}
+    uncached = {digest: path for digest, path, row in zip(digests, paths, rows, strict=True) if row < 0}
     shard = world.shard(list(uncached.items()))
     fault: InputError | None = None  # raised after the barrier, at which the other ranks wait
     if shard:
