@@ -32,7 +32,7 @@ class Features:
         self._others = others
 
     def with_view(self, view: "Features") -> "Features":
-        """Return these features with those of another view of each photo added."""
+        """Return the features with another view of each photo added."""
         assert len(view) == len(self) and view.shape == self.shape
         return Features(self._records, self._rows, self._mapping, (*self._others, view))
 
